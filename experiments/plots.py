@@ -1,0 +1,143 @@
+"""The pictures: matplotlib figures made from the run's records alone."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from experiments.files import write_whole
+from metrics import NetworkCount
+from src.channels import ChannelState
+
+PADDING = 3  # beyond a row's last channel
+STATE_COLOURS = {
+    ChannelState.NULL: "black",
+    ChannelState.CONSTANT: "#d95f02",
+    ChannelState.ALIVE: "white",
+    PADDING: "#bbbbbb",
+}
+STATE_NAMES = {
+    ChannelState.ALIVE: "alive",
+    ChannelState.CONSTANT: "dead, leaves a constant",
+    ChannelState.NULL: "dead, leaves nothing",
+    PADDING: "padding (no such channel)",
+}
+
+Record = dict[str, Any]  # one epoch, as in history.json
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """As PNG, whole or not at all. Raises: OutputError naming the file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_whole(path, content.getvalue())
+
+
+def accuracy_figure(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> Figure:
+    """Test accuracy and training cross-entropy over the epochs."""
+    figure, axes = _over_epochs(records, title, warmup)
+    epochs = [r["epoch"] for r in records]
+    axes.plot(epochs, [100 * r["accuracy"] for r in records], "o-", color="tab:blue", label="test accuracy")
+    axes.axhline(10, color="grey", linestyle=":", label="chance")
+    axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
+    right = axes.twinx()
+    right.plot(
+        epochs, [r["cross_entropy"] for r in records], "s--", color="tab:red", label="training cross-entropy"
+    )
+    right.set(ylabel="training cross-entropy (nats)")
+    right.set_ylim(bottom=0)
+    _legend(axes, right)
+    return figure
+
+
+def sparsity_figure(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> Figure:
+    """Unstructured and structured sparsity, and the mean bit-width, over the epochs."""
+    figure, axes = _over_epochs(records, title, warmup)
+    epochs = [r["epoch"] for r in records]
+    for key, label, colour in (
+        ("unstructured_sparsity", "unstructured: weights that are zero", "tab:blue"),
+        ("structured_sparsity", "structured: filters that are all zero", "tab:orange"),
+    ):
+        axes.plot(epochs, [100 * r[key] for r in records], "o-", color=colour, label=label)
+    axes.set(ylabel="sparsity of the quantized layers (%)", ylim=(0, 100))
+    right = axes.twinx()
+    right.plot(
+        epochs, [r["learned_bits"] for r in records], "s--", color="tab:green", label="mean learned bits"
+    )
+    right.set(ylabel="bits a weight (before rounding)")
+    right.set_ylim(0, max(8, *(r["learned_bits"] for r in records)) + 0.5)
+    _legend(axes, right)
+    return figure
+
+
+def _over_epochs(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> tuple[Figure, Axes]:
+    """Axes over the epochs with the penalty's warm-up shaded: it begins after `warmup[0]` epochs."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    last = records[-1]["epoch"]
+    begins, ends = warmup[0] + 1, min(warmup[0] + 1 + warmup[1], last)  # epochs count from 1 in the table
+    if begins < last:
+        axes.axvspan(begins, ends, color="tab:orange", alpha=0.12, label="the penalty's warm-up")
+    axes.set(title=title, xlabel="epoch", xlim=(0.5, last + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _legend(left: Axes, right: Axes) -> None:
+    handles = [a.get_legend_handles_labels() for a in (left, right)]
+    left.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="upper center", fontsize=8,
+                bbox_to_anchor=(0.5, -0.12), ncols=3)  # fmt: skip
+
+
+def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each convolution") -> Figure:
+    """A row a convolution, a cell an output channel; see STATE_COLOURS for what the colours mean."""
+    layers = [layer for layer in count.layers if layer.name != "linear"]
+    width = max(layer.filters for layer in layers)
+    cells = [[*layer.states] + [PADDING] * (width - layer.filters) for layer in layers]
+    figure = Figure(figsize=(11, 1.5 + 0.27 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    colours = ListedColormap([STATE_COLOURS[state] for state in sorted(STATE_COLOURS)])
+    axes.imshow(cells, cmap=colours, vmin=0, vmax=PADDING, aspect="auto", interpolation="nearest")
+    axes.set_xticks([x - 0.5 for x in range(width + 1)], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(len(layers) + 1)], minor=True)
+    axes.grid(which="minor", color="#999999", linewidth=0.4)
+    axes.tick_params(which="minor", length=0)
+    names = [f"{x.name} ({x.alive_channels}/{x.filters})" for x in layers]
+    axes.set_yticks(range(len(layers)), names, fontsize=8)
+    axes.set(title=title, xlabel="output channel", ylabel="convolution (alive/all)")
+    figure.legend(handles=_state_patches(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _state_patches() -> list[Patch]:
+    return [
+        Patch(facecolor=STATE_COLOURS[state], edgecolor="grey", label=name)
+        for state, name in STATE_NAMES.items()
+    ]
+
+
+def per_layer_figure(count: NetworkCount, title: str) -> Figure:
+    """A bar a convolution, split into its channels' three states; its rounded bits on top."""
+    layers = [layer for layer in count.layers if layer.name != "linear"]
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    axes = figure.subplots()
+    places, bottom = range(len(layers)), [0] * len(layers)
+    for state in (ChannelState.ALIVE, ChannelState.CONSTANT, ChannelState.NULL):
+        heights = [layer.states.count(state) for layer in layers]
+        axes.bar(places, heights, bottom=bottom, color=STATE_COLOURS[state], edgecolor="grey")
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    for place, layer in enumerate(layers):
+        bits = f"{layer.bits} bits" if layer.quantized else "32 bits\n(not quantized)"
+        text = f"{layer.alive_channels}/{layer.filters}\n{bits}"
+        axes.text(place, layer.filters + 0.5, text, ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(places, [layer.name for layer in layers], rotation=60, ha="right", fontsize=8)
+    axes.set(title=title, ylabel="output channels", ylim=(0, 1.18 * max(bottom)))
+    figure.legend(handles=_state_patches()[:3], loc="outside lower center", ncols=3, fontsize=8)
+    return figure

@@ -1,0 +1,161 @@
+"""The settings of a run: one frozen dataclass, its presets, and the command line made from it."""
+
+import argparse
+import math
+import sys
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DATA = ("auto", "cifar10", "synthetic")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on. The defaults are preset `debug`.
+
+    Raises: ValueError naming the flag, its value, what was expected.
+    """
+
+    preset: str = _setting("debug", "where the other settings start from", ("debug", "plan"))
+    epochs: int = _setting(20, "passes over the training set")
+    batch_size: int = _setting(512, "images a training step")
+    seed: int = _setting(0, "of the weights, the order of the images, and the augmentation")
+    device: str = _setting("auto", "auto: CUDA, else MPS, else the CPU", DEVICES)
+    threads: int | None = _setting(None, "CPU threads; without it, one a core that this process may use")
+    data: str = _setting("auto", "auto: CIFAR-10 if it can be had, else the built-in stand-in", DATA)
+    data_dir: Path = _setting(Path("data"), "folder that holds, or will hold, cifar-10-batches-py")
+    output_dir: Path = _setting(Path("debug_output"), "folder for the pictures and history.json")
+    limit_train: int | None = _setting(None, "use only the first so many training images")
+    limit_test: int | None = _setting(None, "use only the first so many test images")
+    exclude_layers: tuple[str, ...] = _setting(
+        ("^conv1$", "^linear$"),
+        "layers left in full precision: regular expressions looked for in their names",
+    )
+    sparsity_weight: float = _setting(1e-2, "peak of the group lasso's coefficient")
+    sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
+    sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
+    weights_lr: float = _setting(1e-3, "AdamW's learning rate for weights, biases and batch norms")
+    bit_lr: float = _setting(1e-2, "AdamW's learning rate for the bit-width logits")
+    deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone logits")
+    weights_decay: float = _setting(0.0, "AdamW's weight decay for weights, biases and batch norms")
+    bit_decay: float = _setting(0.1, "AdamW's weight decay for the bit-width logits")
+    deadzone_decay: float = _setting(1.0, "AdamW's weight decay for the dead-zone logits")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item, getattr(self, item.name))
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+# What a preset changes in the defaults above. `plan` is the plan to the letter: its pattern "conv1" also hits
+# the first convolution of all nine blocks.
+PRESETS: dict[str, dict[str, Any]] = {
+    "debug": {},
+    "plan": {
+        "exclude_layers": ("conv1", "bn", "linear"),
+        "sparsity_weight": 1.0,
+        "bit_lr": 1e-3,
+        "deadzone_lr": 1e-3,
+        "bit_decay": 0.01,
+        "deadzone_decay": 0.01,
+    },
+}
+
+AT_LEAST_ONE = ("epochs", "batch_size", "threads", "limit_train", "limit_test")
+MAX_SEED = 2**63 - 1
+
+
+def flag(name: str) -> str:
+    """
+    >>> flag("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def _check(item: Field[Any], value: Any) -> None:
+    name = flag(item.name)
+    choices = item.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+    if item.name in AT_LEAST_ONE and value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; expected a whole number, 1 or more")
+    if item.name == "seed" and not 0 <= value <= MAX_SEED:
+        raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_SEED}")
+    if item.type is float and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence for a mistake, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; --help lists the settings", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line: the preset's, then what the flags say. Exits with 2 for a bad one."""
+    parser = _Parser(
+        prog="python -m experiments.debug_run",
+        description="Train a ResNet-20 on CIFAR-10 with CoDeQ quantizers and watch the whole pipeline work.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+    )
+    for item in fields(Settings):
+        _add_flag(parser, item)
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    preset = given.get("preset", "debug")
+    try:
+        return Settings(**(PRESETS.get(preset, {}) | given))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
+    plan = PRESETS["plan"].get(item.name, MISSING)
+    default = _shown(item.default) + ("" if plan is MISSING else f"; preset plan: {_shown(plan)}")
+    kwargs: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {default})", "default": None}
+    if item.metadata["choices"]:
+        kwargs["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
+    elif item.name == "exclude_layers":
+        kwargs |= {"nargs": "*", "metavar": "PATTERN"}
+    else:
+        kwargs["type"], kwargs["metavar"] = _CONVERTERS[item.type]
+    parser.add_argument(flag(item.name), **kwargs)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+_CONVERTERS: dict[Any, tuple[Any, str]] = {
+    int: (_whole_number, "N"),
+    int | None: (_whole_number, "N"),
+    float: (_number, "X"),
+    Path: (Path, "FOLDER"),
+}

@@ -1,0 +1,198 @@
+"""MACs, BOPs and sparsity of a CIFAR ResNet, a layer and in total. Counts; prints nothing.
+
+For a convolution with weights (O, I, kh, kw) and H x W output positions:
+
+    dense MACs         O I kh kw H W
+    structured MACs    the same over the channels that are left (see src/channels.py)
+    unstructured MACs  nonzero weights x H W
+    BOPs               MACs x weight bits x 32, activations being full precision; 32 bits without a quantizer
+
+The classifier counts as a convolution with one position. Batch norms, ReLUs and additions are not counted, as
+torch.utils.flop_counter does not count them (it counts 2 per MAC).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
+from utils_quantization import FULL_PRECISION_BITS, quantized_layers, weight_bits
+
+ACTIVATION_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """The counts of one convolution or of the classifier; MACs are for one image."""
+
+    name: str
+    quantized: bool
+    bits: int  # of a weight, as the forward pass uses them
+    learned_bits: float  # before rounding
+    weights: int
+    zero_weights: int
+    filters: int  # output channels
+    zero_filters: int  # filters whose weights are all zero
+    states: tuple[int, ...]  # the ChannelState of each output channel
+    dense_macs: int
+    structured_macs: int
+    unstructured_macs: int
+
+    @property
+    def alive_channels(self) -> int:
+        return self.states.count(ChannelState.ALIVE)
+
+    @property
+    def constant_channels(self) -> int:
+        return self.states.count(ChannelState.CONSTANT)
+
+    @property
+    def null_channels(self) -> int:
+        return self.states.count(ChannelState.NULL)
+
+    @property
+    def dense_bops(self) -> int:
+        return self.dense_macs * FULL_PRECISION_BITS * ACTIVATION_BITS
+
+    @property
+    def structured_bops(self) -> int:
+        return self.structured_macs * self.bits * ACTIVATION_BITS
+
+    @property
+    def unstructured_bops(self) -> int:
+        return self.unstructured_macs * self.bits * ACTIVATION_BITS
+
+
+TOTALS = tuple(
+    f"{kind}_{unit}" for unit in ("macs", "bops") for kind in ("dense", "structured", "unstructured")
+)
+
+
+@dataclass(frozen=True)
+class NetworkCount:
+    """The layers' counts, and what they add up to."""
+
+    layers: tuple[LayerCount, ...]
+
+    def total(self, count: str) -> int:
+        """The sum of one of `TOTALS`, or of any other integer field, over the layers."""
+        return sum(getattr(layer, count) for layer in self.layers)
+
+    @property
+    def quantized(self) -> tuple[LayerCount, ...]:
+        return tuple(layer for layer in self.layers if layer.quantized)
+
+    @property
+    def unstructured_sparsity(self) -> float:
+        """Share of the quantized layers' weights that are exactly zero; 0 where none is quantized."""
+        return _share(self.quantized, "zero_weights", "weights")
+
+    @property
+    def structured_sparsity(self) -> float:
+        """Share of the quantized layers' filters that are all zero; 0 where none is quantized."""
+        return _share(self.quantized, "zero_filters", "filters")
+
+    @property
+    def mean_learned_bits(self) -> float:
+        """Mean over the quantized layers of the bit-width before rounding; 32 where none is quantized."""
+        return _mean([layer.learned_bits for layer in self.quantized])
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean over the quantized layers of the bit-width in use; 32 where none is quantized."""
+        return _mean([layer.bits for layer in self.quantized])
+
+
+def _share(layers: tuple[LayerCount, ...], part: str, whole: str) -> float:
+    total = sum(getattr(layer, whole) for layer in layers)
+    return sum(getattr(layer, part) for layer in layers) / total if total else 0.0
+
+
+def _mean(bits: list[float]) -> float:
+    return sum(bits) / len(bits) if bits else float(FULL_PRECISION_BITS)
+
+
+def count_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> NetworkCount:
+    """Count a ResNet of `resnet.py` as it stands, quantized or not. Nothing of the model changes.
+
+    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    """
+    weights = read_weights(model)
+    return _count(model, weights, trace_channels(model, input_size, weights))
+
+
+def count_ceiling(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> NetworkCount:
+    """The counts if every weight of every quantized layer were zero: no compression can go below them."""
+    quantized = quantized_layers(model)
+    weights = {
+        name: torch.zeros_like(w) if name in quantized else w for name, w in read_weights(model).items()
+    }
+    return _count(model, weights, trace_channels(model, input_size, weights))
+
+
+def _count(model: nn.Module, weights: Mapping[str, Tensor], account: ChannelAccount) -> NetworkCount:
+    quantized = quantized_layers(model)
+    modules = dict(model.named_modules())
+    layers = [
+        _count_layer(name, modules[name], name in quantized, weights[name], channels)
+        for name, channels in account.layers.items()
+    ]
+    assert len(layers) == len(weights), "the account of channels misses a layer"
+    return NetworkCount(tuple(layers))
+
+
+def _count_layer(
+    name: str, module: nn.Module, quantized: bool, w: Tensor, channels: LayerChannels
+) -> LayerCount:
+    bits, learned_bits = weight_bits(module)
+    nonzero = int((w != 0).sum())
+    left = int(channels.outputs.sum()) * int(channels.inputs.sum()) * w[0, 0].numel()
+    return LayerCount(
+        name=name,
+        quantized=quantized,
+        bits=bits,
+        learned_bits=learned_bits,
+        weights=w.numel(),
+        zero_weights=w.numel() - nonzero,
+        filters=len(w),
+        zero_filters=int((w == 0).flatten(1).all(1).sum()),
+        states=tuple(channels.states.tolist()),
+        dense_macs=w.numel() * channels.positions,
+        structured_macs=left * channels.positions,
+        unstructured_macs=nonzero * channels.positions,
+    )
+
+
+def ratio(dense: int, compressed: int) -> float:
+    """How many times smaller; infinite for a network with nothing left."""
+    return dense / compressed if compressed else math.inf
+
+
+def format_ratio(value: float) -> str:
+    """A compression ratio for a person: two decimals, or the words for a network with nothing left."""
+    return "infinite (nothing is left)" if math.isinf(value) else f"{value:.2f}x"
+
+
+def layer_table(count: NetworkCount) -> str:
+    """The counts a layer as text, a row a layer and the totals below."""
+    header = (
+        f"{'Layer':<16} {'Bits':>4} {'Zero weights':>15} {'Zero filters':>12} "
+        f"{'Alive/Const/Null':>16} {'Dense MACs':>12} {'Struct MACs':>12} {'Unstr MACs':>12}"
+    )
+    rows = [
+        f"{x.name:<16} {x.bits:>4} {x.zero_weights:>7}/{x.weights:<7} {x.zero_filters:>8}/{x.filters:<3} "
+        f"{f'{x.alive_channels}/{x.constant_channels}/{x.null_channels}':>16} "
+        f"{x.dense_macs:>12,} {x.structured_macs:>12,} {x.unstructured_macs:>12,}"
+        for x in count.layers
+    ]
+    total = count.total
+    rows.append(
+        f"{'Total':<16} {'':>4} {total('zero_weights'):>7}/{total('weights'):<7} "
+        f"{total('zero_filters'):>8}/{total('filters'):<3} "
+        f"{'/'.join(str(total(f'{s}_channels')) for s in ('alive', 'constant', 'null')):>16} "
+        f"{total('dense_macs'):>12,} {total('structured_macs'):>12,} {total('unstructured_macs'):>12,}"
+    )
+    return "\n".join([header, *rows])
