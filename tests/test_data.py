@@ -5,12 +5,13 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import socket
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +86,11 @@ def test_every_image_comes_once_an_epoch_and_the_last_partial_batch_is_kept(
     count: int, batch_size: int
 ) -> None:
     dataset = random_dataset(count)
-    marked = Dataset("marked", "", True, dataset.train_images, torch.arange(count), *dataset_tail(dataset))
-    batches = TrainBatches(marked, batch_size, 0, "cpu")
+    batches = TrainBatches(replace(dataset, train_labels=torch.arange(count)), batch_size, 0, "cpu")
     labels = [labels for _, labels in batches.epoch(0)]
     assert sorted(torch.cat(labels).tolist()) == list(range(count))
     assert len(labels) == len(batches)
     assert [len(batch) for batch in labels[:-1]] == [batch_size] * (len(batches) - 1)
-
-
-def dataset_tail(dataset: Dataset) -> tuple[Tensor, Tensor]:
-    return dataset.test_images, dataset.test_labels
 
 
 def test_images_are_float32_in_channels_last_memory_and_labels_int64() -> None:
@@ -305,24 +301,43 @@ def test_the_folder_is_good_without_the_file_of_names(tiny: TinyCifar, tmp_path:
     assert not loaded("auto", tmp_path).synthetic
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() if path.is_file() else b"folder" for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("choice", ["auto", "cifar10"])
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [(b"", "truncated or altered (0 bytes"), (None, "is missing"), ("folder", "cannot be read")],
+    ("damage", "says"),
+    [
+        (empty, "is truncated or altered (0 bytes, MD5 d41d8cd98f00b204e9800998ecf8427e"),
+        (cut_short, "is truncated or altered ("),
+        (Path.unlink, "is missing"),
+        (make_a_folder, "cannot be read (Is a directory)"),
+    ],
 )
 def test_a_bad_batch_file_is_named_and_left_as_it_is(
-    tiny: TinyCifar, tmp_path: Path, choice: str, content: bytes | str | None, says: str
+    tiny: TinyCifar, tmp_path: Path, choice: str, damage: Callable[[Path], None], says: str
 ) -> None:
-    bad = tiny.put_folder(tmp_path) / "data_batch_3"
-    bad.unlink()
-    if content == "folder":
-        bad.mkdir()
-    elif isinstance(content, bytes):
-        bad.write_bytes(content)
+    folder = tiny.put_folder(tmp_path)
+    damage(folder / "data_batch_3")
+    before = contents(folder)
     with pytest.raises(DataError) as error:
         loaded(choice, tmp_path)
-    assert f"{bad} " in str(error.value) and says in str(error.value)
-    assert (bad.read_bytes() if bad.is_file() else None) == (content if content == b"" else None)
+    assert str(error.value).startswith(f"{folder / 'data_batch_3'} {says}")
+    assert contents(folder) == before
 
 
 def test_a_file_in_the_place_of_the_folder_is_an_error_in_one_sentence(
@@ -514,10 +529,10 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def serve_stalled(self, archive: bytes) -> None:
         self.start(len(archive))
         self.wfile.write(archive[:1000])
-        time.sleep(2)
+        time.sleep(10)
 
     def serve_silent(self, archive: bytes) -> None:
-        time.sleep(2)
+        time.sleep(10)
 
     def serve_broken(self, archive: bytes) -> None:
         self.start(len(archive))
@@ -542,8 +557,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tiny: TinyCifar, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(data, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(data, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(data, "CONNECT_SECONDS", 5.0)
+    monkeypatch.setattr(data, "STALL_SECONDS", 0.5)
     with Server(("127.0.0.1", 0), Answers) as running:
         running.archive = tiny.archive
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
@@ -580,8 +595,8 @@ def test_a_download_leaves_the_archive_and_the_folder_and_no_part(
     ("way", "says"),
     [
         ("slow", "below 20 kB/s"),
-        ("stalled", "no bytes for 0.2 seconds"),
-        ("silent", "timed out|no answer within"),
+        ("stalled", "no bytes for 0.5 seconds"),
+        ("silent", "timed out"),
         ("broken", "broke off after"),
         ("wrong", "wrong content"),
         ("endless", "sent more than the expected"),
@@ -595,10 +610,9 @@ def test_a_source_that_fails_is_given_up_soon_and_the_next_one_is_asked(
     said: list[str] = []
     start = time.monotonic()
     assert not loaded("cifar10", tmp_path, said).synthetic
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5
     assert bad in said[0] and good in said[2]
-    with pytest.raises(AssertionError, match=says):
-        raise AssertionError(said[1])
+    assert re.search(says, said[1])
     assert {path.name for path in tmp_path.iterdir()} == {data.ARCHIVE, data.FOLDER}
 
 

@@ -1,4 +1,4 @@
-"""The quantizer against NumPy, against plain autograd with straight-through steps, and against hand numbers."""
+"""The quantizer against NumPy, plain autograd with straight-through steps, and hand numbers."""
 
 import inspect
 import math
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from src.quantizer import DeadZoneLDZCompander, range_quantile
 
-settings.register_profile("quantizer", deadline=None, derandomize=True)
-quick = settings(settings.get_profile("quantizer"), max_examples=30)
-thorough = settings(settings.get_profile("quantizer"), max_examples=150)
+quick = settings(max_examples=30, deadline=None, derandomize=True)
+thorough = settings(quick, max_examples=150)
 
 BITS = range(2, 9)
 DTYPES = (torch.float32, torch.float64)
@@ -188,7 +187,8 @@ def test_all_three_gradients_are_those_of_plain_autograd_with_straight_through_s
         ref.w_hat.backward(g.double(), retain_graph=True)
         torch.testing.assert_close(w.grad.double(), w64.grad, rtol=8 * eps, atol=0)
 
-        # How rounding adds up on the way to a logit t: dL/dt = ds/dt sum g (q - u) + dh/dt sum g (sign q - sign w).
+        # How rounding adds up on the way to a logit t:
+        # dL/dt = ds/dt sum g (q - u) + dh/dt sum g (sign q - sign w)
         size = np.abs(g.numpy()).astype(np.float64)
         by_step = (size * (error + 64 * eps * np.abs(expected.q - expected.u))).sum()
         by_shift = (size * 64 * eps * np.abs(np.sign(expected.q) - np.sign(w64.detach().numpy()))).sum()
@@ -249,7 +249,7 @@ def test_a_worked_example_of_three_weights_gives_the_hand_numbers():
 
 
 def test_a_clipped_weight_of_the_worked_kind_moves_the_step_by_what_is_cut_off():
-    # 100 weights of 1 and a last one of 9: position 99 of 0..100 is still a 1, so r = 1.  Fixed 2 bits: Q = 1.
+    # 100 weights of 1 and a last one of 9: position 99 of 0..100 is still a 1, so r = 1.  2 bits: Q = 1.
     # tanh(logit_dz) = 1/2: d = 1, s = (1/2)/(1/2) = 1, h = 0.  The last: u = 9, q = 1, w_hat = 1, q - u = -8.
     # dL/ds, h held = -8, dL/dh = 0, ds/dd = -1, dd/dlogit = -2 (3/4): dL/dlogit_dz = -8 (-1) (-1.5) = -12
     quantizer = DeadZoneLDZCompander(

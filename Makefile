@@ -1,0 +1,29 @@
+# `make run` and `make test` work on a fresh machine with Python 3.11 or later and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test bench
+
+run: $(VENV)/run-ready
+	$(BIN)/python -m experiments.debug_run $(ARGS)
+
+test: $(VENV)/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/run-ready
+	$(BIN)/python -m experiments.benchmark $(ARGS)
+
+# Each stamp is older than its requirements file only before the packages are in.
+$(VENV)/run-ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/test-ready: requirements-dev.txt $(VENV)/run-ready
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
