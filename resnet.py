@@ -48,9 +48,10 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same else PadShortcut(in_channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        out += self.shortcut(x)
+        return F.relu(out, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -75,7 +76,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))  # (N, 16, 32, 32)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, 16, 32, 32)
         out = self.layer1(out)  # (N, 16, 32, 32)
         out = self.layer2(out)  # (N, 32, 16, 16)
         out = self.layer3(out)  # (N, 64, 8, 8)

@@ -27,10 +27,11 @@ from experiments.device import describe_device, prepare_device
 from experiments.evaluator import Compression, Evaluator
 from experiments.files import OutputError, prepare_folder, write_json
 from experiments.schedules import cosine_anneal, linear_warmup
-from experiments.settings import Settings, parse_settings
+from experiments.settings import PRECISIONS, Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso
 from experiments.training import (
     NotFiniteError,
+    TrainingStep,
     make_optimizer,
     measure_accuracy,
     set_learning_rates,
@@ -77,6 +78,7 @@ def run(settings: Settings, live: "LiveLine") -> int:
     test_batches = TestBatches(dataset, device)
     penalty = coupled_group_lasso(model)
     optimizer = make_optimizer(model, settings)
+    step = TrainingStep(model, optimizer, penalty, settings.precision)
     learning_rate = cosine_anneal(0)
     sparsity = linear_warmup(settings.sparsity_delay, settings.sparsity_ramp)
     head = describe_run(settings, dataset, device, model, quantized)
@@ -93,8 +95,8 @@ def run(settings: Settings, live: "LiveLine") -> int:
             began = time.perf_counter()
             set_learning_rates(optimizer, learning_rate(epoch, settings.epochs))
             weight = settings.sparsity_weight * sparsity(epoch, settings.epochs)
-            losses = train_epoch(model, optimizer, train_batches, epoch, penalty, weight, live.steps(epoch))
-            accuracy = measure_accuracy(model, test_batches)
+            losses = train_epoch(step, train_batches, epoch, weight, live.steps(epoch))
+            accuracy = measure_accuracy(model, test_batches, settings.precision)
             with torch.no_grad():
                 penalty_now = penalty(model).item()
             compression = evaluator.evaluate(model)
@@ -136,7 +138,7 @@ def describe_run(
     )
     lines = [
         f"Versions:  {', '.join(f'{k} {v}' for k, v in versions.items())}",
-        f"Device:    {describe_device(device)}, float32"
+        f"Device:    {describe_device(device)}, {PRECISIONS[settings.precision]}"
         + (" (auto: no CUDA or MPS here)" if settings.device == "auto" and device.type == "cpu" else ""),
         f"Preset:    {settings.preset}, {settings.epochs} epochs of batches of {settings.batch_size}, "
         f"seed {settings.seed}",
@@ -149,7 +151,7 @@ def describe_run(
         "lines": lines,
         "versions": versions,
         "device": describe_device(device),
-        "precision": "float32",
+        "precision": PRECISIONS[settings.precision],
         "threads": torch.get_num_threads(),
         "data": {"name": dataset.name, "source": dataset.source, "synthetic": dataset.synthetic,
                  "train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)},

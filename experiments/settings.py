@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = {"float32": "float32", "bf16": "bf16 convolutions (all else float32)"}
 DATA = ("auto", "cifar10", "synthetic")
 
 
@@ -28,6 +29,7 @@ class Settings:
     seed: int = _setting(0, "of the weights, the order of the images, and the augmentation")
     device: str = _setting("auto", "auto: CUDA, else MPS, else the CPU", DEVICES)
     threads: int | None = _setting(None, "CPU threads; without it, one a core that this process may use")
+    precision: str = _setting("float32", "bf16: faster convolutions, other digits", tuple(PRECISIONS))
     data: str = _setting("auto", "auto: CIFAR-10 if it can be had, else the built-in stand-in", DATA)
     data_dir: Path = _setting(Path("data"), "folder that holds, or will hold, cifar-10-batches-py")
     output_dir: Path = _setting(Path("debug_output"), "folder for the pictures and history.json")

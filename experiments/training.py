@@ -15,6 +15,7 @@ from experiments.data import TestBatches, TrainBatches
 from experiments.settings import Settings
 from utils_quantization import quantizers
 
+LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, seconds since the epoch began
 
 
@@ -36,101 +37,174 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     deadzone = [q.logit_dz for q in quantizers(model).values() if q.logit_dz.requires_grad]
     logits = {id(p) for p in bit + deadzone}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in logits]
+    assert len(weights) + len(bit) + len(deadzone) == sum(p.requires_grad for p in model.parameters())
+    device = weights[0].device
     groups: list[dict[str, Any]] = [
-        {
-            "name": "weights",
-            "params": weights,
-            "lr": settings.weights_lr,
-            "weight_decay": settings.weights_decay,
-        },
-        {"name": "bit", "params": bit, "lr": settings.bit_lr, "weight_decay": settings.bit_decay},
-        {
-            "name": "deadzone",
-            "params": deadzone,
-            "lr": settings.deadzone_lr,
-            "weight_decay": settings.deadzone_decay,
-        },
+        _group("weights", weights, settings.weights_lr, settings.weights_decay, device),
+        _group("bit", bit, settings.bit_lr, settings.bit_decay, device),
+        _group("deadzone", deadzone, settings.deadzone_lr, settings.deadzone_decay, device),
     ]
-    trained = sum(p.requires_grad for p in model.parameters())
-    assert sum(len(g["params"]) for g in groups) == trained, "the groups do not partition the parameters"
-    for group in groups:
-        group["peak_lr"] = group["lr"]
-    return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")
+
+
+def _group(
+    name: str, params: list[nn.Parameter], lr: float, decay: float, device: torch.device
+) -> dict[str, Any]:
+    """On CUDA the learning rate is a tensor on the device, so that a captured step sees it change."""
+    now = torch.tensor(lr, device=device) if device.type == "cuda" else lr
+    return {"name": name, "params": params, "lr": now, "peak_lr": lr, "weight_decay": decay}
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's learning rate becomes `factor` times its setting."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["peak_lr"] * factor)
+        else:
+            group["lr"] = group["peak_lr"] * factor
+
+
+class TrainingStep:
+    """One step: forward pass, loss, backward pass, optimizer. On CUDA it is replayed from a captured graph.
+
+    A ResNet-20's step is thousands of small kernels, which take the host longer to launch than the device to
+    run; a graph launches them all at once. Nothing here makes the host wait for an accelerator.
+    """
+
+    EAGER_STEPS = 3  # before a graph is captured: cuDNN and the optimizer set up their state in them
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        penalty: Callable[[nn.Module], Tensor],
+        precision: str = "float32",
+    ) -> None:
+        self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision
+        self.device = next(model.parameters()).device
+        self.sparsity_weight = torch.zeros((), device=self.device)
+        self.graphs: dict[tuple[bool, int], _Graph] = {}
+        self.seen: dict[tuple[bool, int], int] = {}
+
+    def __call__(self, images: Tensor, labels: Tensor, sparsity_weight: float) -> Tensor:
+        """Take the step; returns (2,): the loss trained on, and its cross-entropy part.
+
+        Raises: on the CPU FloatingPointError where the loss is not finite, before the optimizer moves.
+        """
+        # At weight 0 the penalty's gradient is 0: it is not worth its time.
+        penalised = sparsity_weight != 0
+        self.sparsity_weight.fill_(sparsity_weight)
+        if self.device.type != "cuda":
+            return self._run(images, labels, penalised)
+        key = (penalised, len(labels))
+        self.seen[key] = self.seen.get(key, 0) + 1
+        if key not in self.graphs and self.seen[key] <= self.EAGER_STEPS:
+            return self._run(images, labels, penalised)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(images, labels, penalised)
+        return self.graphs[key].replay(images, labels)
+
+    def _run(self, images: Tensor, labels: Tensor, penalised: bool) -> Tensor:
+        # A captured graph writes its gradients where they were at its capture: keep them there.
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
+        with parametrize.cached():  # each quantizer once a step, for the forward pass and the penalty
+            with autocast(self.device, self.precision):
+                logits = self.model(images)
+            cross_entropy = F.cross_entropy(logits.float(), labels)
+            loss = (
+                cross_entropy + self.sparsity_weight * self.penalty(self.model)
+                if penalised
+                else cross_entropy
+            )
+        loss.backward()
+        if self.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        self.optimizer.step()
+        return torch.stack((loss.detach(), cross_entropy.detach()))
+
+    def _capture(self, images: Tensor, labels: Tensor, penalised: bool) -> "_Graph":
+        self.optimizer.zero_grad(set_to_none=True)
+        images, labels = images.clone(), labels.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            losses = self._run(images, labels, penalised)
+        return _Graph(graph, images, labels, losses)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured step and the tensors that it reads from and writes to."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor
+    labels: Tensor
+    losses: Tensor
+
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.losses
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 for convolutions and classifier under precision "bf16"; quantizers and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: TrainingStep,
     batches: TrainBatches,
     epoch: int,
-    penalty: Callable[[nn.Module], Tensor],
     sparsity_weight: float,
     progress: Progress | None = None,
 ) -> EpochLosses:
     """One pass over the training set; the gradients of its last step stay in place.
 
-    Nothing in the loop makes the host wait for an accelerator: sums stay there until the epoch's end.
     Raises: NotFiniteError with the step (from 1) and the first layer concerned. On the CPU, where each loss
         is looked at, the weights are then those before that step; on other devices they are not.
     """
-    model.train()
-    device = batches.device
-    losses: list[tuple[Tensor, Tensor, int]] = []
+    step.model.train()
+    losses = torch.zeros(len(batches), 2, device=step.device)
+    sizes = torch.zeros(len(batches), 1, dtype=torch.double)
     started = time.perf_counter()
-    for step, (images, labels) in enumerate(batches.epoch(epoch)):
-        optimizer.zero_grad()
+    for i, (images, labels) in enumerate(batches.epoch(epoch)):
         try:
-            with parametrize.cached():
-                cross_entropy = F.cross_entropy(model(images), labels)
-                # At weight 0 the penalty's gradient is 0: it is not worth its time.
-                loss = cross_entropy + sparsity_weight * penalty(model) if sparsity_weight else cross_entropy
-            loss.backward()
-        except ValueError as error:  # a quantizer refused its weight
-            raise NotFiniteError(_not_finite(model, images, step)) from error
-        if device.type == "cpu" and not math.isfinite(loss.item()):
-            raise NotFiniteError(_not_finite(model, images, step))
-        optimizer.step()
-        losses.append((loss.detach(), cross_entropy.detach(), len(labels)))
+            losses[i] = step(images, labels, sparsity_weight)
+        except (FloatingPointError, ValueError) as error:  # ValueError: a quantizer refused its weight
+            raise NotFiniteError(_not_finite(step, images, i)) from error
+        sizes[i] = len(labels)
         if progress:
-            progress(step + 1, len(batches), time.perf_counter() - started)
-    sums = torch.stack([torch.stack((a, b)) for a, b, _ in losses]).double().cpu()  # (steps, 2)
+            progress(i + 1, len(batches), time.perf_counter() - started)
+    sums = losses.double().cpu()
     if not sums.isfinite().all():
-        first = int((~sums.isfinite()).any(1).nonzero()[0])
-        raise NotFiniteError(_not_finite(model, images, first))
-    sizes = torch.tensor([n for _, _, n in losses], dtype=torch.double)
-    loss_mean, cross_entropy_mean = ((sums * sizes[:, None]).sum(0) / sizes.sum()).tolist()
-    return EpochLosses(loss_mean, cross_entropy_mean)
+        raise NotFiniteError(_not_finite(step, images, int((~sums.isfinite()).any(1).nonzero()[0])))
+    loss, cross_entropy = ((sums * sizes).sum(0) / sizes.sum()).tolist()
+    return EpochLosses(loss, cross_entropy)
 
 
 @torch.no_grad()
-def _not_finite(model: nn.Module, images: Tensor, step: int) -> str:
+def _not_finite(step: TrainingStep, images: Tensor, index: int) -> str:
     """Where the numbers stop being finite: a stored parameter, the images, or a layer's output."""
-    where = next((f"parameter {n}" for n, p in model.named_parameters() if not p.isfinite().all()), None)
+    where = next((f"parameter {n}" for n, p in step.model.named_parameters() if not p.isfinite().all()), None)
     if where is None and not images.isfinite().all():
         where = "the images themselves"
     if where is None:
-        where = _first_layer_not_finite(model, images) or "the loss, every layer's output being finite"
-    return f"the loss is not finite at step {step + 1}; the first numbers that are not finite: {where}"
+        where = _first_layer_not_finite(step, images) or "the loss, every layer's output being finite"
+    return f"the loss is not finite at step {index + 1}; the first numbers that are not finite: {where}"
 
 
-def _first_layer_not_finite(model: nn.Module, images: Tensor) -> str | None:
+def _first_layer_not_finite(step: TrainingStep, images: Tensor) -> str | None:
     found: list[str] = []
 
     def look(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda module, inputs, output: None if output.isfinite().all() else found.append(name)
 
-    leaves = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
-    ]
+    leaves = [(n, m) for n, m in step.model.named_modules() if isinstance(m, LAYERS)]
     hooks = [module.register_forward_hook(look(f"the output of {name}")) for name, module in leaves]
     try:
-        model(images)
+        with autocast(step.device, step.precision):
+            step.model(images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -138,12 +212,13 @@ def _first_layer_not_finite(model: nn.Module, images: Tensor) -> str | None:
 
 
 @torch.inference_mode()
-def measure_accuracy(model: nn.Module, batches: TestBatches) -> float:
+def measure_accuracy(model: nn.Module, batches: TestBatches, precision: str = "float32") -> float:
     """Share of the test images whose largest logit is their label's."""
     model.eval()
-    correct = torch.zeros((), dtype=torch.long, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    correct = torch.zeros((), dtype=torch.long, device=device)
     total = 0
-    with parametrize.cached():
+    with parametrize.cached(), autocast(device, precision):
         for images, labels in batches:
             correct += (model(images).argmax(1) == labels).sum()
             total += len(labels)

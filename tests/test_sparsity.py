@@ -152,8 +152,8 @@ def test_a_group_that_lies_in_the_dead_zone_has_gradient_zero_though_its_weights
     for name, kind, i in members:
         w = model.get_submodule(name).weight
         assert not (w[i] if kind == "filter" else w[:, i]).any()
-    # Each of these weights lies in a second group too, an alive one, but has the value 0 there: the derivative
-    # w/|w| of that group's norm is 0 for it as well.
+    # Each of these weights lies in a second group too, an alive one, but has the value 0 there: the
+    # derivative w/|w| of that group's norm is 0 for it as well.
     assert not grads["layer2.1.conv1.parametrizations.weight.original"][5].any()
     assert not grads["layer2.1.conv2.parametrizations.weight.original"][:, 5].any()
 
