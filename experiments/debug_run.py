@@ -28,12 +28,13 @@ from experiments.evaluator import Compression, Evaluator
 from experiments.files import OutputError, prepare_folder, write_json
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import PRECISIONS, Settings, parse_settings
-from experiments.sparsity import coupled_group_lasso
+from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import (
     NotFiniteError,
     TrainingStep,
     make_optimizer,
     measure_accuracy,
+    renew_batch_norms,
     set_learning_rates,
     train_epoch,
 )
@@ -66,8 +67,6 @@ def run(settings: Settings, live: "LiveLine") -> int:
     model = resnet20().to(device)
     evaluator = Evaluator(model)
     quantized = attach_weight_quantizers(model, settings.exclude_layers, DeadZoneLDZCompander, {})
-    if not quantized:
-        raise ValueError("--exclude-layers leaves no layer to quantize; exclude fewer")
     if device.type != "mps":  # where channels_last has given wrong batch-norm gradients
         model.to(memory_format=torch.channels_last)
     prepare_folder(settings.output_dir)
@@ -77,8 +76,9 @@ def run(settings: Settings, live: "LiveLine") -> int:
     train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device)
     test_batches = TestBatches(dataset, device)
     penalty = coupled_group_lasso(model)
-    optimizer = make_optimizer(model, settings)
-    step = TrainingStep(model, optimizer, penalty, settings.precision)
+    optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
+    keep_dead = keep_dead_slices(model) if settings.keep_dead else None
+    step = TrainingStep(model, optimizer, penalty, settings.precision, keep_dead)
     learning_rate = cosine_anneal(0)
     sparsity = linear_warmup(settings.sparsity_delay, settings.sparsity_ramp)
     head = describe_run(settings, dataset, device, model, quantized)
@@ -96,6 +96,10 @@ def run(settings: Settings, live: "LiveLine") -> int:
             set_learning_rates(optimizer, learning_rate(epoch, settings.epochs))
             weight = settings.sparsity_weight * sparsity(epoch, settings.epochs)
             losses = train_epoch(step, train_batches, epoch, weight, live.steps(epoch))
+            if settings.batch_norm_batches:
+                renew_batch_norms(
+                    model, train_batches, epoch, settings.batch_norm_batches, settings.precision
+                )
             accuracy = measure_accuracy(model, test_batches, settings.precision)
             with torch.no_grad():
                 penalty_now = penalty(model).item()
@@ -108,7 +112,7 @@ def run(settings: Settings, live: "LiveLine") -> int:
                 "sparsity_weight": weight,
                 "accuracy": accuracy,
                 **sparsities(compression),
-                "layers": layer_records(model, compression, start),
+                "layers": recorded_layers(model, compression, start),
                 "seconds": time.perf_counter() - began,
             })  # fmt: skip
             live.say(table_row(records[-1]))
@@ -199,7 +203,7 @@ def logits(model: nn.Module) -> dict[str, dict[str, float]]:
     }
 
 
-def layer_records(model: nn.Module, compression: Compression, start: dict[str, dict[str, float]]) -> Record:
+def recorded_layers(model: nn.Module, compression: Compression, start: dict[str, dict[str, float]]) -> Record:
     """What history.json keeps of each quantized layer at each epoch; gradients are the last step's."""
     counts = {layer.name: layer for layer in compression.count.layers}
     now, found = logits(model), quantizers(model)

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = {"float32": "float32", "bf16": "bf16 convolutions (all else float32)"}
+PRECISIONS = {
+    "float32": "float32",
+    "tf32": "TF32 convolutions (all else float32)",
+    "bf16": "bf16 convolutions (all else float32)",
+}
 DATA = ("auto", "cifar10", "synthetic")
 
 
@@ -29,7 +33,9 @@ class Settings:
     seed: int = _setting(0, "of the weights, the order of the images, and the augmentation")
     device: str = _setting("auto", "auto: CUDA, else MPS, else the CPU", DEVICES)
     threads: int | None = _setting(None, "CPU threads; without it, one a core that this process may use")
-    precision: str = _setting("float32", "bf16: faster convolutions, other digits", tuple(PRECISIONS))
+    precision: str = _setting(
+        "float32", "faster convolutions give other digits; tf32 is CUDA's alone", tuple(PRECISIONS)
+    )
     data: str = _setting("auto", "auto: CIFAR-10 if it can be had, else the built-in stand-in", DATA)
     data_dir: Path = _setting(Path("data"), "folder that holds, or will hold, cifar-10-batches-py")
     output_dir: Path = _setting(Path("debug_output"), "folder for the pictures and history.json")
@@ -39,15 +45,24 @@ class Settings:
         ("^conv1$", "^linear$"),
         "layers left in full precision: regular expressions looked for in their names",
     )
-    sparsity_weight: float = _setting(1e-2, "peak of the group lasso's coefficient")
+    sparsity_weight: float = _setting(4e-3, "peak of the group lasso's coefficient")
     sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
-    weights_lr: float = _setting(1e-3, "AdamW's learning rate for weights, biases and batch norms")
+    keep_dead: bool = _setting(
+        True, "while the penalty acts, filters and input slices quantized to zero stay zero"
+    )
+    batch_norm_batches: int = _setting(
+        10, "training batches over which batch-norm statistics are taken afresh before each test; 0: none"
+    )
+    weights_lr: float = _setting(8e-3, "AdamW's learning rate for weights, biases and batch norms")
     bit_lr: float = _setting(1e-2, "AdamW's learning rate for the bit-width logits")
     deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone logits")
     weights_decay: float = _setting(0.0, "AdamW's weight decay for weights, biases and batch norms")
-    bit_decay: float = _setting(0.1, "AdamW's weight decay for the bit-width logits")
+    bit_decay: float = _setting(0.3, "AdamW's weight decay for the bit-width logits")
     deadzone_decay: float = _setting(1.0, "AdamW's weight decay for the dead-zone logits")
+    logit_steps: int = _setting(
+        1960, "steps that the logits' rates are meant for: a longer run lowers them in proportion; 0: never"
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -64,13 +79,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plan": {
         "exclude_layers": ("conv1", "bn", "linear"),
         "sparsity_weight": 1.0,
+        "keep_dead": False,
+        "batch_norm_batches": 0,
+        "weights_lr": 1e-3,
         "bit_lr": 1e-3,
         "deadzone_lr": 1e-3,
         "bit_decay": 0.01,
         "deadzone_decay": 0.01,
+        "logit_steps": 0,
     },
 }
 
+NOT_NEGATIVE = ("batch_norm_batches", "logit_steps")
 AT_LEAST_ONE = ("epochs", "batch_size", "threads", "limit_train", "limit_test")
 MAX_SEED = 2**63 - 1
 
@@ -90,6 +110,8 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
     if item.name in AT_LEAST_ONE and value is not None and value < 1:
         raise ValueError(f"{name} is {value}; expected a whole number, 1 or more")
+    if item.name in NOT_NEGATIVE and value < 0:
+        raise ValueError(f"{name} is {value}; expected a whole number, 0 or more")
     if item.name == "seed" and not 0 <= value <= MAX_SEED:
         raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_SEED}")
     if item.type is float and not (math.isfinite(value) and value >= 0):
@@ -126,7 +148,9 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
     plan = PRESETS["plan"].get(item.name, MISSING)
     default = _shown(item.default) + ("" if plan is MISSING else f"; preset plan: {_shown(plan)}")
     kwargs: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {default})", "default": None}
-    if item.metadata["choices"]:
+    if item.type is bool:
+        kwargs["action"] = argparse.BooleanOptionalAction
+    elif item.metadata["choices"]:
         kwargs["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
     elif item.name == "exclude_layers":
         kwargs |= {"nargs": "*", "metavar": "PATTERN"}
@@ -138,6 +162,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -4,7 +4,7 @@ Source: Yuan & Lin 2006, eq. (2.1), without the sqrt(n_g) factor; groups as in s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,40 @@ def coupled_group_lasso(model: nn.Module) -> Callable[[nn.Module], Tensor]:
 
     Raises: ValueError if the model is not a ResNet of `resnet.py`.
     """
-    convolutions = [n for n, m in quantized_layers(model).items() if isinstance(m, nn.Conv2d)]
+    convolutions = _quantized_convolutions(model)
     groups = channel_groups(model, convolutions)
     return lambda model: _penalty(model, convolutions, groups)
+
+
+def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
+    """What keeps a dead slice dead: a function of the model that gives pairs (stored weight, its mask).
+
+    A mask is 0 on the filters, or on the input slices, whose quantized weights are all zero, and 1 elsewhere;
+    it broadcasts over the stored weight, to be multiplied with it after the optimizer's step. Without it the
+    batch norm behind a filter of zeros, whose variance is zero, magnifies the gradient that the
+    straight-through step hands to the stored weights, and throws them out of the dead zone again.
+
+    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    """
+    groups = channel_groups(model, _quantized_convolutions(model))
+    members = [member for g in groups for member in g.members]
+
+    @torch.no_grad()
+    def masks(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        pairs = []
+        for name, dim in members:
+            layer: Any = model.get_submodule(name)
+            others = (1, 2, 3) if dim == FILTERS else (0, 2, 3)
+            pairs.append(
+                (layer.parametrizations.weight.original, (layer.weight != 0).any(others, keepdim=True))
+            )
+        return pairs
+
+    return masks
+
+
+def _quantized_convolutions(model: nn.Module) -> list[str]:
+    return [n for n, m in quantized_layers(model).items() if isinstance(m, nn.Conv2d)]
 
 
 def _penalty(model: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroups]) -> Tensor:

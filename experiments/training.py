@@ -1,5 +1,6 @@
 """One epoch of training, one pass over the test set, and the optimizer they need."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -31,8 +32,14 @@ class EpochLosses:
     cross_entropy: float
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits."""
+def make_optimizer(model: nn.Module, settings: Settings, steps: int) -> torch.optim.AdamW:
+    """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits.
+
+    AdamW moves a logit by about its learning rate a step, whatever the gradient's size, and decays it by rate
+    times decay. So in a run of more than `settings.logit_steps` steps both rates shrink in proportion: the
+    logits then travel the same way, only slower.
+    """
+    pace = min(1.0, settings.logit_steps / steps) if settings.logit_steps else 1.0
     bit = [q.logit_bit for q in quantizers(model).values() if q.logit_bit.requires_grad]
     deadzone = [q.logit_dz for q in quantizers(model).values() if q.logit_dz.requires_grad]
     logits = {id(p) for p in bit + deadzone}
@@ -41,8 +48,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     device = weights[0].device
     groups: list[dict[str, Any]] = [
         _group("weights", weights, settings.weights_lr, settings.weights_decay, device),
-        _group("bit", bit, settings.bit_lr, settings.bit_decay, device),
-        _group("deadzone", deadzone, settings.deadzone_lr, settings.deadzone_decay, device),
+        _group("bit", bit, pace * settings.bit_lr, settings.bit_decay, device),
+        _group("deadzone", deadzone, pace * settings.deadzone_lr, settings.deadzone_decay, device),
     ]
     return torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")
 
@@ -79,8 +86,10 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         penalty: Callable[[nn.Module], Tensor],
         precision: str = "float32",
+        keep_dead: Callable[[nn.Module], list[tuple[Tensor, Tensor]]] | None = None,
     ) -> None:
         self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision
+        self.keep_dead = keep_dead
         self.device = next(model.parameters()).device
         self.sparsity_weight = torch.zeros((), device=self.device)
         self.graphs: dict[tuple[bool, int], _Graph] = {}
@@ -116,10 +125,14 @@ class TrainingStep:
                 if penalised
                 else cross_entropy
             )
+            kept = self.keep_dead(self.model) if self.keep_dead and penalised else []
         loss.backward()
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()}")
         self.optimizer.step()
+        with torch.no_grad():
+            for weight, mask in kept:
+                weight.mul_(mask)
         return torch.stack((loss.detach(), cross_entropy.detach()))
 
     def _capture(self, images: Tensor, labels: Tensor, penalised: bool) -> "_Graph":
@@ -209,6 +222,29 @@ def _first_layer_not_finite(step: TrainingStep, images: Tensor) -> str | None:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
+
+
+@torch.no_grad()
+def renew_batch_norms(
+    model: nn.Module, batches: TrainBatches, epoch: int, count: int, precision: str = "float32"
+) -> None:
+    """Take every batch norm's running statistics afresh: the plain mean over `count` training batches.
+
+    While thresholds flip weights in and out of the dead zone from step to step, the running averages describe
+    networks of some steps ago, not the one that is tested. The weights do not change.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    model.train()
+    device = next(model.parameters()).device
+    with parametrize.cached(), autocast(device, precision):
+        for images, _ in itertools.islice(batches.epoch(epoch), count):
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 @torch.inference_mode()

@@ -96,8 +96,8 @@ class DeadZoneLDZCompander(nn.Module):
     """Uniform quantizer with a learnable dead zone and a learnable bit-width, for one weight tensor.
 
     >>> quantizer = DeadZoneLDZCompander(max_bits=8, init_bit_logit=3.0)
-    >>> quantizer.get_bitwidth()
-    tensor([8.])
+    >>> quantizer.get_bitwidth().item()
+    8.0
 
     Shapes: forward, any floating -> the same. `logit_bit` and `logit_dz` are (1,).
     Errors: ValueError if w is empty, is not floating point or, on the CPU, holds a number that is not

@@ -1,4 +1,4 @@
-"""Networks with planted deaths for the tests, and what the tests may know of them without `src/channels.py`."""
+"""Networks with planted deaths, and what the tests can know of them without `src/channels.py`."""
 
 import copy
 from collections.abc import Iterator
@@ -117,14 +117,14 @@ def run(model: nn.Module, x: Tensor) -> Run:
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     handles = []
+
+    def keep(_: nn.Module, __: tuple[Tensor, ...], out: Tensor, name: str) -> None:
+        # Never the tensor itself: the network adds and clamps in place.
+        outputs[name] = F.relu(out) if name.endswith("conv1") else out.clone()
+
     for name, conv, bn in convolutions(model):
         handles.append(conv.register_forward_pre_hook(lambda _, args, n=name: inputs.update({n: args[0]})))
-        relu = name.endswith("conv1")
-        handles.append(
-            bn.register_forward_hook(
-                lambda _, __, out, n=name, relu=relu: outputs.update({n: F.relu(out) if relu else out})
-            )
-        )
+        handles.append(bn.register_forward_hook(lambda m, args, out, n=name: keep(m, args, out, n)))
     handles.append(model.linear.register_forward_pre_hook(lambda _, args: inputs.update({"linear": args[0]})))
     logits = model(x)
     for handle in handles:
@@ -201,15 +201,20 @@ def _gradients(pipes: ResNet, x: Tensor) -> tuple[dict[str, Tensor], dict[str, T
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Tensor] = {}
 
-    def tap(_: nn.Module, args: tuple[Tensor], name: str) -> tuple[Tensor]:
+    def tap_input(_: nn.Module, args: tuple[Tensor], name: str) -> tuple[Tensor]:
         entering[name] = args[0].clone().requires_grad_()
         return (entering[name],)
 
     for name, module in pipes.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_pre_hook(lambda m, args, n=name: tap(m, args, n))
+            module.register_forward_pre_hook(lambda m, args, n=name: tap_input(m, args, n))
+
+    def tap_output(_: nn.Module, __: tuple[Tensor], out: Tensor, name: str) -> Tensor:
+        leaving[name] = out
+        return out.clone()  # the network adds and clamps in place
+
     for name, _, bn in convolutions(pipes):
-        bn.register_forward_hook(lambda _, __, out, n=name: leaving.update({n: out}))
+        bn.register_forward_hook(lambda m, args, out, n=name: tap_output(m, args, out, n))
     everything = pipes(x).sum()
     tensors = list(entering.values()) + list(leaving.values())
     grads = torch.autograd.grad(everything, tensors)

@@ -1,4 +1,4 @@
-"""The states of channels, against the network itself and against autograd on the same network as bare pipes."""
+"""The states of channels, against the network itself and against autograd on its bare pipes."""
 
 import copy
 from collections.abc import Collection
@@ -15,9 +15,9 @@ from planted import (
     SMALL,
     Deaths,
     convolutions,
-    planted_deaths,
     images,
     norm_of,
+    planted_deaths,
     plumbing,
     random_network,
     run,
@@ -220,9 +220,8 @@ def test_dead_columns_of_the_classifier_silence_the_last_block_alone():
         unread(model, "linear", channel)
     account = trace(model)
     assert account.layers["layer3.1.conv2"].states[[0, 20, 63]].tolist() == [NULL] * 3
-    assert (
-        account.layers["layer3.0.conv2"].states[[0, 20, 63]].tolist() == [ALIVE] * 3
-    )  # layer3.1.conv1 reads
+    # layer3.1.conv1 still reads what comes before.
+    assert account.layers["layer3.0.conv2"].states[[0, 20, 63]].tolist() == [ALIVE] * 3
     assert not account.layers["linear"].inputs[[0, 20, 63]].any()
     assert int(account.layers["linear"].inputs.sum()) == 61
 
@@ -323,9 +322,8 @@ def test_a_constant_beside_zero_padding_is_a_map_and_not_a_number():
     with torch.no_grad():
         model.layer1[0].conv2.weight[5] = 0
         model.layer1[0].conv2.weight[5, 0] = 1.0
-    shift = (
-        trace(model).layers["layer1.0.conv2"].shift[5] * (1 + 1e-5) ** 0.5
-    )  # undo the batch norm's epsilon
+    scale = (1 + 1e-5) ** -0.5  # variance 1 and epsilon
+    shift = trace(model).layers["layer1.0.conv2"].shift[5] / scale
     assert shift[5, 5].item() == pytest.approx(9)  # nine ones under the kernel
     assert shift[0, 5].item() == pytest.approx(6)
     assert shift[0, 0].item() == pytest.approx(4)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from planted import (
     PLANTED,
     SMALL,
-    Deaths,
     convolutions,
     planted_deaths,
     plumbing,

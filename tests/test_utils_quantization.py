@@ -391,6 +391,7 @@ def test_a_mixed_mode_stays_mixed():
     before = {n: m.training for n, m in model.named_modules()}
     attach(model, PLAN)
     assert {n: m.training for n, m in model.named_modules() if n in before} == before
+    assert {n: q.training for n, q in quantizers(model).items()} == {n: before[n] for n in quantizers(model)}
 
 
 def test_the_device_of_a_model_stays_and_its_quantizers_come_to_it():

@@ -1,0 +1,376 @@
+"""How fast the run is: pairs of loops measured in turn, so that a busy machine slows both.
+
+    python -m experiments.benchmark
+    python -m experiments.benchmark --rounds 5 --data-dir ./data
+
+Prints a table with medians and spread, and one JSON object as its last line. The plan's loop is the loop as
+one would first write it: per-sample PIL transforms in a loader with two workers, the lasso as a loop over
+channels, the quantizer evaluated at every access, default memory layout and allocator, the loss read at each
+step.
+"""
+
+import argparse
+import functools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.data import MEAN, STD, Dataset, TestBatches, TrainBatches, load_dataset
+from experiments.debug_run import logits, recorded_layers
+from experiments.device import choose_device, describe_device, prepare_device
+from experiments.evaluator import Evaluator
+from experiments.settings import Settings
+from experiments.sparsity import coupled_group_lasso
+from experiments.training import TrainingStep, make_optimizer, measure_accuracy
+from resnet import ResNet, resnet20, resnet110
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers
+
+STEPS_AN_EPOCH = 98  # of 50,000 images in batches of 512
+LOOPS = ("plan", "float32", "bf16")
+WEIGHT = 1e-3  # of the lasso: any that is not 0
+
+Step = Callable[[Tensor, Tensor], Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure the speed of the training step and of an epoch.")
+    parser.add_argument("--rounds", type=int, default=5, help="times each pair is measured (default: 5)")
+    parser.add_argument("--steps", type=int, default=6, help="steps a measurement (default: 6)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="CIFAR-10, if it is there")
+    parser.add_argument("--device", default="auto", help="as for experiments.debug_run")
+    parser.add_argument(
+        "--only", choices=LOOPS, help="run one loop alone and print its median seconds a step"
+    )
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(seconds_a_step(arguments.only, arguments.data_dir, arguments.device, arguments.steps))
+        return 0
+    settings = Settings(device=arguments.device, data_dir=arguments.data_dir)
+    device = prepare_device(settings)
+    dataset = load_dataset("auto", arguments.data_dir, None, None, lambda text: print(text, flush=True))
+    print(
+        f"torch {torch.__version__}, {describe_device(device)}, {dataset.name}, batch {settings.batch_size}, "
+        f"{arguments.rounds} rounds of {arguments.steps} steps, in turn\n"
+    )
+    bench = Bench(dataset, settings, device, arguments.rounds, arguments.steps)
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "device": describe_device(device),
+        "data": dataset.name,
+    }
+    results |= against_the_plan(arguments) | bench.overheads() | bench.outside_the_steps()
+    results |= first_step(arguments.data_dir, arguments.device)
+    results |= peak_memory(arguments.data_dir, arguments.device)
+    print(json.dumps(results))
+    return 0
+
+
+class Bench:
+    """The measurements that share a data set and a device."""
+
+    def __init__(
+        self, dataset: Dataset, settings: Settings, device: torch.device, rounds: int, steps: int
+    ) -> None:
+        self.dataset, self.settings, self.device = dataset, settings, device
+        self.rounds, self.steps = rounds, steps
+
+    def overheads(self) -> dict[str, Any]:
+        """A quantized step over a plain one, float32 and bf16, and for ResNet-110 in a smaller batch."""
+        found: dict[str, Any] = {}
+        for precision in ("float32", "bf16"):
+            batch = self._batch(self.settings.batch_size)
+            found |= self._overhead(f"ResNet-20 {precision}", resnet20, batch, precision)
+        batch = self._batch(self.settings.batch_size // 4)
+        found |= self._overhead(f"ResNet-20 batch {len(batch[1])}", resnet20, batch, "float32")
+        return found | self._overhead(f"ResNet-110 batch {len(batch[1])}", resnet110, batch, "float32")
+
+    def _overhead(
+        self, what: str, build: Callable[[], ResNet], batch: tuple[Tensor, Tensor], precision: str
+    ) -> dict[str, Any]:
+        loops = {
+            kind: _repeat(our_step(build(), self.settings, self.device, precision, quantize), batch)
+            for kind, quantize in (("plain", False), ("quantized", True))
+        }
+        return self._compare(f"step, {what}", loops, "plain")
+
+    def _batch(self, size: int) -> tuple[Tensor, Tensor]:
+        return next(iter(TrainBatches(self.dataset, size, 0, self.device).epoch(0)))
+
+    def _compare(self, what: str, loops: dict[str, Iterator[None]], base: str) -> dict[str, Any]:
+        """Rounds of a few steps each, in turn; the ratio is taken round by round."""
+        for loop in loops.values():  # set-up: cuDNN, the optimizer's state, graphs
+            self._timed(loop)
+        turns = {name: functools.partial(self._timed, loop) for name, loop in loops.items()}
+        return compare(what, turns, base, self.rounds, faster=False)
+
+    def _timed(self, loop: Iterator[None]) -> float:
+        return timed(loop, self.steps, self.device)
+
+    def outside_the_steps(self) -> dict[str, Any]:
+        """What an epoch spends on metrics and records, as a share of its training steps and test pass."""
+        model = quantized_model(resnet20(), self.device)
+        evaluator, start = Evaluator(model), logits(model)
+        penalty = coupled_group_lasso(model)
+        step = our_step(model, self.settings, self.device, "float32", quantize=True, attached=True)
+        batch = self._batch(self.settings.batch_size)
+        step(*batch)
+        test = TestBatches(self.dataset, self.device)
+        times: dict[str, list[float]] = {"training steps": [], "test pass": [], "metrics and records": []}
+        for _ in range(self.rounds):
+            times["training steps"].append(STEPS_AN_EPOCH * self._timed(_repeat(step, batch)))
+            times["test pass"].append(_seconds(lambda: measure_accuracy(model, test)))
+            times["metrics and records"].append(
+                _seconds(
+                    lambda: (recorded_layers(model, evaluator.evaluate(model), start), penalty(model).item())
+                )
+            )
+        share = [m / (a + t) for a, t, m in zip(*times.values(), strict=True)]
+        for name, values in times.items():
+            print(f"{'epoch: ' + name:<44} {spread(values, ' s')}", flush=True)
+        print(
+            f"{'epoch: outside steps and test pass':<44} {100 * statistics.median(share):.2f} %", flush=True
+        )
+        return {f"epoch: {k}": summary(v) for k, v in times.items()} | {
+            "epoch: share outside": summary(share)
+        }
+
+
+def timed(loop: Iterator[None], steps: int, device: torch.device) -> float:
+    """Median seconds a step."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        next(loop)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def compare(
+    what: str, turns: Mapping[str, Callable[[], float]], base: str, rounds: int, faster: bool
+) -> dict[str, Any]:
+    """Seconds a step of each, measured in turn; the ratio is taken round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            seconds[name].append(turn())
+    found: dict[str, Any] = {}
+    for name, times in seconds.items():
+        ratios = [b / t if faster else t / b for b, t in zip(seconds[base], times, strict=True)]
+        found[f"{what}: {name}"] = summary(times, ratios)
+        print(f"{what + ': ' + name:<44} {spread(times, ' s')}   {spread(ratios, 'x')}", flush=True)
+    return found
+
+
+def against_the_plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds a step, its batch included, of the plan's loop and of ours, each in a process of its own."""
+
+    def turn(kind: str) -> Callable[[], float]:
+        command = [sys.executable, "-m", "experiments.benchmark", "--only", kind]
+        command += ["--data-dir", str(arguments.data_dir), "--device", arguments.device]
+        command += ["--steps", str(max(arguments.steps, 8))]
+        return lambda: float(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
+
+    turns = {kind: turn(kind) for kind in LOOPS}
+    return compare("step, data included", turns, "plan", arguments.rounds, faster=True)
+
+
+def seconds_a_step(kind: str, data_dir: Path, device_name: str, steps: int) -> float:
+    """Median seconds a step of one of `LOOPS`, after a few steps of set-up."""
+    settings = Settings(device=device_name)
+    device = choose_device(device_name) if kind == "plan" else prepare_device(settings)
+    dataset = load_dataset("auto", data_dir, None, None, print)
+    loop = (
+        plan_loop(dataset, settings, device) if kind == "plan" else our_loop(dataset, settings, device, kind)
+    )
+    timed(loop, 5, device)
+    return timed(loop, steps, device)
+
+
+def summary(values: list[float], ratios: list[float] | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return found | ({"ratio": summary(ratios)} if ratios else {})
+
+
+def spread(values: list[float], unit: str) -> str:
+    return f"{statistics.median(values):8.3f}{unit} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _repeat(step: Step, batch: tuple[Tensor, Tensor]) -> Iterator[None]:
+    while True:
+        step(*batch)
+        yield
+
+
+def quantized_model(model: ResNet, device: torch.device) -> ResNet:
+    """As the debug run has it: 18 of ResNet-20's convolutions quantized, channels_last."""
+    attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def our_step(
+    model: ResNet,
+    settings: Settings,
+    device: torch.device,
+    precision: str,
+    quantize: bool,
+    attached: bool = False,
+) -> Step:
+    """The debug run's training step; without `quantize`, the same network with no quantizers and no lasso."""
+    if quantize and not attached:
+        quantized_model(model, device)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
+    weight = WEIGHT if quantize else 0.0
+    step = TrainingStep(
+        model, make_optimizer(model, settings, STEPS_AN_EPOCH), coupled_group_lasso(model), precision
+    )
+    return lambda images, labels: step(images, labels, weight)
+
+
+def our_loop(dataset: Dataset, settings: Settings, device: torch.device, precision: str) -> Iterator[None]:
+    step = our_step(resnet20(), settings, device, precision, quantize=True)
+    batches = TrainBatches(dataset, settings.batch_size, settings.seed, device)
+    for epoch in range(10**6):
+        for images, labels in batches.epoch(epoch):
+            if len(labels) == settings.batch_size:
+                step(images, labels)
+                yield
+
+
+# The plan's loop.
+
+
+class PilImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """The training set as torchvision's CIFAR10 gives it: one PIL image at a time, through its transforms."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        from torchvision import transforms
+
+        self.images = dataset.train_images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, 32, 32, 3)
+        self.labels = dataset.train_labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def plan_loop(dataset: Dataset, settings: Settings, device: torch.device) -> Iterator[None]:
+    model = resnet20()
+    attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
+    model.to(device).train()
+    groups = make_optimizer(model, settings, STEPS_AN_EPOCH).param_groups
+    options = [
+        {k: float(g[k]) if k == "lr" else g[k] for k in ("params", "lr", "weight_decay")} for g in groups
+    ]
+    optimizer = torch.optim.AdamW(options)
+    loader = torch.utils.data.DataLoader(
+        PilImages(dataset), settings.batch_size, shuffle=True, num_workers=2, drop_last=True
+    )
+    while True:
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels) + WEIGHT * looped_lasso(model)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            yield
+
+
+def looped_lasso(model: ResNet) -> Tensor:
+    """The coupled group lasso, channel by channel; a dead channel would have a NaN gradient here."""
+    total = torch.zeros((), device=next(model.parameters()).device)
+    stages: list[Any] = [list(stage) for stage in (model.layer1, model.layer2, model.layer3)]
+    for index, blocks in enumerate(stages):
+        for block in blocks:
+            first, second = block.conv1.weight, block.conv2.weight
+            for i in range(len(first)):
+                total = total + (first[i].square().sum() + second[:, i].square().sum()).sqrt()
+        filters = [block.conv2.weight for block in blocks]
+        readers = [block.conv1.weight for block in blocks[1:]]
+        if index + 1 < len(stages):
+            readers.append(stages[index + 1][0].conv1.weight)
+        for c in range(len(filters[0])):
+            squares = [w[c].square().sum() for w in filters] + [w[:, c].square().sum() for w in readers]
+            total = total + torch.stack(squares).sum().sqrt()
+    return total
+
+
+# Whole commands.
+
+
+def first_step(data_dir: Path, device: str) -> dict[str, Any]:
+    """Seconds from the command to the end of its first training step, watched on a pseudo-terminal."""
+    seconds = [_until_first_step(data_dir, device) for _ in range(3)]
+    print(f"{'command to the end of its first step':<44} {spread(seconds, ' s')}", flush=True)
+    return {"command to first step": summary(seconds)}
+
+
+def _until_first_step(data_dir: Path, device: str) -> float:
+    import pty
+
+    ours, theirs = pty.openpty()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        process = _debug_run(data_dir, device, folder, stdout=theirs)
+        os.close(theirs)
+        seen = b""
+        try:
+            while b"step 1/" not in seen:
+                seen = seen[-100:] + os.read(ours, 4096)
+            return time.perf_counter() - start
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
+
+
+def peak_memory(data_dir: Path, device: str) -> dict[str, Any]:
+    """Peak resident memory of a short run at batch 512 with every training image loaded, bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        _debug_run(data_dir, device, folder, "--epochs", "1", "--limit-train", "4096").wait()
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{'peak memory, batch 512':<44} {peak / 1e9:8.3f} GB", flush=True)
+    return {"peak memory bytes": peak}
+
+
+def _debug_run(
+    data_dir: Path, device: str, folder: str, *more: str, stdout: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "experiments.debug_run", "--data-dir", str(data_dir), "--device", device]
+    return subprocess.Popen([*command, "--output-dir", folder, *more], stdout=stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

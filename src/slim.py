@@ -1,0 +1,280 @@
+"""The smaller network: a plain module without quantizers, with every channel that can go gone for good.
+
+It gives the logits of the (fake-quantized) network in evaluation mode, to the rounding of its dtype, and does
+exactly the multiplications that `metrics.py` counts as structured MACs. Which channels go is settled in
+src/channels.py:
+
+    alive      stays, in a smaller convolution with the batch norm folded in
+    constant   goes into the shift of whatever reads it: a number a channel or, beside zero padding, where the
+               reader meets fewer copies of the constant, a map
+    null       goes
+
+Weights are (O, I, kh, kw), activations (N, C, H, W). Layers keep the names that they have in `resnet.py`.
+"""
+
+import copy
+from collections import OrderedDict
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet import BasicBlock
+from src.channels import trace_channels
+from utils_quantization import quantized_layers
+
+
+@torch.no_grad()
+def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
+    """The smaller network of a ResNet of `resnet.py`, quantized or not; of its dtype and on its device.
+
+    The model is read as in evaluation mode, whatever mode it is in, and nothing of it changes. The folding is
+    done in float64. Where a shift is a map, the network takes images of `input_size` only.
+
+    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    """
+    like = next(model.parameters())
+    builder = _Builder(without_quantizers(model), input_size, like.dtype)
+    return builder.network().to(like.device).eval()
+
+
+@torch.no_grad()
+def without_quantizers(model: nn.Module) -> nn.Module:
+    """A copy of the model that stores the weights which its layers compute with."""
+    plain = {id(layer): _plain_layer(layer) for layer in quantized_layers(model).values()}
+    return copy.deepcopy(model, plain)
+
+
+def _plain_layer(layer: Any) -> nn.Module:
+    """A copy of the layer as it was before it got its quantizer, with the quantized weight.
+
+    `remove_parametrizations` on a copy would take the weight from the original too: they share a class.
+    """
+    plain: Any = nn.Module.__new__(type(layer).__bases__[0])
+    plain.__dict__ = copy.deepcopy(layer.__dict__)
+    del plain.parametrizations
+    plain.weight = nn.Parameter(layer.weight.clone())
+    return plain
+
+
+class ChannelSelection(nn.Module):
+    """Channels by their number, in the order given; the number behind the last is a channel of zeros.
+
+    >>> ChannelSelection(torch.tensor([2, 0, 3]), channels=3)(torch.tensor([[5.0, 6.0, 7.0]]))
+    tensor([[7., 5., 0.]])
+
+    Shapes: (N, C, ...) -> (N, len(index), ...).
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.with_zeros = bool((index == channels).any())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_zeros:
+            x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+        return x.index_select(1, self.index)
+
+
+class Shift(nn.Module):
+    """Adds a number to each channel, or a map (O, H, W), stored without its repeated rows and columns.
+
+    A constant differs only in the outermost pixels beside zero padding: 3 x 3 numbers a channel are the rule.
+
+    Shapes: (N, O, H, W) -> the same.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        values, rows = shift.unique(dim=1, return_inverse=True)
+        values, columns = values.unique(dim=2, return_inverse=True)
+        is_map = values[0].numel() > 1
+        self.values = nn.Parameter(values.contiguous())  # (O, h, w)
+        self.register_buffer("rows", rows if is_map else None)
+        self.register_buffer("columns", columns if is_map else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows is None or self.columns is None:
+            return x + self.values
+        return x + self.values.index_select(1, self.rows).index_select(2, self.columns)
+
+
+class SlimConvolution(nn.Module):
+    """A convolution with its batch norm: places(convolve(reads(x))), and the shift.
+
+    `reads` takes the input channels that the weights meet, `places` puts the outputs where they belong in the
+    residual stream. A shift of one number a channel is the convolution's bias, where nothing is placed.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, weight: Tensor, shift: Tensor, reads: nn.Module, places: nn.Module
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding = conv.stride, conv.padding
+        self.reads, self.places = reads, places
+        self.weight = nn.Parameter(weight)
+        as_module = Shift(shift)
+        is_bias = as_module.rows is None and isinstance(places, nn.Identity)
+        self.bias = nn.Parameter(as_module.values.flatten()) if is_bias else None
+        self.shift = nn.Identity() if is_bias else as_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.conv2d(self.reads(x), self.weight, self.bias, self.stride, self.padding)
+        return self.shift(self.places(out))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]} channels, stride={self.stride}"
+
+
+class SlimBlock(nn.Module):
+    """A block with something left in its branch."""
+
+    def __init__(self, conv1: SlimConvolution, conv2: SlimConvolution, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = conv1
+        self.conv2 = conv2
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(F.relu(self.conv1(x), inplace=True))
+        out += self.shortcut(x)
+        return F.relu(out, inplace=True)
+
+
+class DeadBlock(nn.Module):
+    """A block whose branch is constant: the shortcut and a shift."""
+
+    def __init__(self, shortcut: nn.Module, shift: Shift) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shift(self.shortcut(x)), inplace=True)
+
+
+class SlimClassifier(nn.Module):
+    """The classifier; a class without a weight left has a constant logit. (N, C) -> (N, classes)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, places: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)  # (classes,)
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.places, nn.Identity):
+            return F.linear(x, self.weight, self.bias)
+        return self.places(F.linear(x, self.weight)) + self.bias
+
+
+class SlimResNet(nn.Module):
+    """Stem, three stages of the blocks that still do something, average pool, classifier."""
+
+    def __init__(self, conv1: SlimConvolution, stages: list[nn.Sequential], linear: SlimClassifier) -> None:
+        super().__init__()
+        self.conv1 = conv1
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.conv1(x), inplace=True)
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.linear(out.mean((2, 3)))  # (N, C, H, W) -> (N, classes)
+
+
+class ConstantLogits(nn.Module):
+    """A network with nothing left: the same logits for every image. (N, 3, H, W) -> (N, classes)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.repeat(x.shape[0], 1)
+
+
+class _Builder:
+    """Builds the smaller network on the CPU: reads float64, stores `dtype`."""
+
+    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.plain = plain.cpu().double()
+        self.dtype = dtype
+        account = trace_channels(self.plain, input_size)
+        self.layers, self.streams = account.layers, account.streams
+
+    def network(self) -> nn.Module:
+        stem, classifier = self.layers["conv1"], self.layers["linear"]
+        if not classifier.inputs.any():
+            return ConstantLogits(classifier.shift.to(self.dtype))
+        image = torch.ones_like(stem.inputs)
+        conv1 = self.convolution("conv1", image, self.streams["conv1"].alive, stem.shift)
+        stages = {name: OrderedDict[str, nn.Module]() for name in ("layer1", "layer2", "layer3")}
+        for before, name in pairwise(self.streams):
+            stage, number = name.split(".")
+            block = self.block(name, before)
+            if block is not None:
+                stages[stage][number] = block
+        return SlimResNet(conv1, [nn.Sequential(s) for s in stages.values()], self.classifier())
+
+    def block(self, name: str, before: str) -> nn.Module | None:
+        """What is left of a block, on the stream behind `before`; None where it changes nothing."""
+        block = self.plain.get_submodule(name)
+        assert isinstance(block, BasicBlock)
+        given, stream = self.streams[before], self.streams[name]
+        assert stream.source is not None
+        inner, branch = self.layers[f"{name}.conv1"], self.layers[f"{name}.conv2"]
+        shortcut = _select(stream.source[stream.alive], given.alive)
+        if block.conv1.stride[0] > 1:  # a pool over one pixel: every second one, as in `PadShortcut`
+            shortcut = nn.Sequential(nn.AvgPool2d(1, block.conv1.stride[0]), shortcut)
+        # Where a constant came in by the shortcut and the branch makes the channel live again.
+        shift = branch.shift + block.shortcut(given.constant[None])[0]
+        if branch.outputs.any():
+            conv1 = self.convolution(f"{name}.conv1", given.alive, inner.outputs, inner.shift)
+            conv2 = self.convolution(f"{name}.conv2", inner.outputs, stream.alive, shift)
+            return SlimBlock(conv1, conv2, shortcut)
+        shift = shift[stream.alive]
+        if isinstance(shortcut, nn.Identity) and not shift.any():
+            return None  # the ReLU of what is a ReLU's output already
+        return DeadBlock(shortcut, Shift(shift.to(self.dtype)))
+
+    def convolution(self, name: str, given: Tensor, wanted: Tensor, shift: Tensor) -> SlimConvolution:
+        """From a tensor of the channels `given`, (I,) bool, to one of the channels `wanted`, (O,) bool."""
+        conv, bn = self.plain.get_submodule(name), self.plain.get_submodule(name.replace("conv", "bn"))
+        assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
+        assert bn.running_var is not None
+        layer = self.layers[name]
+        scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+        weight = (conv.weight * scale[:, None, None, None])[layer.outputs][:, layer.inputs]
+        reads, places = _select(_numbers(layer.inputs), given), _select(_numbers(wanted), layer.outputs)
+        return SlimConvolution(conv, weight.to(self.dtype), shift[wanted].to(self.dtype), reads, places)
+
+    def classifier(self) -> SlimClassifier:
+        linear, layer = self.plain.get_submodule("linear"), self.layers["linear"]
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight[layer.outputs][:, layer.inputs]
+        places = _select(torch.arange(len(layer.outputs)), layer.outputs)
+        return SlimClassifier(weight.to(self.dtype), layer.shift.to(self.dtype), places)
+
+
+def _numbers(flags: Tensor) -> Tensor:
+    return flags.nonzero().flatten()
+
+
+def _select(numbers: Tensor, held: Tensor) -> nn.Module:
+    """Takes channels by their numbers in the whole network, from a tensor of only those `held`, (C,) bool.
+
+    A channel that is not held, or has the number -1, is zero.
+    """
+    count = int(held.sum())
+    places = torch.where(held, held.cumsum(0) - 1, count)  # (C,)
+    index = torch.where(numbers >= 0, places[numbers], count)
+    return nn.Identity() if torch.equal(index, torch.arange(count)) else ChannelSelection(index, count)

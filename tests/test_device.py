@@ -1,0 +1,203 @@
+"""Where the run computes: which device is taken, how many threads, and an allocator that changes no digit."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import device
+from experiments.device import choose_device, describe_device, keep_freed_memory, prepare_device, usable_cores
+from experiments.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+ACCELERATORS = ["cuda", "mps"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with just these accelerators."""
+
+    def has(*kinds: str) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in kinds)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in kinds)
+
+    return has
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """`prepare_device` sets up the whole process: undone here, and the allocator left alone."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    asked: list[str] = []
+    monkeypatch.setattr(device, "keep_freed_memory", lambda: asked.append("asked"))
+    yield asked
+    torch.set_num_threads(threads)
+    cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# Which device
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"), [((), "cpu"), (("cuda",), "cuda"), (("mps",), "mps"), (("cuda", "mps"), "cuda")]
+)
+def test_auto_takes_cuda_else_mps_else_the_cpu(machine, there, taken):
+    machine(*there)
+    assert choose_device("auto") == torch.device(taken)
+
+
+@pytest.mark.parametrize("name", ["cpu", *ACCELERATORS])
+def test_a_device_named_is_taken_where_it_exists(machine, name):
+    machine(*ACCELERATORS)
+    assert choose_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_a_device_that_this_machine_lacks_is_refused_by_flag_and_name_with_those_it_has(machine, name):
+    (other,) = set(ACCELERATORS) - {name}
+    machine(other)
+    with pytest.raises(ValueError) as error:
+        choose_device(name)
+    sentence = str(error.value)
+    assert f"--device is '{name}'" in sentence
+    assert "cpu" in sentence and other in sentence.partition("has")[2]
+    assert "\n" not in sentence
+
+
+def test_a_device_that_is_missing_is_refused_before_anything_of_the_process_is_changed(machine, process):
+    machine()
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError):
+        prepare_device(Settings(device="cuda", threads=threads + 1))
+    assert torch.get_num_threads() == threads and process == []
+
+
+def test_the_device_is_described_with_its_threads():
+    threads = torch.get_num_threads()
+    assert describe_device(torch.device("cpu")) == f"cpu, {threads} threads"
+
+
+# Threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_threads_asked_for_are_used(process, threads):
+    prepare_device(Settings(device="cpu", threads=threads))
+    assert torch.get_num_threads() == threads
+
+
+def test_without_a_word_the_threads_are_the_cores_that_this_process_may_use_and_no_more(process, monkeypatch):
+    torch.set_num_threads(64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
+    assert usable_cores() == 3
+    prepare_device(Settings(device="cpu"))
+    assert torch.get_num_threads() == 3
+
+
+def test_fewer_threads_that_the_environment_asks_for_are_kept(process, monkeypatch):
+    torch.set_num_threads(2)  # as OMP_NUM_THREADS=2 leaves it
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert usable_cores() == 2
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(4, 4), (None, 1)])
+def test_where_affinity_is_unknown_the_cores_of_the_machine_count(process, monkeypatch, cores, expected):
+    torch.set_num_threads(64)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert usable_cores() == expected
+
+
+def test_the_run_asks_for_arithmetic_that_repeats(process):
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.allow_tf32 = True
+    prepare_device(Settings(device="cpu", threads=1))
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_the_allocator_is_set_up_on_the_cpu(process):
+    prepare_device(Settings(device="cpu", threads=1))
+    assert process == ["asked"]
+
+
+# The allocator
+
+WITH_AND_WITHOUT = """
+import hashlib, torch
+from experiments.data import Dataset, TrainBatches
+from experiments.device import keep_freed_memory
+from experiments.settings import Settings
+from experiments.sparsity import coupled_group_lasso
+from experiments.training import TrainingStep, make_optimizer, train_epoch
+from resnet import resnet20
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers
+
+torch.set_num_threads(1)
+
+def digits():
+    torch.manual_seed(0)
+    images, labels = torch.randint(256, (96, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (96,))
+    model = resnet20()
+    attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
+    model.to(memory_format=torch.channels_last)
+    step = TrainingStep(model, make_optimizer(model, Settings()), coupled_group_lasso(model))
+    batches = TrainBatches(Dataset("", "", True, images, labels, images, labels), 48, 0, "cpu")
+    losses = [train_epoch(step, batches, epoch, 0.01) for epoch in (0, 1)]
+    values = b"".join(v.contiguous().numpy().tobytes() for v in model.state_dict().values())
+    grads = b"".join(p.grad.contiguous().numpy().tobytes() for p in model.parameters())
+    return losses, hashlib.sha256(values + grads).hexdigest()
+
+without = digits()
+print(keep_freed_memory(), digits() == without, keep_freed_memory(), digits() == without)
+"""
+
+
+def test_keeping_freed_memory_changes_no_bit_of_losses_weights_and_gradients():
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_AND_WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    took_hold, same, again, still_same = done.stdout.split()
+    glibc = platform.libc_ver()[0] == "glibc"
+    assert took_hold == again == str(glibc)
+    assert same == still_same == "True"
+
+
+def test_on_other_systems_the_allocator_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("the C library was touched"))
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("error", [OSError("no such library"), None])
+def test_a_c_library_without_mallopt_is_no_error(monkeypatch, error):
+    class Bare:
+        """A C library with no function at all."""
+
+    def load(_: object) -> Bare:
+        if error:
+            raise error
+        return Bare()
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert keep_freed_memory() is False
+
+
+def test_an_allocator_that_refuses_is_not_said_to_have_taken_hold(monkeypatch):
+    class Refusing:
+        @staticmethod
+        def mallopt(*_: int) -> int:
+            return 0
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Refusing())
+    assert keep_freed_memory() is False

@@ -1,0 +1,294 @@
+"""The pictures: what is drawn, in which units, and that every word of it lies inside the picture."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from experiments.files import OutputError
+from experiments.plots import (
+    PADDING,
+    STATE_COLOURS,
+    accuracy_figure,
+    channel_liveness_figure,
+    per_layer_figure,
+    save_figure,
+    sparsity_figure,
+)
+from metrics import LayerCount, NetworkCount
+from src.channels import ChannelState
+
+ALIVE, CONSTANT, NULL = ChannelState.ALIVE, ChannelState.CONSTANT, ChannelState.NULL
+WHITE, BLACK = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+WARMUP = (5.0, 5.0)
+WHAT = "ResNet-20 on SYNTHETIC STAND-IN, NOT CIFAR-10, preset debug, epoch 20"  # as long as titles become
+
+
+def records(epochs: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": e,
+            "accuracy": 0.1 + 0.03 * e,
+            "cross_entropy": 2.3 - 0.1 * e,
+            "unstructured_sparsity": 0.04 * e,
+            "structured_sparsity": 0.005 * max(e - 10, 0),
+            "learned_bits": 8 - 0.2 * e,
+        }
+        for e in range(1, epochs + 1)
+    ]
+
+
+def layer(name: str, states: list[ChannelState], bits: int = 4, quantized: bool = True) -> LayerCount:
+    return LayerCount(
+        name=name, quantized=quantized, bits=bits, learned_bits=float(bits), weights=9 * len(states),
+        zero_weights=0, filters=len(states), zero_filters=0, states=tuple(int(s) for s in states),
+        dense_macs=1, structured_macs=1, unstructured_macs=1)  # fmt: skip
+
+
+COUNT = NetworkCount(
+    (
+        layer("conv1", [ALIVE, ALIVE], bits=32, quantized=False),
+        layer("layer1.0.conv1", [ALIVE, NULL, CONSTANT, NULL], bits=5),
+        layer("layer1.0.conv2", [NULL, NULL, NULL], bits=2),
+        layer("linear", [ALIVE] * 10, bits=32, quantized=False),
+    )
+)
+
+FIGURES = {
+    "accuracy": lambda: accuracy_figure(records(20), f"Accuracy: {WHAT}", WARMUP),
+    "sparsity": lambda: sparsity_figure(records(20), f"Sparsity and bits: {WHAT}", WARMUP),
+    "liveness": lambda: channel_liveness_figure(COUNT, f"Channels: {WHAT}"),
+    "per layer": lambda: per_layer_figure(COUNT, f"Channels and bits a layer: {WHAT}"),
+}
+every_figure = pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES.keys())
+over_epochs = pytest.mark.parametrize("make", [accuracy_figure, sparsity_figure])
+
+
+def curves(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+
+
+# Over the epochs
+
+
+def test_the_accuracy_curve_shows_percent_and_the_cross_entropy_beside_chance():
+    drawn = curves(accuracy_figure(records(20), "t", WARMUP))
+    epochs = list(range(1, 21))
+    assert drawn["test accuracy"] == (epochs, pytest.approx([10 + 3 * e for e in epochs]))
+    assert drawn["training cross-entropy"] == (epochs, pytest.approx([2.3 - 0.1 * e for e in epochs]))
+    assert set(drawn["chance"][1]) == {10}
+
+
+def test_the_sparsity_curves_show_both_sparsities_in_percent_and_the_learned_bits():
+    drawn = curves(sparsity_figure(records(20), "t", WARMUP))
+    by_word = {label.split(":")[0]: values for label, values in drawn.items()}
+    epochs = list(range(1, 21))
+    assert by_word["unstructured"] == (epochs, pytest.approx([4 * e for e in epochs]))
+    assert by_word["structured"] == (epochs, pytest.approx([0.5 * max(e - 10, 0) for e in epochs]))
+    assert by_word["mean learned bits"] == (epochs, pytest.approx([8 - 0.2 * e for e in epochs]))
+
+
+@over_epochs
+def test_percent_runs_from_0_to_100_and_whole_epochs_from_the_first_to_the_last(make):
+    left, right = make(records(20), "t", WARMUP).axes
+    assert left.get_ylim() == (0, 100)
+    assert left.get_xlim() == (0.5, 20.5)
+    assert all(tick == int(tick) for tick in left.get_xticks())
+    assert right.get_ylim()[0] == 0
+
+
+def test_the_bits_axis_holds_every_width_that_is_drawn():
+    wide = [r | {"learned_bits": 16.0} for r in records(3)]
+    assert sparsity_figure(wide, "t", WARMUP).axes[1].get_ylim()[1] > 16
+    assert sparsity_figure(records(3), "t", WARMUP).axes[1].get_ylim()[1] > 8
+
+
+@pytest.mark.parametrize(
+    ("make", "labels"),
+    [
+        (accuracy_figure, ["epoch", "test accuracy (%)", "training cross-entropy (nats)"]),
+        (
+            sparsity_figure,
+            ["epoch", "sparsity of the quantized layers (%)", "bits a weight (before rounding)"],
+        ),
+    ],
+)
+def test_the_axes_say_what_they_measure_and_in_which_unit(make, labels):
+    left, right = make(records(20), "t", WARMUP).axes
+    assert [left.get_xlabel(), left.get_ylabel(), right.get_ylabel()] == labels
+
+
+def shaded(figure: Figure) -> list[tuple[float, float]]:
+    boxes = [patch.get_extents() for patch in figure.axes[0].patches]
+    back = figure.axes[0].transData.inverted()
+    return [tuple(round(float(x), 6) for x in back.transform(box)[:, 0]) for box in boxes]
+
+
+@over_epochs
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "span"),
+    [
+        # Epoch 1 of the table is epoch 0 of the schedule: the coefficient leaves 0 behind epoch 6.
+        (20, (5.0, 5.0), [(6, 11)]),
+        (8, (5.0, 5.0), [(6, 8)]),  # cut off at the run's end
+        (6, (5.0, 5.0), []),  # not reached
+        (20, (100.0, 5.0), []),
+        (20, (0.0, 2.5), [(1, 3.5)]),
+    ],
+)
+def test_the_warmup_is_shaded_where_the_coefficient_climbs(make, epochs, warmup, span):
+    assert shaded(make(records(epochs), "t", warmup)) == span
+
+
+@over_epochs
+def test_the_legend_names_every_curve_and_the_shade(make):
+    figure = make(records(20), "t", WARMUP)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert sorted(legend) == sorted([*curves(figure), "the penalty's warm-up"])
+
+
+@over_epochs
+def test_one_epoch_can_be_drawn_and_its_points_are_seen(make):
+    figure = make(records(1), "t", WARMUP)
+    lines = [line for axes in figure.axes for line in axes.get_lines() if line.get_label() != "chance"]
+    assert all(line.get_marker() not in ("", "None", None) for line in lines)
+    save_figure_to_memory(figure)
+
+
+# Channels
+
+
+def cells(figure: Figure) -> np.ndarray:
+    """The colour of each cell of the liveness picture. Shapes: -> (rows, columns, 3)."""
+    (shown,) = figure.axes[0].images
+    return shown.cmap(shown.norm(shown.get_array()))[..., :3]
+
+
+def test_a_row_a_convolution_and_a_cell_a_channel_in_the_states_colours_with_grey_behind_the_last():
+    drawn = cells(channel_liveness_figure(COUNT))
+    orange, grey = to_rgb(STATE_COLOURS[CONSTANT]), to_rgb(STATE_COLOURS[PADDING])
+    expected = [
+        [WHITE, WHITE, grey, grey],
+        [WHITE, BLACK, orange, BLACK],
+        [BLACK, BLACK, BLACK, grey],
+    ]
+    np.testing.assert_allclose(drawn, expected, atol=0.01)
+    assert grey[0] == grey[1] == grey[2] and 0.3 < grey[0] < 0.9, "padding is grey"
+    assert len({WHITE, BLACK, orange, grey}) == 4
+
+
+def test_the_rows_name_their_convolution_with_its_alive_channels_of_all():
+    axes = channel_liveness_figure(COUNT).axes[0]
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == ["conv1 (2/2)", "layer1.0.conv1 (1/4)", "layer1.0.conv2 (0/3)"]
+    assert list(axes.get_yticks()) == [0, 1, 2]
+    assert axes.get_xlabel() == "output channel"
+    assert axes.get_ylabel() == "convolution (alive/all)"
+
+
+@pytest.mark.parametrize("make", [channel_liveness_figure, per_layer_figure])
+def test_the_legend_explains_the_colours(make):
+    (legend,) = make(COUNT, "t").legends
+    told = {text.get_text(): patch.get_facecolor()[:3]
+            for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)}  # fmt: skip
+    by_word = {name.split(",")[0] if "constant" not in name else "constant": c for name, c in told.items()}
+    assert by_word["alive"] == WHITE
+    assert by_word["dead"] == BLACK
+    assert by_word["constant"] == pytest.approx(to_rgb(STATE_COLOURS[CONSTANT]))
+
+
+def test_the_bars_are_split_into_the_three_states_and_add_up_to_the_filters():
+    figure = per_layer_figure(COUNT, "t")
+    bars = [bar for group in figure.axes[0].containers for bar in group]
+    by_state = {
+        state: [
+            b.get_height()
+            for b in bars
+            if b.get_facecolor()[:3] == pytest.approx(to_rgb(STATE_COLOURS[state]))
+        ]
+        for state in (ALIVE, CONSTANT, NULL)
+    }
+    assert by_state == {ALIVE: [2, 1, 0], CONSTANT: [0, 1, 0], NULL: [0, 2, 3]}
+    for place, filters in enumerate((2, 4, 3)):
+        here = sorted(
+            (b.get_y(), b.get_height()) for b in bars if round(b.get_x() + b.get_width() / 2) == place
+        )
+        assert max(y + height for y, height in here) == filters == sum(height for _, height in here)
+
+
+def test_each_bar_tells_its_layer_its_alive_channels_and_its_bits():
+    axes = per_layer_figure(COUNT, "t").axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+    assert [" ".join(t.get_text().split()) for t in axes.texts] == [
+        "2/2 32 bits (not quantized)", "1/4 5 bits", "0/3 2 bits"]  # fmt: skip
+    assert axes.get_ylabel() == "output channels"
+    assert axes.get_ylim()[1] > 4
+
+
+def test_every_convolution_of_a_deep_network_gets_its_row_and_its_bar():
+    names = [f"layer{stage}.{i}.conv{j}" for stage in (1, 2, 3) for i in range(18) for j in (1, 2)]
+    count = NetworkCount(tuple(layer(name, [ALIVE] * 64) for name in names))
+    assert cells(channel_liveness_figure(count)).shape == (108, 64, 3)
+    assert len(per_layer_figure(count, "t").axes[0].get_xticks()) == 108
+
+
+# All of them
+
+
+@every_figure
+def test_the_title_is_the_one_given(make):
+    titles = [axes.get_title() for axes in make().axes] + [make().get_suptitle()]
+    assert " ".join(" ".join(titles).split()).endswith(f": {WHAT}")
+
+
+@every_figure
+def test_every_word_lies_inside_the_picture_however_long_the_title(make):
+    figure = make()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.get_tightbbox(canvas.get_renderer())  # around all that is drawn, inches
+    width, height = figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, box
+
+
+def save_figure_to_memory(figure: Figure) -> np.ndarray:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    content.seek(0)
+    return image.imread(content)
+
+
+@every_figure
+def test_it_is_saved_as_a_png_that_is_not_blank_and_nothing_lies_beside_it(make, tmp_path):
+    save_figure(make(), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n")
+    pixels = image.imread(tmp_path / "a.png")
+    assert pixels.shape[0] > 200 and pixels.shape[1] > 600
+    assert pixels[..., :3].std() > 0.02
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@every_figure
+def test_the_same_records_give_the_same_picture_byte_for_byte(make, tmp_path):
+    save_figure(make(), tmp_path / "a.png")
+    save_figure(make(), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_picture_that_cannot_be_written_is_an_output_error_that_names_it(tmp_path):
+    with pytest.raises(OutputError, match=r"a\.png"):
+        save_figure(FIGURES["accuracy"](), tmp_path / "nowhere" / "a.png")
+
+
+def test_drawing_needs_no_screen_and_leaves_no_figure_open():
+    from matplotlib import pyplot
+
+    for make in FIGURES.values():
+        make()
+    assert pyplot.get_fignums() == []

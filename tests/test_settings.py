@@ -1,0 +1,299 @@
+"""The settings: what each preset holds, what the command line makes of them, and what each bad value says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.settings import Settings, flag, parse_settings
+
+ROOT = Path(__file__).parent.parent
+quick = settings(max_examples=150, deadline=None, derandomize=True)
+
+# Typed from issue 2, section 6: what the default run uses, and the plan to the letter where it differs.
+DEBUG = {
+    "--preset": "debug",
+    "--epochs": 20,
+    "--batch-size": 512,
+    "--seed": 0,
+    "--device": "auto",
+    "--threads": None,
+    "--precision": "float32",
+    "--data": "auto",
+    "--data-dir": Path("data"),
+    "--output-dir": Path("debug_output"),
+    "--limit-train": None,
+    "--limit-test": None,
+    "--exclude-layers": ("^conv1$", "^linear$"),
+    "--sparsity-weight": 1e-2,
+    "--sparsity-delay": 5.0,
+    "--sparsity-ramp": 5.0,
+    "--weights-lr": 1e-3,
+    "--bit-lr": 1e-2,
+    "--deadzone-lr": 1e-2,
+    "--weights-decay": 0.0,
+    "--bit-decay": 0.1,
+    "--deadzone-decay": 1.0,
+}
+PLAN = DEBUG | {
+    "--preset": "plan",
+    "--exclude-layers": ("conv1", "bn", "linear"),
+    "--sparsity-weight": 1.0,
+    "--bit-lr": 1e-3,
+    "--deadzone-lr": 1e-3,
+    "--bit-decay": 0.01,
+    "--deadzone-decay": 0.01,
+}
+COUNTS = ["--epochs", "--batch-size", "--threads", "--limit-train", "--limit-test"]
+NUMBERS = [name for name, value in DEBUG.items() if isinstance(value, float)]
+WORDS = {
+    "--preset": ["debug", "plan"],
+    "--device": ["auto", "cpu", "cuda", "mps"],
+    "--precision": ["float32", "bf16"],
+    "--data": ["auto", "cifar10", "synthetic"],
+}
+
+
+def by_flag(chosen: Settings) -> dict[str, object]:
+    values = {flag(item.name): getattr(chosen, item.name) for item in fields(chosen)}
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+
+
+def attribute(name: str) -> str:
+    return name[2:].replace("-", "_")
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which `arguments` are refused."""
+    with pytest.raises(SystemExit) as stopped:
+        parse_settings(arguments)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out == ""
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    return err.rstrip()
+
+
+# What they are
+
+
+def test_without_a_flag_the_settings_are_the_debug_presets():
+    assert by_flag(parse_settings([])) == DEBUG
+    assert parse_settings([]) == Settings() == parse_settings(["--preset", "debug"])
+
+
+def test_the_plan_preset_is_the_plan_to_the_letter():
+    assert by_flag(parse_settings(["--preset", "plan"])) == PLAN
+
+
+def test_the_settings_cannot_be_changed_after_the_start():
+    with pytest.raises(FrozenInstanceError):
+        Settings().epochs = 3  # type: ignore[misc]
+
+
+# A value for each flag that is neither preset's.
+OTHER = (
+    dict.fromkeys((*COUNTS, "--seed", *NUMBERS), 7)
+    | {name: words[-1] for name, words in WORDS.items()}
+    | {"--exclude-layers": ("layer1", ".*2$"), "--data-dir": Path("/a b"), "--output-dir": Path("c")}
+)
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_every_setting_has_a_flag_that_sets_it_and_nothing_else(name):
+    value = OTHER[name]
+    got = by_flag(parse_settings([name, *(value if isinstance(value, tuple) else [str(value)])]))
+    assert got == (PLAN if name == "--preset" else DEBUG | {name: value})
+
+
+def test_the_flags_are_the_fields_and_no_more():
+    assert sorted(DEBUG) == sorted(flag(item.name) for item in fields(Settings))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--preset", "plan", "--bit-lr", "0.5", "--exclude-layers", "linear"],
+        ["--bit-lr", "0.5", "--exclude-layers", "linear", "--preset", "plan"],
+        ["--exclude-layers", "linear", "--preset=plan", "--bit-lr=0.5"],
+    ],
+)
+def test_a_flag_overrides_the_preset_wherever_it_stands(arguments):
+    assert by_flag(parse_settings(arguments)) == PLAN | {"--bit-lr": 0.5, "--exclude-layers": ("linear",)}
+
+
+def test_a_flag_that_says_the_other_presets_number_is_kept():
+    chosen = parse_settings(["--sparsity-weight", "0.01", "--preset", "plan"])
+    assert chosen.sparsity_weight == 0.01
+    assert parse_settings(["--preset", "plan", "--weights-decay", "0"]).weights_decay == 0
+
+
+def test_patterns_without_a_word_mean_that_nothing_is_excluded():
+    assert tuple(parse_settings(["--exclude-layers"]).exclude_layers) == ()
+
+
+# --help
+
+
+@pytest.fixture(scope="module")
+def helped() -> str:
+    command = [sys.executable, "-m", "experiments.debug_run", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    return " ".join(done.stdout.split())
+
+
+def entry(helped: str, name: str) -> str:
+    """The words about one flag, from the list of options."""
+    options = helped.partition("options:")[2]
+    start = options.index(f" {name} ")
+    ends = [options.find(f" {other} ", start + 1) for other in DEBUG]
+    return options[start : min([e for e in ends if e > start], default=len(options))]
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_help_shows_every_flag_with_its_default_and_the_plans_value_where_it_differs(helped, name):
+    def shown(value: object) -> str:
+        if isinstance(value, tuple):
+            return " ".join(value)
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+    text = entry(helped, name)
+    differs = name != "--preset" and PLAN[name] != DEBUG[name]
+    plan = f"; preset plan: {shown(PLAN[name])}" if differs else ""
+    assert text.rstrip().endswith(f"(default: {shown(DEBUG[name])}{plan})")
+    assert len(text.split("(default")[0].split()) > 4, "a flag without an explanation"
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_help_shows_the_words_that_a_flag_takes(helped, name):
+    assert f"{name} {{{','.join(WORDS[name])}}}" in helped
+
+
+# What is refused
+
+BAD = [
+    *[(name, text) for name in COUNTS for text in ("0", "-1", "-20")],
+    *[(name, text) for name in (*COUNTS, "--seed") for text in ("1.5", "1e3", "many", "", "nan")],
+    ("--seed", "-1"),
+    ("--seed", str(2**63)),
+    *[(name, text) for name in NUMBERS for text in ("-1", "-0.5", "nan", "inf", "1e999", "much", "")],
+    *[(name, text) for name in WORDS for text in ("nothing", "AUTO", "")],
+]
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_a_bad_value_gets_one_sentence_with_its_flag_and_its_value_and_exit_status_2(name, text, capsys):
+    line = refusal([name, text], capsys)
+    assert line.startswith("error: ")
+    assert name in line
+    assert (text if text != "1e999" else "inf") in line
+    assert text != "" or "''" in line
+    assert "expected" in line or "is not a" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("--sparsity-weight", "-1e-3"), ("--bit-lr", "-inf"), ("--sparsity-delay", "-5e0")]
+)
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_negative_number_with_an_exponent_is_not_taken_for_a_flag(name, text, joined, capsys):
+    line = refusal([f"{name}={text}"] if joined else [name, text], capsys)
+    assert f"{name} is {float(text)}" in line
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_word_that_is_not_known_is_answered_with_those_that_are(name, capsys):
+    line = refusal([name, "nothing"], capsys)
+    assert all(word in line for word in WORDS[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--no-such-flag", "3"], "--no-such-flag"),
+        (["--epoch", "3"], "--epoch"),  # no abbreviations: a later flag would change their meaning
+        (["stray"], "stray"),
+        (["--epochs"], "--epochs"),
+        (["--epochs", "--seed", "1"], "--epochs"),
+    ],
+)
+def test_a_mistake_in_the_flags_themselves_is_one_sentence_too(arguments, named, capsys):
+    assert named in refusal(arguments, capsys)
+
+
+def test_a_refusal_says_how_to_see_the_settings(capsys):
+    assert "--help" in refusal(["--epochs", "0"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 0}, "--epochs is 0; expected a whole number, 1 or more"),
+        ({"batch_size": -3}, "--batch-size is -3"),
+        ({"seed": 2**63}, f"--seed is {2**63}; expected a whole number from 0 to {2**63 - 1}"),
+        ({"sparsity_ramp": -1.0}, "--sparsity-ramp is -1.0; expected a finite number, 0 or more"),
+        ({"bit_decay": float("nan")}, "--bit-decay is nan"),
+        ({"data": "mnist"}, "--data is 'mnist'; expected one of auto, cifar10, synthetic"),
+    ],
+)
+def test_made_in_python_a_bad_value_raises_value_error_with_the_flag_the_value_and_the_range(change, named):
+    with pytest.raises(ValueError) as error:
+        replace(Settings(), **change)
+    assert named in str(error.value)
+
+
+# Any value
+
+
+@quick
+@given(st.sampled_from([*COUNTS, "--seed"]), st.integers(-(10**19), 10**19))
+def test_a_whole_number_is_taken_as_it_is_or_refused(name, value):
+    good = 0 <= value < 2**63 if name == "--seed" else value >= 1
+    if good:
+        assert getattr(parse_settings([f"{name}={value}"]), attribute(name)) == value
+    else:
+        with pytest.raises(ValueError, match=f"{name} is {value};"):
+            Settings(**{attribute(name): value})
+
+
+@quick
+@given(st.sampled_from(NUMBERS), st.floats())
+def test_a_number_is_taken_to_its_last_digit_or_refused(name, value):
+    if 0 <= value < float("inf"):
+        chosen = parse_settings([f"{name}={value!r}", "--preset", "plan"])
+        assert getattr(chosen, attribute(name)) == value
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            parse_settings([f"{name}={value!r}"])
+        assert stopped.value.code == 2
+
+
+choices = st.fixed_dictionaries(
+    {},
+    optional={
+        **{attribute(name): st.integers(1, 10**9) for name in COUNTS},
+        **{attribute(name): st.floats(0, 1e308) for name in NUMBERS},
+        **{attribute(name): st.sampled_from(words) for name, words in WORDS.items()},
+        "seed": st.integers(0, 2**63 - 1),
+        "exclude_layers": st.lists(st.text(min_size=1)).map(tuple),
+        "output_dir": st.text(min_size=1).map(Path),
+    },
+)
+
+
+@quick
+@given(choices)
+def test_to_json_is_plain_json_and_tells_every_setting(chosen):
+    made = Settings(**chosen)
+    told = json.loads(json.dumps(made.to_json(), allow_nan=False))
+    for name, value in by_flag(made).items():
+        as_json = (
+            str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        )
+        assert told[attribute(name)] == as_json
+    assert len(told) == len(fields(made))
