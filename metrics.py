@@ -42,6 +42,10 @@ class LayerCount:
     unstructured_macs: int
 
     @property
+    def is_convolution(self) -> bool:
+        return self.name != "linear"
+
+    @property
     def alive_channels(self) -> int:
         return self.states.count(ChannelState.ALIVE)
 
@@ -92,8 +96,9 @@ class NetworkCount:
 
     @property
     def structured_sparsity(self) -> float:
-        """Share of the quantized layers' filters that are all zero; 0 where none is quantized."""
-        return _share(self.quantized, "zero_filters", "filters")
+        """Share of the quantized convolutions' filters that are all zero; 0 where none is quantized."""
+        convolutions = tuple(layer for layer in self.quantized if layer.is_convolution)
+        return _share(convolutions, "zero_filters", "filters")
 
     @property
     def mean_learned_bits(self) -> float:
@@ -183,7 +188,7 @@ def layer_table(count: NetworkCount) -> str:
         f"{'Alive/Const/Null':>16} {'Dense MACs':>12} {'Struct MACs':>12} {'Unstr MACs':>12}"
     )
     rows = [
-        f"{x.name:<16} {x.bits:>4} {x.zero_weights:>7}/{x.weights:<7} {x.zero_filters:>8}/{x.filters:<3} "
+        f"{x.name:<16} {x.bits:>4} {x.zero_weights:>7}/{x.weights:<7} {x.zero_filters:>7}/{x.filters:<4} "
         f"{f'{x.alive_channels}/{x.constant_channels}/{x.null_channels}':>16} "
         f"{x.dense_macs:>12,} {x.structured_macs:>12,} {x.unstructured_macs:>12,}"
         for x in count.layers
@@ -191,7 +196,7 @@ def layer_table(count: NetworkCount) -> str:
     total = count.total
     rows.append(
         f"{'Total':<16} {'':>4} {total('zero_weights'):>7}/{total('weights'):<7} "
-        f"{total('zero_filters'):>8}/{total('filters'):<3} "
+        f"{total('zero_filters'):>7}/{total('filters'):<4} "
         f"{'/'.join(str(total(f'{s}_channels')) for s in ('alive', 'constant', 'null')):>16} "
         f"{total('dense_macs'):>12,} {total('structured_macs'):>12,} {total('unstructured_macs'):>12,}"
     )

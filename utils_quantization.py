@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -36,8 +37,8 @@ def attach_weight_quantizers(
     Layer m's quantizer is then `m.parametrizations.weight[0].quantizer`.
 
     Returns: the names of the layers quantized, in the model's order.
-    Raises: ValueError for a pattern that is no regular expression or matches no module, and for a layer
-        that has a quantizer already. The model is then left as it was.
+    Raises: ValueError for a pattern that is no regular expression or matches no module, for a layer that has
+        a quantizer already, and for a weight that its quantizer refuses. The model is then left as it was.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     excluded = _matching(exclude_layers, [name for name, _ in model.named_modules() if name])
@@ -47,10 +48,18 @@ def attach_weight_quantizers(
             raise ValueError(
                 f"layer {name} is parametrized already; attach quantizers once, to a plain model"
             )
-    for layer in chosen.values():
-        quantization = WeightQuantization(quantizer(**quantizer_kwargs), enabled)
-        quantization.to(layer.weight.device).train(layer.training)
-        parametrize.register_parametrization(layer, "weight", quantization)
+    quantizations = {}
+    for name, layer in chosen.items():
+        quantizations[name] = WeightQuantization(quantizer(**quantizer_kwargs), enabled).to(
+            layer.weight.device
+        )
+        with torch.no_grad():
+            quantizations[name](
+                layer.weight
+            )  # a weight that it refuses is found before any layer has changed
+    for name, layer in chosen.items():
+        parametrize.register_parametrization(layer, "weight", quantizations[name])
+        layer.parametrizations.train(layer.training)  # type: ignore[union-attr]
     return list(chosen)
 
 
@@ -59,6 +68,8 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
         raise ValueError(f"exclude_layers is the string {patterns!r}; expected a list of patterns")
     matching: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"exclude_layers holds {pattern!r}; expected a pattern, as a string")
         try:
             hits = {name for name in names if re.search(pattern, name)}
         except re.error as error:

@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -359,8 +358,9 @@ def _until_first_step(data_dir: Path, device: str) -> float:
 def peak_memory(data_dir: Path, device: str) -> dict[str, Any]:
     """Peak resident memory of a short run at batch 512 with every training image loaded, bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        _debug_run(data_dir, device, folder, "--epochs", "1", "--limit-train", "4096").wait()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        process = _debug_run(data_dir, device, folder, "--epochs", "1", "--limit-train", "4096")
+        _, _, usage = os.wait4(process.pid, 0)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{'peak memory, batch 512':<44} {peak / 1e9:8.3f} GB", flush=True)
     return {"peak memory bytes": peak}
 

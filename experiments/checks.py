@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.settings import Settings
 from metrics import NetworkCount
+from utils_quantization import toggle_quantization
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 CHANCE = 0.1
@@ -46,10 +47,11 @@ def verdict(
     count: NetworkCount,
     model: nn.Module,
     pictures: Sequence[Path],
+    not_finite: str | None = None,
 ) -> list[Check]:
     """Every check of a finished run, in the order of the report."""
     return [
-        loss_is_finite(records),
+        loss_is_finite(records, not_finite),
         accuracy_climbs(records),
         *(logits_live(records, kind) for kind in ("bit", "deadzone")),
         unstructured_grows(records),
@@ -61,10 +63,13 @@ def verdict(
     ]
 
 
-def loss_is_finite(records: Sequence[Record]) -> Check:
+def loss_is_finite(records: Sequence[Record], not_finite: str | None = None) -> Check:
+    """`not_finite` says where the run stopped because of it."""
     bad = [r["epoch"] for r in records if not math.isfinite(r["loss"])]
     measured = f"not in epochs {bad}" if bad else f"{records[0]['loss']:.3f} -> {records[-1]['loss']:.3f}"
-    return judge(not bad, "loss is finite", measured, "a learning rate or --sparsity-weight that is too high")
+    measured = not_finite or measured
+    passed = not bad and not not_finite
+    return judge(passed, "loss is finite", measured, "a learning rate or --sparsity-weight that is too high")
 
 
 def accuracy_climbs(records: Sequence[Record]) -> Check:
@@ -115,6 +120,8 @@ def _some(names: Sequence[str]) -> str:
 def unstructured_grows(records: Sequence[Record]) -> Check:
     name, key = "unstructured sparsity grows", "unstructured_sparsity"
     measured = f"{100 * records[0][key]:.1f} % -> {100 * records[-1][key]:.1f} %"
+    if not records[-1]["layers"]:
+        return Check(SKIP, name, "no layer is quantized")
     if len(records) < 2:
         return Check(SKIP, name, f"{measured}; one epoch shows no growth")
     grown = records[-1][key] > records[0][key]
@@ -125,15 +132,13 @@ def structured_follows_warmup(records: Sequence[Record], settings: Settings) -> 
     name = "structured sparsity follows the warm-up"
     share = 100 * records[-1]["structured_sparsity"]
     first = next((r["epoch"] for r in records if r["structured_sparsity"] > 0), None)
-    begins = (
-        math.floor(settings.sparsity_delay) + 1
-    )  # the first epoch, from 1, that ends after the warm-up began
+    begins = next((r["epoch"] for r in records if r["sparsity_weight"] > 0), None)
     measured = (
-        f"{share:.1f} % of filters at the end, the first in epoch {first}, the warm-up from epoch {begins}"
+        f"{share:.1f} % of filters at the end, the first in epoch {first}, the penalty from epoch {begins}"
     )
     if settings.sparsity_weight == 0:
         return Check(SKIP, name, f"{share:.1f} %; --sparsity-weight is 0")
-    if first is not None and first < begins:
+    if first is not None and (begins is None or first < begins):
         return judge(
             False, name, measured, "filters die before the penalty acts: --deadzone-decay is too strong"
         )
@@ -170,7 +175,7 @@ def bits_fall(records: Sequence[Record]) -> Check:
 
 def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
     """The layers against each other, the stored weights and torch's own counter, layer by layer."""
-    flops = _counted_by_torch(model)
+    flops, sizes = _counted_by_torch(model)
     wrong = [
         layer.name
         for layer in count.layers
@@ -178,6 +183,9 @@ def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
         or len(layer.states) != layer.filters
         or layer.unstructured_macs * layer.weights != (layer.weights - layer.zero_weights) * layer.dense_macs
         or layer.structured_macs > layer.dense_macs
+        or layer.weights != sizes[layer.name]
+        or layer.zero_filters * layer.weights > layer.zero_weights * layer.filters
+        or (layer.is_convolution and layer.alive_channels > layer.filters - layer.zero_filters)
     ]
     total, theirs = count.total("dense_macs"), sum(flops.values())
     measured = f"{total:,} MACs in {len(count.layers)} layers, torch counts {theirs:,} = 2 x {theirs // 2:,}"
@@ -187,17 +195,22 @@ def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
 
 
 @torch.no_grad()
-def _counted_by_torch(model: nn.Module) -> dict[str, int]:
-    """Floating-point operations a layer for one image, as torch.utils.flop_counter has them."""
+def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """A layer's floating-point operations for one image, by torch.utils.flop_counter, and its weights."""
     device = next(model.parameters()).device
     was_training = model.training
+    toggle_quantization(
+        model, enabled=False
+    )  # quantizers cost no FLOPs, and refuse weights that are not finite
     with FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, 32, 32, device=device))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    toggle_quantization(model, enabled=True)
     model.train(was_training)
-    names = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     modules = counter.get_flop_counts()
     by_name = {key.partition(".")[2]: sum(flops.values()) for key, flops in modules.items()}
-    return {name: by_name.get(name, 0) for name in names}
+    return {name: by_name.get(name, 0) for name in layers}, sizes
 
 
 def pictures_exist(pictures: Sequence[Path]) -> Check:
@@ -225,5 +238,5 @@ def early_warnings(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
         yield "chance", f"accuracy at chance for two epochs running ({100 * now['accuracy']:.1f} %)"
     weighted = now["loss"] - now["cross_entropy"]
     if weighted > OUTWEIGHS * now["cross_entropy"]:
-        times = weighted / now["cross_entropy"]
+        times = weighted / now["cross_entropy"] if now["cross_entropy"] else math.inf
         yield "penalty", f"the penalty outweighs the cross-entropy {times:.0f} times: lower --sparsity-weight"

@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
     try:
         return run(settings, live)
+    except KeyboardInterrupt:
+        live.say("stopped by Ctrl-C before the first epoch or after the last")
+        return EXIT_INTERRUPTED
     except (ValueError, DataError, OutputError) as error:
         live.clear()
         print(f"error: {error}", file=sys.stderr)
@@ -77,7 +80,7 @@ def run(settings: Settings, live: "LiveLine") -> int:
     test_batches = TestBatches(dataset, device)
     penalty = coupled_group_lasso(model)
     optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
-    keep_dead = keep_dead_slices(model) if settings.keep_dead else None
+    keep_dead = keep_dead_slices(model) if settings.keep_dead == "yes" else None
     step = TrainingStep(model, optimizer, penalty, settings.precision, keep_dead)
     learning_rate = cosine_anneal(0)
     sparsity = linear_warmup(settings.sparsity_delay, settings.sparsity_ramp)
@@ -89,6 +92,7 @@ def run(settings: Settings, live: "LiveLine") -> int:
     records: list[Record] = []
     compression = evaluator.evaluate(model)
     stopped: str | None = None
+    not_finite: str | None = None
     status, warned = EXIT_OK, set[str]()
     try:
         for epoch in range(settings.epochs):
@@ -123,10 +127,12 @@ def run(settings: Settings, live: "LiveLine") -> int:
     except KeyboardInterrupt:
         stopped, status = f"stopped by Ctrl-C in epoch {len(records) + 1}", EXIT_INTERRUPTED
     except NotFiniteError as error:
-        stopped, status = f"stopped in epoch {len(records) + 1}: {error}", EXIT_FAILED
+        stopped = not_finite = f"stopped in epoch {len(records) + 1}: {error}"
+        status = EXIT_FAILED
     if stopped:
         live.say(stopped)
-    return report(settings, head, records, compression, model, dataset, stopped, live) or status
+    verdict_status = report(settings, head, records, compression, model, dataset, stopped, not_finite, live)
+    return status or verdict_status
 
 
 def describe_run(
@@ -235,6 +241,7 @@ def report(
     model: nn.Module,
     dataset: Dataset,
     stopped: str | None,
+    not_finite: str | None,
     live: "LiveLine",
 ) -> int:
     """The pictures, the final metrics, the verdict and history.json; the exit status that they call for."""
@@ -246,7 +253,7 @@ def report(
         write_json(path, history)
         return EXIT_OK
     pictures = draw(settings, records, compression, dataset)
-    checks = verdict(records, settings, compression.count, model, pictures)
+    checks = verdict(records, settings, compression.count, model, pictures, not_finite)
     live.say(metrics_lines(compression))
     live.say("\n".join(["", "--- Verdict ---", *map(str, checks)]))
     write_json(path, history | {"final": final_metrics(compression), "verdict": [asdict(c) for c in checks]})

@@ -26,6 +26,8 @@ def prepare_device(settings: Settings) -> torch.device:
     """Set up the process for the run: threads, allocator, and arithmetic that repeats digit for digit."""
     device = choose_device(settings.device)
     torch.set_num_threads(settings.threads or usable_cores())
+    if device.type == "cpu":
+        keep_freed_memory()
     if settings.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"--precision is 'tf32', which needs CUDA; this run is on {device.type}")
     # Of the algorithms that repeat digit for digit, the fastest one.

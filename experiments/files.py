@@ -1,5 +1,6 @@
 """Output files, written whole or not at all."""
 
+import contextlib
 import json
 import math
 import os
@@ -25,7 +26,8 @@ def write_whole(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror}; free the space or name another --output-dir"
         ) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -84,7 +84,8 @@ def _over_epochs(records: Sequence[Record], title: str, warmup: tuple[float, flo
     begins, ends = warmup[0] + 1, min(warmup[0] + 1 + warmup[1], last)  # epochs count from 1 in the table
     if begins < last:
         axes.axvspan(begins, ends, color="tab:orange", alpha=0.12, label="the penalty's warm-up")
-    axes.set(title=title, xlabel="epoch", xlim=(0.5, last + 0.5))
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="epoch", xlim=(0.5, last + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return figure, axes
@@ -93,12 +94,12 @@ def _over_epochs(records: Sequence[Record], title: str, warmup: tuple[float, flo
 def _legend(left: Axes, right: Axes) -> None:
     handles = [a.get_legend_handles_labels() for a in (left, right)]
     left.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="upper center", fontsize=8,
-                bbox_to_anchor=(0.5, -0.12), ncols=3)  # fmt: skip
+                bbox_to_anchor=(0.5, -0.12), ncols=2)  # fmt: skip
 
 
 def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each convolution") -> Figure:
     """A row a convolution, a cell an output channel; see STATE_COLOURS for what the colours mean."""
-    layers = [layer for layer in count.layers if layer.name != "linear"]
+    layers = [layer for layer in count.layers if layer.is_convolution]
     width = max(layer.filters for layer in layers)
     cells = [[*layer.states] + [PADDING] * (width - layer.filters) for layer in layers]
     figure = Figure(figsize=(11, 1.5 + 0.27 * len(layers)), layout="constrained")
@@ -125,7 +126,7 @@ def _state_patches() -> list[Patch]:
 
 def per_layer_figure(count: NetworkCount, title: str) -> Figure:
     """A bar a convolution, split into its channels' three states; its rounded bits on top."""
-    layers = [layer for layer in count.layers if layer.name != "linear"]
+    layers = [layer for layer in count.layers if layer.is_convolution]
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()
     places, bottom = range(len(layers)), [0] * len(layers)

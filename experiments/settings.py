@@ -1,7 +1,7 @@
 """The settings of a run: one frozen dataclass, its presets, and the command line made from it."""
 
 import argparse
-import math
+import re
 import sys
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -48,8 +48,8 @@ class Settings:
     sparsity_weight: float = _setting(4e-3, "peak of the group lasso's coefficient")
     sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
-    keep_dead: bool = _setting(
-        True, "while the penalty acts, filters and input slices quantized to zero stay zero"
+    keep_dead: str = _setting(
+        "yes", "while the penalty acts, filters and input slices quantized to zero stay zero", ("yes", "no")
     )
     batch_norm_batches: int = _setting(
         10, "training batches over which batch-norm statistics are taken afresh before each test; 0: none"
@@ -59,7 +59,7 @@ class Settings:
     deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone logits")
     weights_decay: float = _setting(0.0, "AdamW's weight decay for weights, biases and batch norms")
     bit_decay: float = _setting(0.3, "AdamW's weight decay for the bit-width logits")
-    deadzone_decay: float = _setting(1.0, "AdamW's weight decay for the dead-zone logits")
+    deadzone_decay: float = _setting(0.8, "AdamW's weight decay for the dead-zone logits")
     logit_steps: int = _setting(
         1960, "steps that the logits' rates are meant for: a longer run lowers them in proportion; 0: never"
     )
@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plan": {
         "exclude_layers": ("conv1", "bn", "linear"),
         "sparsity_weight": 1.0,
-        "keep_dead": False,
+        "keep_dead": "no",
         "batch_norm_batches": 0,
         "weights_lr": 1e-3,
         "bit_lr": 1e-3,
@@ -93,6 +93,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 NOT_NEGATIVE = ("batch_norm_batches", "logit_steps")
 AT_LEAST_ONE = ("epochs", "batch_size", "threads", "limit_train", "limit_test")
 MAX_SEED = 2**63 - 1
+MAX_THREADS = 4096
+MAX_FLOAT32 = 3.4028234663852886e38
 
 
 def flag(name: str) -> str:
@@ -114,8 +116,11 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number, 0 or more")
     if item.name == "seed" and not 0 <= value <= MAX_SEED:
         raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_SEED}")
-    if item.type is float and not (math.isfinite(value) and value >= 0):
+    largest = MAX_FLOAT32 if item.name == "sparsity_weight" else sys.float_info.max
+    if item.type is float and not 0 <= value <= largest:
         raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")
+    if item.name == "threads" and value is not None and value > MAX_THREADS:
+        raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_THREADS}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,6 +139,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
     )
+    # argparse would take -1e-3 and -inf for flags.
+    parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
     for item in fields(Settings):
         _add_flag(parser, item)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
@@ -148,9 +155,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
     plan = PRESETS["plan"].get(item.name, MISSING)
     default = _shown(item.default) + ("" if plan is MISSING else f"; preset plan: {_shown(plan)}")
     kwargs: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {default})", "default": None}
-    if item.type is bool:
-        kwargs["action"] = argparse.BooleanOptionalAction
-    elif item.metadata["choices"]:
+    if item.metadata["choices"]:
         kwargs["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
     elif item.name == "exclude_layers":
         kwargs |= {"nargs": "*", "metavar": "PATTERN"}
@@ -162,8 +167,6 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

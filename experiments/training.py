@@ -32,14 +32,16 @@ class EpochLosses:
     cross_entropy: float
 
 
-def make_optimizer(model: nn.Module, settings: Settings, steps: int) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torch.optim.AdamW:
     """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits.
 
-    AdamW moves a logit by about its learning rate a step, whatever the gradient's size, and decays it by rate
-    times decay. So in a run of more than `settings.logit_steps` steps both rates shrink in proportion: the
-    logits then travel the same way, only slower.
+    `steps` is the length of the whole run, 0 where it does not matter. AdamW moves a logit by about its
+    learning rate a step, whatever the gradient's size, and decays it by rate times decay. So in a run of more
+    than `settings.logit_steps` steps both logits' rates shrink in proportion: they travel the same way, only
+    slower.
     """
-    pace = min(1.0, settings.logit_steps / steps) if settings.logit_steps else 1.0
+    slower = 0 < settings.logit_steps < steps
+    pace = settings.logit_steps / steps if slower else 1.0
     bit = [q.logit_bit for q in quantizers(model).values() if q.logit_bit.requires_grad]
     deadzone = [q.logit_dz for q in quantizers(model).values() if q.logit_dz.requires_grad]
     logits = {id(p) for p in bit + deadzone}
@@ -192,6 +194,8 @@ def train_epoch(
     sums = losses.double().cpu()
     if not sums.isfinite().all():
         raise NotFiniteError(_not_finite(step, images, int((~sums.isfinite()).any(1).nonzero()[0])))
+    if not torch.stack([p.isfinite().all() for p in step.model.parameters()]).all():
+        raise NotFiniteError(_not_finite(step, images, len(batches) - 1))
     loss, cross_entropy = ((sums * sizes).sum(0) / sizes.sum()).tolist()
     return EpochLosses(loss, cross_entropy)
 

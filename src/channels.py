@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from resnet import BasicBlock, ResNet
 
@@ -111,9 +112,16 @@ class ChannelAccount:
 
 
 def read_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the convolutions and the classifier compute with, quantized where they are."""
+    """The weights that the convolutions and the classifier compute with, quantized where they are.
+
+    Read past the cache of `parametrize.cached()`, which would keep them, without gradients, for a caller.
+    """
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     with torch.no_grad():
-        return {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        return {
+            n: m.parametrizations.weight() if parametrize.is_parametrized(m, "weight") else m.weight
+            for n, m in layers.items()
+        }
 
 
 @torch.no_grad()

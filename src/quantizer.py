@@ -73,7 +73,7 @@ class _DeadZoneRound(torch.autograd.Function):
         q = u.round().clamp(-Q, Q)
         sign_q = q.sign()
         ctx.save_for_backward(sign, q - u, sign_q - sign)
-        return s * q + h * sign_q
+        return (s * q + h * sign_q).to(w.dtype).reshape(w.shape)
 
     @staticmethod
     @once_differentiable
@@ -117,13 +117,13 @@ class DeadZoneLDZCompander(nn.Module):
     ) -> None:
         super().__init__()
         for name, bits in (("fixed_bit_val", fixed_bit_val), ("max_bits", max_bits)):
-            if int(bits) != bits or not MIN_BITS <= bits <= MAX_BITS:
+            if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
                 raise ValueError(
-                    f"{name} is {bits}; expected a whole number of bits, {MIN_BITS} to {MAX_BITS}"
+                    f"{name} is {bits!r}; expected a whole number of bits, {MIN_BITS} to {MAX_BITS}"
                 )
         for name, logit in (("init_bit_logit", init_bit_logit), ("init_deadzone_logit", init_deadzone_logit)):
-            if not math.isfinite(logit):
-                raise ValueError(f"{name} is {logit}; expected a finite number")
+            if not abs(logit) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{name} is {logit}; expected a number that is finite in float32")
         self.fixed_bit_val = fixed_bit_val
         self.max_bits = max_bits
         self.learnable_bit = learnable_bit

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet import BasicBlock
-from src.channels import trace_channels
+from src.channels import read_weights, trace_channels
 from utils_quantization import quantized_layers
 
 
@@ -35,7 +35,7 @@ def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32
 
     Raises: ValueError if the model is not a ResNet of `resnet.py`.
     """
-    like = next(model.parameters())
+    like = next(model.parameters(), torch.empty(0))  # what has no parameters is refused below
     builder = _Builder(without_quantizers(model), input_size, like.dtype)
     return builder.network().to(like.device).eval()
 
@@ -43,19 +43,20 @@ def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32
 @torch.no_grad()
 def without_quantizers(model: nn.Module) -> nn.Module:
     """A copy of the model that stores the weights which its layers compute with."""
-    plain = {id(layer): _plain_layer(layer) for layer in quantized_layers(model).values()}
-    return copy.deepcopy(model, plain)
+    weights = read_weights(model)
+    layers = quantized_layers(model)
+    return copy.deepcopy(model, {id(layer): _plain_layer(layer, weights[n]) for n, layer in layers.items()})
 
 
-def _plain_layer(layer: Any) -> nn.Module:
-    """A copy of the layer as it was before it got its quantizer, with the quantized weight.
+def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy of the layer as it was before it got its quantizer, with this weight.
 
     `remove_parametrizations` on a copy would take the weight from the original too: they share a class.
     """
     plain: Any = nn.Module.__new__(type(layer).__bases__[0])
     plain.__dict__ = copy.deepcopy(layer.__dict__)
     del plain.parametrizations
-    plain.weight = nn.Parameter(layer.weight.clone())
+    plain.weight = nn.Parameter(weight.clone())
     return plain
 
 

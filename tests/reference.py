@@ -109,14 +109,34 @@ class Reference:
                 total = total + squares.sqrt()
         return total
 
-    def step(self, images: Tensor, labels: Tensor, sparsity_weight: float) -> tuple[float, float]:
+    def step(
+        self, images: Tensor, labels: Tensor, sparsity_weight: float, keep_dead: bool = False
+    ) -> tuple[float, float]:
         """One training step; the loss, and its cross-entropy part."""
         self.optimizer.zero_grad()
         cross_entropy = F.cross_entropy(self.forward(images).float(), labels)  # of float64 logits too
         loss = cross_entropy + sparsity_weight * self.penalty()
         loss.backward()
+        dead = self.dead_slices() if keep_dead and sparsity_weight else []
         self.optimizer.step()
+        with torch.no_grad():
+            for stored in dead:
+                stored.zero_()
         return loss.item(), cross_entropy.item()
+
+    @torch.no_grad()
+    def dead_slices(self) -> list[Tensor]:
+        """The stored weights of each group member whose quantized weights are all zero."""
+        found = []
+        weights = {layer: self.weight(layer) for layer in self.quantized}
+        for layer, side, i in (member for group in channel_groups() for member in group):
+            if layer in weights:
+                used, stored = weights[layer], self.values[f"{layer}.parametrizations.weight.original"]
+                if side == "filter" and not used[i].any():
+                    found.append(stored[i])
+                elif side == "input" and not used[:, i].any():
+                    found.append(stored[:, i])
+        return found
 
     @torch.no_grad()
     def zeros(self) -> dict[str, tuple[int, int]]:

@@ -98,6 +98,7 @@ def test_resnet20_costs_what_it_costs_by_hand_layer_for_layer():
 
 @pytest.mark.parametrize("layer", range(20))
 def test_a_dense_layer_without_a_quantizer_counts_32_bits_by_every_account(layer):
+    torch.manual_seed(0)  # one draw in some millions is exactly zero
     row = count_network(resnet20()).layers[layer]
     assert (row.bits, row.learned_bits, row.quantized) == (32, 32.0, False)
     assert row.structured_macs == row.unstructured_macs == row.dense_macs
@@ -213,6 +214,17 @@ def test_zeros_that_fill_no_channel_save_nothing_structured():
         model.layer1[0].conv1.weight[::2, ::2] = 0  # a quarter, and every filter and slice keeps half or more
     assert saved(model) == 0
     assert count_network(model).layers[1].unstructured_macs == INSIDE * 3 // 4
+
+
+def test_a_filter_whose_weights_cancel_to_a_zero_sum_is_not_a_filter_of_zeros():
+    model = dense_network()
+    kill_filter(model, "layer1.0.conv1", 2)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[2, :, 0, 0] = 1.0
+        model.layer1[0].conv1.weight[2, :, 1, 1] = -1.0
+    layer = count_network(model).layers[1]
+    assert (layer.zero_filters, layer.zero_weights) == (0, 16 * 7)
+    assert saved(model) == 0
 
 
 def test_the_unstructured_count_is_the_nonzero_weights_at_their_places():

@@ -144,6 +144,49 @@ def test_a_block_computes_relu_of_branch_plus_shortcut():
     torch.testing.assert_close(block(x), (branch + padded).clamp(min=0))
 
 
+@torch.no_grad()
+def test_the_network_is_stem_nine_blocks_mean_and_classifier():
+    torch.manual_seed(0)
+    model = resnet20().eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):  # as after some training: a bias and a mean that a ReLU can cut at
+            for t in (m.bias, m.running_mean):
+                nn.init.normal_(t)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    image = torch.randn(2, 3, 32, 32)
+    kept = image.clone()
+    logits = model(image)
+
+    def norm(x, bn):
+        columns = [t[:, None, None] for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)]
+        mean, variance, scale, bias = columns
+        return (x - mean) / (variance + bn.eps).sqrt() * scale + bias
+
+    x = norm(nn.functional.conv2d(image, model.conv1.weight, padding=1), model.bn1).clamp(min=0)
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for block in stage:
+            stride, pad = (
+                (2, len(block.conv1.weight) // 4) if x.shape[1] != len(block.conv1.weight) else (1, 0)
+            )
+            inner = nn.functional.conv2d(x, block.conv1.weight, stride=stride, padding=1)
+            inner = norm(inner, block.bn1).clamp(min=0)
+            branch = norm(nn.functional.conv2d(inner, block.conv2.weight, padding=1), block.bn2)
+            branch[:, pad : pad + x.shape[1]] += x[:, :, ::stride, ::stride]
+            x = branch.clamp(min=0)
+    expected = x.mean((2, 3)) @ model.linear.weight.T + model.linear.bias
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(image, kept)
+
+
+@pytest.mark.parametrize(("before", "width", "stride"), [(16, 16, 1), (16, 32, 2)])
+def test_a_block_leaves_its_input_as_it_was(before, width, stride):
+    torch.manual_seed(0)
+    x = torch.randn(2, before, 8, 8)
+    kept = x.clone()
+    BasicBlock(before, width, stride)(x)
+    assert torch.equal(x, kept)
+
+
 def test_weights_are_drawn_from_kaimings_normal_distribution():
     torch.manual_seed(0)
     layers = {n: m for n, m in make(32).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}

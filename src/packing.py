@@ -1,0 +1,278 @@
+"""A trained network in one small file, and back: weights as integer codes, the rest as float32. No pickle.
+
+    8 bytes      magic
+    4            format version
+    4            bytes of the header
+    4            bytes of the body
+    32           SHA-256 of everything else
+    header       JSON: architecture, bits of each coded layer, settings of the run, metrics
+    body         compressed: all float32 numbers, then all codes (see src/encoding.py)
+
+Integers are little-endian. The numbers are each tensor in the order of the network's state and, in place of a
+coded weight, its step and shift. A code is q + Q in its layer's bits.
+
+What is read may come from a stranger: the architecture bounds every size before anything is made of it.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, get_origin
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from resnet import ResNet
+from src.encoding import (
+    COMPRESSIONS,
+    PackingError,
+    code_bytes,
+    compress,
+    decompress,
+    pack_codes,
+    pack_numbers,
+    unpack_codes,
+    unpack_numbers,
+)
+from src.quantizer import MAX_BITS, MIN_BITS, Codes, DeadZoneLDZCompander
+from src.slim import without_quantizers
+from utils_quantization import quantized_layers, weight_bits, weight_quantization
+
+VERSION = 1
+MAGIC = b"\x89CoDeQ\r\n"
+MAX_FILE_BYTES = 1 << 23  # more than ResNet-110 takes in float32: no need to read on
+MAX_HEADER_BYTES = 1 << 18
+MAX_BLOCKS_PER_STAGE = 18  # ResNet-110
+MAX_CLASSES = 1000
+
+_PREFIX = struct.Struct("<8sIII")
+_HEADER_START = _PREFIX.size + hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class PackedHeader:
+    """What a packed network says of itself."""
+
+    blocks_per_stage: int
+    num_classes: int
+    channels_last: bool  # the weights' memory layout, on which the last bits of the logits depend
+    bits: dict[str, int]  # of a weight, by the name of each coded layer
+    settings: dict[str, Any]  # of the run
+    metrics: dict[str, Any]  # what the run claims of the network
+    compression: str  # of the body
+
+
+def pack_network(
+    model: nn.Module, run_settings: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+) -> bytes:
+    """The content of a file from which `unpack_network` makes a network with the same logits, bit for bit.
+
+    A layer is coded where its quantizer is at work, and float32 elsewhere. Nothing of the model changes.
+
+    Raises: PackingError if `resnet.py` does not build the model, if it is not float32 or holds a number that
+        is not finite, and if settings or metrics are not strict JSON.
+    """
+    plain = without_quantizers(model).cpu()
+    blank, state, coded = _blank_like(plain), plain.state_dict(), _read_codes(model)
+    bits = {name: weight_bits(model.get_submodule(name))[0] for name in coded}
+    numbers, codes = [], []
+    for slot in _slots(blank, bits):
+        tensor = _checked(slot.name, state[slot.name])
+        if slot.bits:
+            layer = coded[slot.layer]
+            assert torch.equal(_weight(layer), tensor), f"the codes of {slot.layer} give other weights"
+            numbers += [layer.step, layer.shift]
+            codes.append(pack_codes(layer.q.flatten().long().numpy() + _levels(slot.bits), slot.bits))
+        else:
+            numbers.append(tensor.flatten())
+    compression, body = compress(pack_numbers(torch.cat(numbers).numpy()) + b"".join(codes))
+    header = PackedHeader(
+        blocks_per_stage=len(blank.layer1),
+        num_classes=blank.linear.out_features,
+        channels_last=not plain.get_parameter("conv1.weight").is_contiguous(),
+        bits=bits,
+        settings=dict(run_settings),
+        metrics=dict(metrics or {}),
+        compression=compression,
+    )
+    return _seal(_to_json(header), body)
+
+
+def unpack_network(content: bytes) -> ResNet:
+    """The plain ResNet of a packed file, in evaluation mode, on the CPU.
+
+    Raises: PackingError if the content is not what `pack_network` makes.
+    """
+    header, compressed = _open(content)
+    network = _blank(header.blocks_per_stage, header.num_classes)
+    slots = _slots(network, header.bits)
+    begin = 4 * sum(slot.numbers for slot in slots)
+    body = decompress(compressed, header.compression, begin + sum(slot.code_bytes for slot in slots))
+    numbers = torch.from_numpy(unpack_numbers(body[:begin])).split([slot.numbers for slot in slots])
+    state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in network.state_dict().items()}
+    for slot, values in zip(slots, numbers, strict=True):
+        if slot.bits:
+            codes = unpack_codes(body[begin : begin + slot.code_bytes], slot.shape.numel(), slot.bits)
+            values = _weight(Codes(_checked_q(slot, codes), values[0], values[1]))
+            begin += slot.code_bytes
+        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone())
+    network.load_state_dict(state, assign=True)
+    layout = torch.channels_last if header.channels_last else torch.contiguous_format
+    return network.to(memory_format=layout).eval()
+
+
+def read_header(content: bytes) -> PackedHeader:
+    """The header of a packed file.
+
+    Raises: PackingError as `unpack_network` does, but for what only the body shows.
+    """
+    return _open(content)[0]
+
+
+class _Slot(NamedTuple):
+    """A tensor of the network's state as the file has it: in codes of so many bits, or in float32."""
+
+    name: str
+    shape: torch.Size
+    bits: int | None
+
+    @property
+    def layer(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def numbers(self) -> int:
+        return 2 if self.bits else self.shape.numel()
+
+    @property
+    def code_bytes(self) -> int:
+        return code_bytes(self.shape.numel(), self.bits) if self.bits else 0
+
+
+def _slots(network: nn.Module, bits: Mapping[str, int]) -> list[_Slot]:
+    """All that the logits depend on, in the order of the state: not the count of batches seen."""
+    return [
+        _Slot(name, t.shape, bits.get(name.removesuffix(".weight")))
+        for name, t in network.state_dict().items()
+        if t.is_floating_point()
+    ]
+
+
+def _blank(blocks_per_stage: int, num_classes: int) -> ResNet:
+    """The architecture, without memory for its weights."""
+    if not 1 <= blocks_per_stage <= MAX_BLOCKS_PER_STAGE:
+        raise PackingError(f"{blocks_per_stage!r:.60} blocks a stage; expected 1 to {MAX_BLOCKS_PER_STAGE}")
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise PackingError(f"{num_classes!r:.60} classes; expected 1 to {MAX_CLASSES}")
+    with torch.device("meta"):
+        return ResNet(blocks_per_stage, num_classes)
+
+
+def _blank_like(plain: nn.Module) -> ResNet:
+    if not isinstance(plain, ResNet):
+        raise PackingError(f"only the ResNets of resnet.py can be packed; got {type(plain).__name__}")
+    blank = _blank(len(plain.layer1), plain.linear.out_features)
+    if str(blank) != str(plain):  # the type, stride, epsilon ... of each module
+        raise PackingError("only the ResNets of resnet.py can be packed; this one has another module in it")
+    return blank
+
+
+def _read_codes(model: nn.Module) -> dict[str, Codes]:
+    """The codes of each layer whose quantizer is at work, on the CPU."""
+    coded = {}
+    for name, layer in quantized_layers(model).items():
+        quantization: Any = weight_quantization(layer)
+        if quantization.enabled and isinstance(quantization.quantizer, DeadZoneLDZCompander):
+            original: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
+            coded[name] = Codes(*(t.cpu() for t in quantization.quantizer.codes(original)))
+    return coded
+
+
+def _weight(codes: Codes) -> Tensor:
+    """The quantized weight, by the operations of the quantizer's forward pass."""
+    return codes.step * codes.q + codes.shift * codes.q.sign()
+
+
+def _levels(bits: int) -> int:
+    """Q, the levels on each side of zero."""
+    return 2 ** (bits - 1) - 1
+
+
+def _checked_q(slot: _Slot, codes: np.ndarray) -> Tensor:
+    assert slot.bits
+    q = codes - _levels(slot.bits)
+    if q.max() > _levels(slot.bits):
+        raise PackingError(f"{slot.name} holds a code that no quantizer of {slot.bits} bits gives")
+    return torch.from_numpy(q.astype(np.float32))
+
+
+def _checked(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32:
+        raise PackingError(f"{name} is {tensor.dtype}; expected torch.float32")
+    if not tensor.isfinite().all():
+        raise PackingError(f"{name} holds a number that is not finite")
+    return tensor
+
+
+def _to_json(header: PackedHeader) -> bytes:
+    try:
+        content = json.dumps(asdict(header), separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PackingError(f"the settings or metrics are not strict JSON: {error}") from None
+    if len(content) > MAX_HEADER_BYTES:
+        raise PackingError(
+            f"settings and metrics make a header of {len(content)} bytes, more than a file has"
+        )
+    return content
+
+
+def _from_json(content: bytes) -> PackedHeader:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        raise PackingError("the header is not JSON") from None
+    kinds = {f.name: get_origin(f.type) or f.type for f in fields(PackedHeader)}
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != kinds:
+        raise PackingError(f"the header does not hold {', '.join(kinds)}, each of its type")
+    header = PackedHeader(**values)
+    if header.compression not in COMPRESSIONS:
+        raise PackingError(f"compression is {header.compression!r:.60}; expected {', '.join(COMPRESSIONS)}")
+    network = _blank(header.blocks_per_stage, header.num_classes)
+    layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for name, bits in header.bits.items():
+        if name not in layers:
+            raise PackingError(f"bits are given for {name!r:.60}, which is no layer of the network")
+        if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
+            raise PackingError(f"{name} has {bits!r:.60} bits; expected {MIN_BITS} to {MAX_BITS}")
+    return header
+
+
+def _seal(header: bytes, body: bytes) -> bytes:
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), len(body))
+    return prefix + hashlib.sha256(prefix + header + body).digest() + header + body
+
+
+def _open(content: bytes) -> tuple[PackedHeader, bytes]:
+    """Header and compressed body; checks magic, version, length, checksum and header, in this order."""
+    if content[: len(MAGIC)] != MAGIC[: len(content)]:
+        raise PackingError("this is no packed network: it begins with other bytes")
+    if len(content) < _HEADER_START:
+        raise PackingError(f"the file is truncated: it ends after {len(content)} bytes")
+    _, version, header_bytes, body_bytes = _PREFIX.unpack_from(content)
+    if version != VERSION:
+        raise PackingError(f"the file has format version {version}; this program reads version {VERSION}")
+    if header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_FILE_BYTES:
+        raise PackingError(
+            f"a header of {header_bytes} bytes and a body of {body_bytes}: more than a file has"
+        )
+    body_start = _HEADER_START + header_bytes
+    if len(content) != body_start + body_bytes:
+        state = "truncated" if len(content) < body_start + body_bytes else "followed by something else"
+        raise PackingError(f"the file is {state}: {len(content)} bytes of {body_start + body_bytes}")
+    header, body = content[_HEADER_START:body_start], content[body_start:]
+    if _seal(header, body) != content:
+        raise PackingError("the file was altered: its checksum does not match")
+    return _from_json(header), body

@@ -1,0 +1,806 @@
+"""The script from command to files: what it prints and writes, what each mistake says, how it stops."""
+
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import re
+import runpy
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import data, debug_run, device, plots, training
+from experiments.data import Dataset
+from experiments.debug_run import LiveLine, main
+from experiments.evaluator import Evaluator
+from experiments.settings import Settings
+from resnet import resnet20
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ["accuracy_curve.png", "channel_liveness.png", "per_layer_channels.png", "sparsity_curves.png"]
+FILES = sorted([*PICTURES, "history.json"])
+SMALL = ["--data", "synthetic", "--limit-train", "256", "--limit-test", "128", "--threads", "1"]
+TWO_EPOCHS = [*SMALL, "--epochs", "2", "--batch-size", "64"]
+BLOCKS = [f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3)]
+ROW = re.compile(r"^ *(\d+) \|" + r" *(-?[\d.]+) \|" * 5 + r" *([\d.]+)$")
+COLUMNS = (
+    "epoch",
+    "loss",
+    "accuracy",
+    "unstructured_sparsity",
+    "structured_sparsity",
+    "learned_bits",
+    "seconds",
+)
+
+
+# Real runs, each in a process and a folder of its own. Those that need no watching go side by side.
+
+
+def environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(
+    folder: Path, arguments: list[str], code: str | None = None, **streams: Any
+) -> subprocess.Popen[Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    program = ["-c", code] if code else ["-m", "experiments.debug_run"]
+    return subprocess.Popen([sys.executable, *program, *arguments], cwd=folder, env=environment(), **streams)
+
+
+@dataclass
+class Finished:
+    folder: Path
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        found = [match for line in self.lines if (match := ROW.match(line))]
+        return [dict(zip(COLUMNS, map(float, match.groups()), strict=True)) for match in found]
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(p.name for p in (self.folder / "debug_output").iterdir())
+
+    @property
+    def history(self) -> dict[str, Any]:
+        return json.loads((self.folder / "debug_output" / "history.json").read_text())
+
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The runs that need no watching, all at once: name -> (folder, process, its terminal)."""
+    base = tmp_path_factory.mktemp("runs")
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+    running = {
+        "log": (start(base / "log", TWO_EPOCHS, **PIPES), None),
+        "terminal": (start(base / "terminal", TWO_EPOCHS, stdout=inside, stderr=subprocess.PIPE), terminal),
+        "diverging": (
+            start(
+                base / "diverging",
+                [*SMALL, "--epochs", "3", "--batch-size", "256", "--weights-lr", "1e30"],
+                **PIPES,
+            ),
+            None,
+        ),
+    }
+    os.close(inside)
+    yield {name: (base / name, *rest) for name, rest in running.items()}
+    for process, _ in running.values():
+        process.kill()
+    os.close(terminal)
+
+
+def finished(started: dict[str, Any], name: str) -> Finished:
+    folder, process, _ = started[name]
+    out, err = process.communicate(timeout=240)
+    return Finished(folder, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def log(started) -> Finished:
+    return finished(started, "log")
+
+
+@pytest.fixture(scope="module")
+def diverging(started) -> Finished:
+    return finished(started, "diverging")
+
+
+@pytest.fixture(scope="module")
+def terminal(started) -> Finished:
+    folder, process, master = started["terminal"]
+    written = b""
+    try:
+        while block := os.read(master, 1 << 16):
+            written += block
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    _, err = process.communicate(timeout=60)
+    return Finished(folder, process.returncode, written.decode(), err.decode())
+
+
+# The parent may ignore SIGINT, as background jobs of a shell do, and a child inherits that.
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from experiments.debug_run import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Finished:
+    """Ctrl-C in the second epoch of a run whose verdict would fail: its bit logits cannot move."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    arguments = [*SMALL, "--epochs", "50", "--batch-size", "32", "--bit-lr", "0"]
+    process = start(folder, arguments, code=INTERRUPTIBLE, **PIPES)
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if ROW.match(line.rstrip("\n")):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    return Finished(folder, process.returncode, "".join(seen) + out, err)
+
+
+# What a run prints
+
+
+def test_a_run_of_two_epochs_succeeds_without_a_word_on_stderr(log):
+    assert log.err == ""
+    failed = any(line.startswith("FAIL") for line in log.lines)
+    assert log.status == (1 if failed else 0), log.out
+
+
+def test_it_writes_the_four_pictures_and_the_history_and_nothing_else(log):
+    assert log.files == FILES
+    for picture in PICTURES:
+        assert (log.folder / "debug_output" / picture).read_bytes().startswith(b"\x89PNG\r\n")
+    assert sorted(p.name for p in log.folder.iterdir()) == ["debug_output"]
+
+
+def test_it_first_says_what_runs(log):
+    head = log.out.partition("\nEpoch |")[0]
+    assert f"torch {torch.__version__.split('+')[0]}" in head and "numpy" in head and "python" in head
+    assert re.search(r"^Device: +cpu, 1 threads", head, re.M) or "cuda" in head
+    assert "seed 0" in head
+    assert "256 training and 128 test images" in head
+    assert "Quantized: 18 of 20 layers; not: conv1, linear" in head
+
+
+def test_the_parts_come_in_the_order_of_the_plan(log):
+    parts = ["Versions:", "Device:", "Data:", "Quantized:", "\nEpoch |", "\n    1 |", "\n    2 |",
+             "\n--- Final Compression Metrics ---\n", "\n--- Verdict ---\n", "\nFiles: "]  # fmt: skip
+    places = [log.out.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places)
+
+
+def test_the_header_names_the_plans_columns_in_its_order_with_units(log):
+    (header,) = [line for line in log.lines if line.startswith("Epoch |")]
+    units = log.lines[log.lines.index(header) + 1]
+    names = [cell.strip() for cell in header.partition("  [")[0].split("|")]
+    assert names == ["Epoch", "Loss", "Acc", "Unstr", "Struct", "Bits", "Time"]
+    assert [cell.strip() for cell in units.split("|")] == ["", "CE + pen", "%", "%", "%", "mean", "s"]
+    assert header.index("|") == units.index("|")
+
+
+def test_every_row_stands_below_its_header(log):
+    (header,) = [line for line in log.lines if line.startswith("Epoch |")]
+    bars = [i for i, c in enumerate(header) if c == "|"]
+    rows = [line for line in log.lines if ROW.match(line)]
+    assert len(rows) == 2
+    assert all([i for i, c in enumerate(row) if c == "|"] == bars for row in rows)
+
+
+def assert_rows_are_the_history(run: Finished) -> None:
+    records = run.history["epochs"]
+    assert (
+        [row["epoch"] for row in run.rows]
+        == [r["epoch"] for r in records]
+        == list(range(1, len(records) + 1))
+    )
+    for row, r in zip(run.rows, records, strict=True):
+        assert row["loss"] == pytest.approx(r["loss"], abs=5.1e-5)
+        for share in ("accuracy", "unstructured_sparsity", "structured_sparsity"):
+            assert row[share] == pytest.approx(100 * r[share], abs=5.1e-3)
+        assert row["learned_bits"] == pytest.approx(r["learned_bits"], abs=5.1e-3)
+        assert row["seconds"] == pytest.approx(r["seconds"], abs=0.051)
+
+
+def test_the_tables_rows_are_the_historys_records(log):
+    assert len(log.rows) == 2
+    assert_rows_are_the_history(log)
+
+
+def test_the_four_ratios_and_the_ceiling_are_the_historys(log):
+    final = log.history["final"]
+    text = log.out.partition("Final Compression Metrics")[2].partition("--- Verdict")[0]
+    printed = dict(re.findall(r"^(.*?) compression: +([\d.]+)x$", text, re.M))
+    assert list(printed) == ["Structured BOPs", "Unstructured BOPs", "Structured MACs", "Unstructured MACs"]
+    keys = [
+        "structured_bops_ratio",
+        "unstructured_bops_ratio",
+        "structured_mac_ratio",
+        "unstructured_mac_ratio",
+    ]
+    for number, key in zip(printed.values(), keys, strict=True):
+        assert float(number) == pytest.approx(final[key], abs=5.1e-3)
+    assert f"Ceiling: {final['structured_ceiling']:.2f}x structured" in text
+    # Stem and classifier stay: 443,008 of 40,551,040 MACs.
+    assert final["unstructured_ceiling"] == pytest.approx(40_551_040 / 443_008, rel=1e-3)
+
+
+def test_the_verdict_is_printed_as_the_history_has_it(log):
+    printed = log.out.partition("--- Verdict ---\n")[2].partition("\n\n")[0].splitlines()
+    assert printed == [f"{c['status']}  {c['name']}: {c['message']}" for c in log.history["verdict"]]
+    assert {line.split()[0] for line in printed} <= {"PASS", "FAIL", "SKIP"} and len(printed) == 10
+
+
+def test_the_last_line_names_the_files_where_they_are(log):
+    named = log.lines[-1].removeprefix("Files: ").split(", ")
+    assert sorted(Path(name).name for name in named) == FILES
+    assert all((log.folder / name).is_file() for name in named)
+
+
+def test_the_history_tells_the_whole_run(log):
+    history = log.history
+    assert history["settings"] == Settings(
+        data="synthetic", limit_train=256, limit_test=128, threads=1, epochs=2, batch_size=64
+    ).to_json() | {"exclude_layers": ["^conv1$", "^linear$"]}
+    assert set(history["versions"]) == {"python", "torch", "torchvision", "numpy", "matplotlib"}
+    assert history["data"]["train_images"] == 256 and history["data"]["test_images"] == 128
+    assert history["stopped"] is None
+    assert history["quantized"] == [f"{b}.{c}" for b in BLOCKS for c in ("conv1", "conv2")]
+    assert history["full_precision"] == ["conv1", "linear"]
+    assert history["precision"] == "float32" and history["threads"] == 1
+    layers = history["final"]["layers"]
+    assert len(layers) == 20 and sum(x["dense_macs"] for x in layers) == 40_551_040
+    for key, total in history["final"]["totals"].items():
+        assert key.endswith("bops") or total == sum(x[key] for x in layers)
+    assert history["final"]["totals"]["dense_bops"] == 41_524_264_960
+
+
+def test_each_epochs_record_has_both_logits_of_every_quantized_layer_with_start_and_gradient(log):
+    for record in log.history["epochs"]:
+        assert list(record["layers"]) == log.history["quantized"]
+        for numbers in record["layers"].values():
+            assert numbers["bit_logit_start"] == numbers["deadzone_logit_start"] == 3.0
+            assert numbers["bit_logit"] != 3.0 != numbers["deadzone_logit"]
+            assert numbers["bit_gradient"] and numbers["deadzone_gradient"]
+        weights = sum(numbers["weights"] for numbers in record["layers"].values())
+        zero = sum(numbers["zero_weights"] for numbers in record["layers"].values())
+        assert record["unstructured_sparsity"] == pytest.approx(zero / weights)
+        assert record["learned_bits"] == pytest.approx(
+            sum(numbers["learned_bits"] for numbers in record["layers"].values()) / 18
+        )
+        assert record["loss"] == pytest.approx(record["cross_entropy"]), (
+            "the coefficient is 0 in the first epochs"
+        )
+
+
+# The stand-in
+
+
+def test_nobody_can_mistake_the_stand_in_for_cifar10(log):
+    assert log.lines[0].startswith("*** NOT CIFAR-10")
+    assert "synthetic stand-in" in log.lines[0]
+    assert any(line.startswith("Epoch |") and "synthetic stand-in" in line for line in log.lines)
+    told = log.history["data"]
+    assert told["synthetic"] is True and told["name"] == "synthetic stand-in"
+
+
+# Twice the same
+
+
+def without_seconds(lines: list[str]) -> list[str]:
+    return [re.sub(r"\| +[\d.]+$", "| s", line) if ROW.match(line) else line for line in lines]
+
+
+def screen(written: str) -> list[str]:
+    """The lines that stay on a terminal: what follows the last clearing of each."""
+    return [line.replace("\r", "").rpartition("\x1b[K")[2] for line in written.split("\n")[:-1]]
+
+
+def test_the_same_settings_give_the_same_output_digit_for_digit_save_the_seconds(log, terminal):
+    assert without_seconds(screen(terminal.out)) == without_seconds(log.lines)
+    assert terminal.status == log.status and terminal.err == ""
+
+
+def test_the_same_settings_give_the_same_history_and_pictures_save_the_seconds(log, terminal):
+    histories = [log.history, terminal.history]
+    for history in histories:
+        for record in history["epochs"]:
+            assert record.pop("seconds") > 0
+    assert histories[0] == histories[1]
+    digests = [
+        [hashlib.sha256((run.folder / "debug_output" / p).read_bytes()).hexdigest() for p in PICTURES]
+        for run in (log, terminal)
+    ]
+    assert digests[0] == digests[1]
+
+
+# The live line
+
+
+def test_a_log_has_no_live_line_and_no_control_character(log):
+    assert "\r" not in log.out and "\x1b" not in log.out and "\b" not in log.out
+    assert "steps/s" not in log.out
+
+
+def test_a_terminal_has_one_live_line_with_step_speed_and_time_left(terminal):
+    shown = re.findall(r"\r\x1b\[K([^\r\n]+)", terminal.out)
+    live = [text for text in shown if "step" in text]
+    pattern = re.compile(r"^epoch [12]: step \d/4, [\d.]+ steps/s, \d+ s left$")
+    assert live and all(pattern.match(text) for text in live), live
+    for epoch in (1, 2):
+        assert any(text.startswith(f"epoch {epoch}: step 4/4") for text in live), (
+            "the last step is always shown"
+        )
+
+
+@pytest.fixture
+def live(monkeypatch) -> LiveLine:
+    """The live line of a terminal of 40 columns."""
+    monkeypatch.setenv("COLUMNS", "40")
+    live = LiveLine()
+    live.on_terminal = True
+    return live
+
+
+def test_the_live_line_is_cut_to_the_terminals_width_so_that_it_stays_one_line(live, capsys):
+    live.progress("x" * 300)
+    assert capsys.readouterr().out == "\r\x1b[K" + "x" * 39
+
+
+def test_a_whole_line_takes_the_live_lines_place(live, capsys):
+    live.progress("working")
+    live.say("done")
+    live.say("and more")
+    assert capsys.readouterr().out == "\r\x1b[Kworking\r\x1b[Kdone\nand more\n"
+
+
+def test_off_a_terminal_the_live_line_is_never_shown(capsys):
+    live = LiveLine()
+    live.progress("working")
+    live.clear()
+    live.say("done")
+    assert live.steps(0) is None
+    assert capsys.readouterr().out == "done\n"
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_ends_with_the_files_of_the_finished_epochs_and_status_130(interrupted):
+    assert interrupted.err == ""
+    assert interrupted.files == FILES
+    finished = len(interrupted.rows)
+    assert 1 <= finished < 50
+    assert_rows_are_the_history(interrupted)
+    assert f"stopped by Ctrl-C in epoch {finished + 1}" in interrupted.lines
+    assert interrupted.history["stopped"] == f"stopped by Ctrl-C in epoch {finished + 1}"
+    assert "--- Verdict ---" in interrupted.lines and "final" in interrupted.history
+
+
+def test_ctrl_c_is_status_130_whatever_the_verdict_says(interrupted):
+    assert any(line.startswith("FAIL  bit logits learn") for line in interrupted.lines)
+    assert interrupted.status == 130
+
+
+# Numbers that are not finite
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_step_and_layer_and_status_1(diverging):
+    (line,) = [line for line in diverging.lines if line.startswith("stopped")]
+    pattern = r"stopped in epoch 2: the loss is not finite at step 1; .*: (the output of|parameter) \w+"
+    assert re.match(pattern, line), line
+    assert diverging.status == 1
+    assert diverging.err == ""
+    assert diverging.history["stopped"] == line
+
+
+def test_a_loss_that_is_not_finite_leaves_the_files_of_the_finished_epochs(diverging):
+    assert diverging.files == FILES
+    assert len(diverging.rows) == 1
+    assert_rows_are_the_history(diverging)
+
+
+def test_a_loss_that_is_not_finite_fails_the_verdicts_line_about_it(diverging):
+    (line,) = [line for line in diverging.lines if "loss is finite" in line]
+    assert line.startswith("FAIL")
+
+
+# Runs inside this process, on a handful of images: quick, and with faults planted where no flag reaches.
+
+
+def handful(name: str = "CIFAR-10", synthetic: bool = False, train: int = 16, test: int = 8) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (train + test, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (train + test,), generator=generator)
+    return Dataset(
+        name, "made here", synthetic, images[:train], labels[:train], images[train:], labels[train:]
+    )
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, capsys):
+    """Runs `main` in this process in a folder of its own, on a handful of images unless `--data` is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(device, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(
+        data, "synthetic_dataset", lambda source: replace(handful("synthetic stand-in", True), source=source)
+    )
+    threads = torch.get_num_threads()
+
+    def run(*arguments: str) -> Finished:
+        if "--data" not in arguments:
+            monkeypatch.setattr(debug_run, "load_dataset", lambda *_: handful())
+        always = ["--device", "cpu"] if "--device" not in arguments else []
+        try:
+            status = main(["--threads", "1", *always, *arguments])
+        except SystemExit as stopped:
+            status = stopped.code
+        out, err = capsys.readouterr()
+        return Finished(tmp_path, status, out, err)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def in_epoch(
+    monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[torch.nn.Module], None], before: bool
+) -> None:
+    """Have `act` done to the model before the only step of an epoch (from 1), or as the end of that step."""
+    real = training.train_epoch
+
+    def train_epoch(step: Any, batches: Any, epoch: int, *rest: Any) -> Any:
+        if epoch != number - 1:
+            return real(step, batches, epoch, *rest)
+        if before:
+            act(step.model)
+            return real(step, batches, epoch, *rest)
+        assert len(batches) == 1
+        move = step.optimizer.step
+        with monkeypatch.context() as patch:
+            patch.setattr(step.optimizer, "step", lambda: (move(), act(step.model)))
+            return real(step, batches, epoch, *rest)
+
+    monkeypatch.setattr(debug_run, "train_epoch", train_epoch)
+
+
+def interrupt(model: torch.nn.Module) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_on_cifar10_bears_no_mark_of_the_stand_in(here):
+    run = here("--epochs", "1")
+    assert run.lines[0].startswith("Versions:")
+    assert "stand-in" not in run.out and "NOT CIFAR-10" not in run.out
+    assert run.history["data"]["synthetic"] is False
+    assert run.files == FILES
+
+
+def test_the_plan_preset_quantizes_the_nine_conv2_and_names_the_eleven_others(here):
+    run = here("--preset", "plan", "--epochs", "1")
+    others = ["conv1", *[f"{block}.conv1" for block in BLOCKS], "linear"]
+    assert f"Quantized: 9 of 20 layers; not: {', '.join(others)}" in run.lines
+    assert run.history["quantized"] == [f"{block}.conv2" for block in BLOCKS]
+    assert run.history["full_precision"] == others
+    assert "the 9 quantized layers cost nothing" in run.out
+
+
+def test_patterns_that_exclude_every_layer_give_a_plain_network_and_fail_no_line_about_quantizers(here):
+    run = here("--exclude-layers", ".", "--epochs", "2")
+    assert any(line.startswith("Quantized: 0 of 20 layers") for line in run.lines)
+    assert all(row["learned_bits"] == 32 and row["unstructured_sparsity"] == 0 for row in run.rows)
+    assert [c["name"] for c in run.history["verdict"] if c["status"] == "FAIL"] == []
+    assert run.status == 0 and run.files == FILES
+
+
+def test_ctrl_c_in_the_first_epoch_writes_the_history_alone_and_gives_130(here, monkeypatch):
+    in_epoch(monkeypatch, 1, interrupt, before=True)
+    run = here("--epochs", "2")
+    assert run.status == 130 and run.err == ""
+    assert run.files == ["history.json"]
+    assert run.history["epochs"] == [] and "Ctrl-C in epoch 1" in run.history["stopped"]
+
+
+def test_ctrl_c_while_the_data_is_being_fetched_gives_130_and_no_traceback(here, monkeypatch):
+    def fetch(*_: object) -> Dataset:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "_download", fetch)
+    try:
+        run = here("--data", "cifar10")
+    except KeyboardInterrupt:
+        pytest.fail("main() lets Ctrl-C through as a traceback")
+    assert run.status == 130
+
+
+def poison(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.layer2[1].conv1.parametrizations.weight.original[0, 0, 0, 0] = float("nan")
+
+
+def blind(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.layer2[1].conv1.parametrizations.weight[0].quantizer.logit_bit.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("harm", [poison, blind], ids=["a weight", "a logit"])
+@pytest.mark.parametrize("before", [True, False], ids=["before a step", "in the last step"])
+def test_parameters_that_stop_being_finite_stop_the_run_with_its_files_whichever_step_it_was(
+    here, monkeypatch, harm, before
+):
+    in_epoch(monkeypatch, 2, harm, before)
+    run = here("--epochs", "3")
+    assert run.err == ""
+    assert run.status == 1
+    assert "stopped in epoch" in run.out and "layer2.1.conv1" in run.history["stopped"]
+    assert run.files == FILES and len(run.history["epochs"]) >= 1
+
+
+@pytest.mark.parametrize("number", ["1e39", "1e300"])
+def test_a_coefficient_beyond_float32_is_a_loss_that_is_not_finite_or_a_sentence(here, number):
+    run = here("--sparsity-weight", number, "--sparsity-delay", "0", "--sparsity-ramp", "0", "--epochs", "1")
+    assert (run.status == 1 and "step 1" in run.out) or (run.status == 2 and "--sparsity-weight" in run.err)
+
+
+def test_a_warning_is_said_once_under_the_row_of_its_epoch(here):
+    run = here("--epochs", "3", "--bit-lr", "0")
+    warned = [i for i, line in enumerate(run.lines) if line.lstrip().startswith("!") and "not moved" in line]
+    assert len(warned) == 1
+    assert ROW.match(run.lines[warned[0] - 1]).group(1) == "1"
+    assert run.status == 1  # and the verdict fails
+
+
+# The pictures' titles
+
+
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_every_title_says_what_the_run_was_on_and_marks_the_stand_in(monkeypatch, tmp_path, log, synthetic):
+    drawn: dict[str, str] = {}
+
+    def keep(figure: Any, path: Path) -> None:
+        drawn[path.name] = " ".join([axes.get_title() for axes in figure.axes])
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    model = resnet20()
+    dataset = handful("synthetic stand-in" if synthetic else "CIFAR-10", synthetic)
+    settings = Settings(output_dir=tmp_path, preset="plan")
+    paths = debug_run.draw(settings, log.history["epochs"], Evaluator(model).evaluate(model), dataset)
+    assert sorted(drawn) == sorted(path.name for path in paths) == PICTURES
+    for title in drawn.values():
+        assert "ResNet-20" in title and "preset plan" in title and "epoch 2" in title
+        assert ("NOT CIFAR-10" in title) == ("SYNTHETIC STAND-IN" in title) == synthetic
+        assert synthetic or "on CIFAR-10" in title
+
+
+# No CIFAR-10 to be had
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(url: str, *_: object) -> None:
+        raise data._SourceFailed("Connection refused")
+
+    monkeypatch.setattr(data, "_fetch", refuse)
+
+
+def test_auto_without_a_source_goes_on_with_the_stand_in_and_says_so_loudly(here, no_network):
+    run = here("--data", "auto", "--epochs", "1")
+    head = run.out.partition("Versions:")[0]
+    assert "NO CIFAR-10" in head and "Connection refused" in head
+    assert "*** NOT CIFAR-10" in head and "synthetic stand-in" in head
+    assert any(line.startswith("Epoch |") and "synthetic stand-in" in line for line in run.lines)
+    assert run.history["data"]["synthetic"] is True
+    assert "Connection refused" in run.history["data"]["source"]
+
+
+# Bad input
+
+
+def a_file(folder: Path) -> None:
+    (folder / "taken").write_text("a file")
+
+
+def a_truncated_batch(folder: Path) -> None:
+    (folder / "data" / data.FOLDER).mkdir(parents=True)
+    (folder / "data" / data.FOLDER / "data_batch_1").write_bytes(b"half of it")
+
+
+BAD_INPUT: dict[str, tuple[list[str], list[str], Callable[[Path], None] | None]] = {
+    "an unknown preset": (["--preset", "fast"], ["--preset", "'fast'", "debug, plan"], None),
+    "an unknown device": (["--device", "tpu"], ["--device", "'tpu'", "cpu"], None),
+    "cuda without one": (["--device", "cuda"], ["--device", "'cuda'", "cpu"], None),
+    "no epoch": (["--epochs", "0"], ["--epochs", "0", "1 or more"], None),
+    "an empty batch": (["--batch-size", "0"], ["--batch-size", "0", "1 or more"], None),
+    "a negative weight": (["--sparsity-weight", "-0.5"], ["--sparsity-weight", "-0.5", "0 or more"], None),
+    "a negative delay": (["--sparsity-delay", "-1"], ["--sparsity-delay", "-1", "0 or more"], None),
+    "a negative ramp": (["--sparsity-ramp", "-2"], ["--sparsity-ramp", "-2", "0 or more"], None),
+    "more training images than there are": (
+        ["--data", "synthetic", "--limit-train", "17"], ["--limit-train", "17", "16"], None),
+    "more test images than there are": (
+        ["--data", "synthetic", "--limit-test", "9"], ["--limit-test", "9", "8"], None),
+    "an output folder that is a file": (["--output-dir", "taken"], ["--output-dir", "taken"], a_file),
+    "an output folder below a file": (["--output-dir", "taken/a"], ["--output-dir", "taken/a"], a_file),
+    "a truncated batch file": (
+        ["--data", "auto"], ["data_batch_1", "truncated or altered"], a_truncated_batch),
+    "no source for the data that is insisted on": (
+        ["--data", "cifar10"],
+        ["Connection refused", "170,498,071", "c58f30108f718f92721af3b95e74349a", *data.SOURCES], None),
+    "a pattern that is no regular expression": (["--exclude-layers", "["], ["exclude", "'['"], None),
+    "a pattern without a match": (["--exclude-layers", "conv9"], ["exclude", "'conv9'", "no module"], None),
+    "more threads than can be": (["--threads", "99999999999"], ["--threads", "99999999999"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "words", "prepare"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_gets_one_sentence_and_status_2_before_any_training_and_changes_no_file(
+    here, no_network, monkeypatch, tmp_path, arguments, words, prepare
+):
+    def refuse(*_: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(debug_run, "train_epoch", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "debug_output").mkdir()
+    (tmp_path / "debug_output" / "history.json").write_text("of an older run")
+    if prepare:
+        prepare(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    run = here(*arguments)
+    assert run.status == 2
+    assert run.err.startswith("error: ") and run.err.count("\n") == 1 and run.err.endswith("\n"), run.err
+    assert [word for word in words if word not in run.err] == []
+    assert "Epoch |" not in run.out
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--epochs", "0"], "--epochs"), (["--exclude-layers", "conv9", "--device", "cpu"], "'conv9'")],
+)
+def test_from_the_command_line_bad_input_is_one_line_on_stderr_and_status_2(tmp_path, arguments, word):
+    process = start(tmp_path, arguments, **PIPES)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.count("\n") == 1 and word in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_vanishes_during_the_run_is_one_sentence_too(here, monkeypatch, tmp_path):
+    def replace_folder(model: torch.nn.Module) -> None:
+        (tmp_path / "debug_output").rmdir()
+        (tmp_path / "debug_output").write_text("a file in its place")
+
+    in_epoch(monkeypatch, 1, replace_folder, before=True)
+    run = here("--epochs", "1")
+    assert run.status == 2
+    assert run.err.startswith("error: ") and run.err.count("\n") == 1 and "debug_output" in run.err
+
+
+# The user's plan
+
+PLAN_SCRIPT = """
+import torch
+import torch.nn.functional as F
+
+from experiments.evaluator import Evaluator
+from experiments.schedules import constant, cosine_anneal, linear_warmup
+from experiments.sparsity import coupled_group_lasso
+from resnet import resnet20
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers, toggle_quantization
+
+torch.manual_seed(0)
+EPOCHS = 3
+model = resnet20()
+assert sum(p.numel() for p in model.parameters()) == 269_722
+evaluator = Evaluator(model, input_size=(3, 32, 32))
+
+attach_weight_quantizers(
+    model=model,
+    exclude_layers=["conv1", "bn", "linear"],
+    quantizer=DeadZoneLDZCompander,
+    quantizer_kwargs={
+        "fixed_bit_val": 4,
+        "max_bits": 8,
+        "init_bit_logit": 3.0,
+        "init_deadzone_logit": 3.0,
+        "learnable_bit": True,
+        "learnable_deadzone": True,
+    },
+    enabled=False,
+)
+toggle_quantization(model, enabled=True)
+
+weights, bits, deadzones = [], [], []
+for name, parameter in model.named_parameters():
+    kind = bits if "logit_bit" in name else deadzones if "logit_dz" in name else weights
+    kind.append(parameter)
+optimizer = torch.optim.AdamW(
+    [
+        {"params": weights, "lr": 1e-3, "weight_decay": 0.0},
+        {"params": bits, "lr": 1e-3, "weight_decay": 0.01},
+        {"params": deadzones, "lr": 1e-3, "weight_decay": 0.01},
+    ]
+)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
+sparsity_loss = coupled_group_lasso(model)
+sparsity_schedule = linear_warmup(delay=1, ramp=1)
+images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+before = [p.detach().clone() for p in model.parameters()]
+print(f"{'Epoch':>5} | {'Loss':>8} | {'Acc':>6} | {'Unstr':>6} | {'Struct':>6} | {'Bits':>5}")
+coefficients = []
+for epoch in range(EPOCHS):
+    model.train()
+    coefficient = sparsity_schedule(epoch, EPOCHS)
+    coefficients.append(coefficient)
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(images), labels) + coefficient * sparsity_loss(model)
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(images).argmax(1) == labels).float().mean().item()
+    layers = [m for m in model.modules() if hasattr(m, "parametrizations")]
+    widths = [m.parametrizations.weight[0].quantizer.get_bitwidth().item() for m in layers]
+    zero = sum((m.weight == 0).sum().item() for m in layers) / sum(m.weight.numel() for m in layers)
+    dead = sum((m.weight == 0).flatten(1).all(1).sum().item() for m in layers)
+    print(f"{epoch + 1:5d} | {loss.item():8.4f} | {accuracy:6.2%} | {zero:6.2%} | {dead:6d} | "
+          f"{sum(widths) / len(widths):5.2f}")
+moved = sum(not torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+results = evaluator.evaluate(model)
+print("--- Final Compression Metrics ---")
+print(f"Structured BOPs:   {results.structured_bops_ratio:.2f}x")
+print(f"Unstructured BOPs: {results.unstructured_bops_ratio:.2f}x")
+print(f"Structured MACs:   {results.structured_mac_ratio:.2f}x")
+print(f"Unstructured MACs: {results.unstructured_mac_ratio:.2f}x")
+figure = evaluator.plot_channel_liveness(model)
+figure.savefig("channel_liveness.png")
+"""
+
+
+def test_the_users_own_script_runs_on_the_fixed_names_unchanged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.py").write_text(PLAN_SCRIPT)
+    left = runpy.run_path("plan.py")
+    out = capsys.readouterr().out
+    assert left["coefficients"] == [0, 0, 1]
+    assert len(left["layers"]) == 9 and left["widths"] == [8.0] * 9
+    assert left["moved"] == len(list(left["model"].parameters()))
+    assert out.count(" | ") == 5 * 4 and out.count("x\n") == 4
+    results = left["results"]
+    # 9 of 20 layers at 8 instead of 32 bits: 21,233,664 of 40,551,040 MACs.
+    at_8_bits = 40_551_040 / (40_551_040 - 21_233_664 * 3 / 4)
+    assert results.structured_bops_ratio == pytest.approx(at_8_bits, rel=1e-3)
+    assert 1 <= results.structured_mac_ratio <= results.unstructured_mac_ratio < 1.1
+    assert (tmp_path / "channel_liveness.png").read_bytes().startswith(b"\x89PNG")
