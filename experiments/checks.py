@@ -136,6 +136,8 @@ def structured_follows_warmup(records: Sequence[Record], settings: Settings) -> 
     measured = (
         f"{share:.1f} % of filters at the end, the first in epoch {first}, the penalty from epoch {begins}"
     )
+    if not records[-1]["layers"]:
+        return Check(SKIP, name, "no layer is quantized")
     if settings.sparsity_weight == 0:
         return Check(SKIP, name, f"{share:.1f} %; --sparsity-weight is 0")
     if first is not None and (begins is None or first < begins):
@@ -151,6 +153,8 @@ def structured_follows_warmup(records: Sequence[Record], settings: Settings) -> 
 
 def penalty_falls(records: Sequence[Record], settings: Settings) -> Check:
     name = "penalty falls once it acts"
+    if not records[-1]["layers"]:
+        return Check(SKIP, name, "no layer is quantized")
     before = [r for r in records if r["sparsity_weight"] == 0]
     if settings.sparsity_weight == 0 or len(before) in (0, len(records)):
         return Check(SKIP, name, f"{records[-1]['penalty']:.1f}; no epoch before the warm-up, or none in it")
