@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.settings import Settings
 from metrics import NetworkCount
-from utils_quantization import toggle_quantization
+from utils_quantization import toggle_quantization, weight_quantization
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 CHANCE = 0.1
@@ -203,14 +203,15 @@ def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]
     """A layer's floating-point operations for one image, by torch.utils.flop_counter, and its weights."""
     device = next(model.parameters()).device
     was_training = model.training
-    toggle_quantization(
-        model, enabled=False
-    )  # quantizers cost no FLOPs, and refuse weights that are not finite
+    # Quantizers cost no FLOPs, and refuse weights that are not finite.
+    switched_on = [q for m in model.modules() if (q := weight_quantization(m)) is not None and q.enabled]
+    toggle_quantization(model, enabled=False)
     with FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, 32, 32, device=device))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    toggle_quantization(model, enabled=True)
+    for quantization in switched_on:
+        quantization.enabled = True
     model.train(was_training)
     modules = counter.get_flop_counts()
     by_name = {key.partition(".")[2]: sum(flops.values()) for key, flops in modules.items()}

@@ -1,8 +1,7 @@
 """Integer codes and float32 numbers as bytes, and bytes made small with what Python ships; both ways.
 
 A code takes its layer's bits. Codes share a byte where several fit, but none lies across two bytes that would
-fit in one: coders that look at bytes then come within a few percent of the codes' entropy, and need up to a
-third more where codes run on without a gap.
+fit in one: compressors, which look at bytes, then need up to a quarter less than where codes leave no gap.
 
 What is decoded may come from a stranger, so nothing here makes more bytes than the caller expects.
 """

@@ -549,7 +549,7 @@ def test_after_a_bad_step_no_hook_is_left_on_the_model():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("rate", [3e38, 1e30])
+@pytest.mark.parametrize("rate", [1e39, 1e30])
 def test_weights_that_stop_being_finite_in_an_epochs_last_step_stop_that_epoch_or_the_next(rate):
     """Whichever it is, what lies between the epochs must not trip over them."""
     model = quantized()
