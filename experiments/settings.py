@@ -118,7 +118,7 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_SEED}")
     largest = MAX_FLOAT32 if item.name == "sparsity_weight" else sys.float_info.max
     if item.type is float and not 0 <= value <= largest:
-        raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")
+        raise ValueError(f"{name} is {value}; expected a number from 0 to {largest:g}")
     if item.name == "threads" and value is not None and value > MAX_THREADS:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_THREADS}")
 
@@ -144,6 +144,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     for item in fields(Settings):
         _add_flag(parser, item)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    if "exclude_layers" in given:
+        given["exclude_layers"] = tuple(given["exclude_layers"])
     preset = given.get("preset", "debug")
     try:
         return Settings(**(PRESETS.get(preset, {}) | given))

@@ -239,16 +239,18 @@ def renew_batch_norms(
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
     model.train()
     device = next(model.parameters()).device
-    with parametrize.cached(), autocast(device, precision):
-        for images, _ in itertools.islice(batches.epoch(epoch), count):
-            model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+        with parametrize.cached(), autocast(device, precision):
+            for images, _ in itertools.islice(batches.epoch(epoch), count):
+                model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 @torch.inference_mode()

@@ -217,6 +217,12 @@ def test_every_row_stands_below_its_header(log):
     assert all([i for i, c in enumerate(row) if c == "|"] == bars for row in rows)
 
 
+def test_a_row_shows_shares_in_percent_and_each_number_in_its_column():
+    record = {"epoch": 7, "loss": 1.23456, "accuracy": 0.70706, "unstructured_sparsity": 0.7661}
+    record |= {"structured_sparsity": 0.0612, "learned_bits": 4.0349, "seconds": 49.96}
+    assert debug_run.table_row(record) == "    7 |   1.2346 |  70.71 |  76.61 |   6.12 |  4.03 |   50.0"
+
+
 def assert_rows_are_the_history(run: Finished) -> None:
     records = run.history["epochs"]
     assert (

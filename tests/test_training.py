@@ -657,7 +657,7 @@ class Watched(TrainBatches):
 def test_on_cuda_no_step_makes_the_host_wait(precision):
     model = quantized(blocks=3).cuda()
     step = TrainingStep(
-        model, make_optimizer(model, MEASURED), coupled_group_lasso(model), precision=precision
+        model, make_optimizer(model, MEASURED), coupled_group_lasso(model), precision, keep_dead_slices(model)
     )
     dataset = small_dataset(32 * 6 + 8)
     for epoch, weight in enumerate((0.0, 0.0, 0.01, 0.01)):
