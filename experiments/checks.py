@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.proofs import Proof
 from experiments.settings import Settings
 from metrics import NetworkCount
 from utils_quantization import toggle_quantization, weight_quantization
@@ -22,6 +23,8 @@ PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 CHANCE = 0.1
 CLIMBED = 3 * CHANCE  # what counts as well above chance
 ENOUGH_EPOCHS = 5  # fewer tell nothing about accuracy
+SLIM_TOLERANCE = 1e-4  # of the largest logit
+SLIM_AGREEMENT = 0.999  # two logits equal to rounding may change places
 OUTWEIGHS = 10  # weighted penalty over cross-entropy
 
 Record = dict[str, Any]
@@ -48,6 +51,7 @@ def verdict(
     model: nn.Module,
     pictures: Sequence[Path],
     not_finite: str | None = None,
+    proof: Proof | None = None,
 ) -> list[Check]:
     """Every check of a finished run, in the order of the report."""
     return [
@@ -59,6 +63,7 @@ def verdict(
         penalty_falls(records, settings),
         bits_fall(records),
         counts_add_up(count, model),
+        *proofs_hold(proof),
         pictures_exist(pictures),
     ]
 
@@ -216,6 +221,27 @@ def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]
     modules = counter.get_flop_counts()
     by_name = {key.partition(".")[2]: sum(flops.values()) for key, flops in modules.items()}
     return {name: by_name.get(name, 0) for name in layers}, sizes
+
+
+def proofs_hold(proof: Proof | None) -> list[Check]:
+    """The smaller network and the packed file against the quantized network and the printed counts."""
+    names = ("smaller network gives the same logits", "smaller network has the MACs printed",
+             "packed file gives the same logits")  # fmt: skip
+    if proof is None:
+        return [Check(SKIP, name, "the run was stopped, so none was made") for name in names]
+    relative = proof.largest_difference / proof.largest_logit
+    measured = (
+        f"largest difference {relative:.1e} of the largest logit on {proof.images:,} images, "
+        f"{100 * proof.agreement:.2f} % equal predictions"
+    )
+    same = relative <= SLIM_TOLERANCE and proof.agreement >= SLIM_AGREEMENT
+    macs = f"torch counts {proof.slim_macs:,}, printed {proof.structured_macs:,}"
+    bits = f"{proof.packed_differs} logits differ, {proof.packed_bytes:,} bytes"
+    return [
+        judge(same, names[0], measured, "a defect in src/slim.py"),
+        judge(proof.slim_macs == proof.structured_macs, names[1], macs, "a defect in src/channels.py"),
+        judge(proof.packed_differs == 0, names[2], bits, "a defect in src/packing.py"),
+    ]
 
 
 def pictures_exist(pictures: Sequence[Path]) -> Check:

@@ -26,6 +26,7 @@ from experiments.data import DataError, Dataset, TestBatches, TrainBatches, load
 from experiments.device import describe_device, prepare_device
 from experiments.evaluator import Compression, Evaluator
 from experiments.files import OutputError, prepare_folder, write_json
+from experiments.proofs import PACKED, SLIM, proof_lines, prove
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import PRECISIONS, Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -43,7 +44,8 @@ from resnet import resnet20
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantizers
 
-PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png")
+PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png",
+            "channels_over_time.png")  # fmt: skip
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 Record = dict[str, Any]
@@ -131,7 +133,9 @@ def run(settings: Settings, live: "LiveLine") -> int:
         status = EXIT_FAILED
     if stopped:
         live.say(stopped)
-    verdict_status = report(settings, head, records, compression, model, dataset, stopped, not_finite, live)
+    verdict_status = report(
+        settings, head, records, compression, model, dataset, test_batches, stopped, not_finite, live
+    )
     return status or verdict_status
 
 
@@ -240,6 +244,7 @@ def report(
     compression: Compression,
     model: nn.Module,
     dataset: Dataset,
+    test_batches: TestBatches,
     stopped: str | None,
     not_finite: str | None,
     live: "LiveLine",
@@ -253,11 +258,27 @@ def report(
         write_json(path, history)
         return EXIT_OK
     pictures = draw(settings, records, compression, dataset)
-    checks = verdict(records, settings, compression.count, model, pictures, not_finite)
+    live.progress("making the smaller network and the packed file")
+    # A run that was stopped in an epoch has weights that no row of its table describes.
+    proof = None if stopped else prove(
+        model, compression.count, test_batches, settings.output_dir, settings.to_json()
+    )  # fmt: skip
+    checks = verdict(records, settings, compression.count, model, pictures, not_finite, proof)
     live.say(metrics_lines(compression))
+    if proof:
+        live.say(proof_lines(proof))
     live.say("\n".join(["", "--- Verdict ---", *map(str, checks)]))
-    write_json(path, history | {"final": final_metrics(compression), "verdict": [asdict(c) for c in checks]})
-    live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path)))
+    write_json(
+        path,
+        history
+        | {
+            "final": final_metrics(compression),
+            "proof": proof and proof.to_json(),
+            "verdict": [asdict(c) for c in checks],
+        },
+    )
+    made = [settings.output_dir / name for name in (PACKED, SLIM)] if proof else []
+    live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
     return EXIT_FAILED if any(check.status == FAIL for check in checks) else EXIT_OK
 
 
@@ -273,6 +294,7 @@ def draw(settings: Settings, records: list[Record], compression: Compression, da
         plots.sparsity_figure(records, f"Sparsity and bits: {what}", warmup),
         plots.channel_liveness_figure(compression.count, f"Channels: {what}"),
         plots.per_layer_figure(compression.count, f"Channels and bits a layer: {what}"),
+        plots.channels_over_time_figure(records, f"Channels alive: {what}", warmup),
     )
     paths = [settings.output_dir / picture for picture in PICTURES]
     for figure, path in zip(figures, paths, strict=True):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -122,6 +123,21 @@ def _state_patches() -> list[Patch]:
         Patch(facecolor=STATE_COLOURS[state], edgecolor="grey", label=name)
         for state, name in STATE_NAMES.items()
     ]
+
+
+def channels_over_time_figure(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> Figure:
+    """Channels alive over the epochs, as a share of the layer's: a line a quantized convolution."""
+    figure, axes = _over_epochs(records, title, warmup)
+    epochs = [r["epoch"] for r in records]
+    names = list(records[-1]["layers"])
+    for i, name in enumerate(names):
+        counts = [r["layers"][name] for r in records]
+        alive = [100 * c["alive_channels"] / c["filters"] for c in counts]
+        style = "-" if name.endswith("conv1") else "--"  # inner channels, residual channels
+        axes.plot(epochs, alive, style, color=colormaps["viridis"](i / max(1, len(names) - 1)), label=name)
+    axes.set(ylabel="output channels alive (%)", ylim=(0, 102))
+    figure.legend(loc="outside right upper", fontsize=7)
+    return figure
 
 
 def per_layer_figure(count: NetworkCount, title: str) -> Figure:
