@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.data import TestBatches
 from experiments.files import write_whole
-from metrics import NetworkCount
+from metrics import NetworkCount, format_ratio, ratio
 from resnet import resnet20
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network, without_quantizers
@@ -165,7 +165,7 @@ def _forward_seconds(network: nn.Module, batch: Tensor) -> float:
 
 def proof_lines(proof: Proof) -> str:
     """The proof for a person."""
-    smaller = proof.dense_macs / proof.slim_macs if proof.slim_macs else float("inf")
+    smaller = format_ratio(ratio(proof.dense_macs, proof.slim_macs))
     rows = [
         f"  {name:<26} {1e3 * t['median']:8.2f} ms ({1e3 * t['least']:.2f} to {1e3 * t['most']:.2f})"
         for name, t in proof.latency_seconds.items()
@@ -174,7 +174,7 @@ def proof_lines(proof: Proof) -> str:
         "",
         "--- The Compressed Network ---",
         f"Smaller network: {proof.slim_parameters:,} of {proof.dense_parameters:,} parameters, "
-        f"{proof.slim_macs:,} of {proof.dense_macs:,} MACs ({smaller:.2f}x), counted on the network itself",
+        f"{proof.slim_macs:,} of {proof.dense_macs:,} MACs ({smaller}), counted on the network itself",
         f"  against the quantized network on {proof.images:,} test images: largest difference "
         f"{proof.largest_difference:.2g} of logits up to {proof.largest_logit:.3g}, "
         f"{100 * proof.agreement:.2f} % equal predictions",

@@ -10,6 +10,7 @@ Exit status: 0, 1 when a packed file's own claims do not hold, 2 for bad input.
 
 import argparse
 import io
+import logging
 import sys
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def _describe_packed(content: bytes) -> tuple[nn.Module, bool]:
 
 
 def _load_exported(path: Path, content: bytes) -> nn.Module:
+    # What torch logs of a damaged archive is a traceback; the sentence below says it.
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)
     try:
         return torch.export.load(io.BytesIO(content)).module()
     except Exception as error:  # torch raises all kinds for a damaged archive

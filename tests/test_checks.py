@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import checks
-from experiments.checks import FAIL, PASS, SKIP, Check, counts_add_up, early_warnings, pictures_exist, verdict
+from experiments.checks import (
+    FAIL,
+    PASS,
+    SKIP,
+    Check,
+    counts_add_up,
+    early_warnings,
+    pictures_exist,
+    proofs_hold,
+    verdict,
+)
+from experiments.proofs import Proof
 from experiments.settings import Settings
 from metrics import NetworkCount, count_network
 from resnet import ResNet, resnet20
@@ -120,13 +131,18 @@ def pictures(tmp_path) -> list[Path]:
     return paths
 
 
+def good_proof(**changes: object) -> Proof:
+    values = {field.name: 1 for field in fields(Proof)} | {"largest_difference": 1e-6, "packed_differs": 0}
+    return Proof(**(values | changes))
+
+
 # All of it
 
 
 def test_a_run_that_goes_as_expected_passes_every_line(model, count, pictures):
-    lines = verdict(good_run(), Settings(), count, model, pictures)
-    assert [line.status for line in lines] == [PASS] * 10
-    assert len({line.name for line in lines}) == 10
+    lines = verdict(good_run(), Settings(), count, model, pictures, proof=good_proof())
+    assert [line.status for line in lines] == [PASS] * 13
+    assert len({line.name for line in lines}) == 13
 
 
 def test_the_lines_are_those_of_the_issue_in_its_order(model, count, pictures):
@@ -141,7 +157,7 @@ def test_a_run_of_one_epoch_fails_no_line_for_its_shortness(model, count, pictur
     lines = verdict(good_run(1), Settings(epochs=1), count, model, pictures)
     assert FAIL not in [line.status for line in lines]
     skipped = [line.name for line in lines if line.status == SKIP]
-    assert len(skipped) == 5, skipped  # accuracy, both sparsities, the penalty, bits
+    assert len(skipped) == 8, skipped  # accuracy, both sparsities, the penalty, bits, and the proofs
 
 
 def test_a_long_run_without_a_quantized_layer_fails_no_line_about_quantizers(model, pictures):
@@ -431,6 +447,33 @@ def test_weights_that_are_not_finite_can_still_be_counted():
 
 
 # Pictures
+
+
+# The proofs
+
+
+def test_proofs_that_hold_pass():
+    assert [line.status for line in proofs_hold(good_proof())] == [PASS] * 3
+
+
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        (0, {"largest_difference": 2e-4}),
+        (0, {"largest_difference": math.nan}),
+        (0, {"agreement": 0.99}),
+        (1, {"slim_macs": 2}),
+        (2, {"packed_differs": 1}),
+    ],
+)
+def test_a_proof_that_does_not_hold_fails_its_own_line_with_its_likely_cause(line, changes):
+    lines = proofs_hold(good_proof(**changes))
+    assert [i for i, check in enumerate(lines) if check.status == FAIL] == [line]
+    assert "defect in src/" in lines[line].message
+
+
+def test_a_stopped_run_has_no_proofs_to_judge():
+    assert [line.status for line in proofs_hold(None)] == [SKIP] * 3
 
 
 def test_four_pictures_pass(pictures):
