@@ -339,8 +339,10 @@ def test_a_quantizer_that_is_switched_off_is_not_folded_in():
         assert not torch.allclose(model(images(2)), small(images(2)))
 
 
-def test_without_quantizers_the_logits_are_the_same_bit_for_bit():
+@pytest.mark.parametrize("enabled", [True, False])
+def test_without_quantizers_the_logits_are_the_same_bit_for_bit(enabled):
     model = quantized(network())
+    toggle_quantization(model, enabled)
     plain = without_quantizers(model)
     assert type(plain.layer1[0].conv1) is nn.Conv2d
     assert set(plain.state_dict()) == set(ResNet(BLOCKS).state_dict())
@@ -400,6 +402,7 @@ def test_its_state_goes_to_a_file_and_back(small):
 
 def test_no_tensor_keeps_more_memory_than_its_numbers_take(small):
     for name, tensor in small.state_dict().items():
+        assert tensor.is_contiguous(), name
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
 
 
