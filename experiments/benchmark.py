@@ -5,7 +5,7 @@
 
 Prints a table with medians and spread, and one JSON object as its last line. The plan's loop is the loop as
 one would first write it: per-sample PIL transforms in a loader with two workers, the lasso as a loop over
-channels, a plainly written quantizer evaluated at every access, default memory layout and allocator, the loss
+channels, the quantizer evaluated at every access, default memory layout and allocator, the loss
 read at each step.
 """
 
@@ -281,25 +281,9 @@ class PilImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-class PlainQuantizer(DeadZoneLDZCompander):
-    """The same arithmetic as one would first write it: `torch.quantile`, every step in plain autograd."""
-
-    def forward(self, w: Tensor) -> Tensor:
-        r = torch.quantile(w.detach().abs(), 0.99)
-        Q = 2 ** (self.get_bitwidth() - 1) - 1
-        d = 2 * r * (1 - self.logit_dz.tanh().abs())
-        s = (r - d / 2) / (Q - 0.5) + 1e-8
-        h = (d - s) / 2
-        m = w.abs() - h
-        m = m + (m.clamp_min(0) - m).detach()
-        u = w.sign() * m / s
-        q = u + (torch.maximum(torch.minimum(u.round(), Q), -Q) - u).detach()
-        return s * q + h * q.sign()
-
-
 def plan_loop(dataset: Dataset, settings: Settings, device: torch.device) -> Iterator[None]:
     model = resnet20()
-    attach_weight_quantizers(model, ["^conv1$", "^linear$"], PlainQuantizer, {})
+    attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
     model.to(device).train()
     groups = make_optimizer(model, settings, STEPS_AN_EPOCH).param_groups
     options = [
