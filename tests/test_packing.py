@@ -476,6 +476,7 @@ LIES = [
     ({"blocks_per_stage": "1"}, "each of its type"),
     ({"blocks_per_stage": None}, "each of its type"),
     ({"num_classes": 0}, "0 classes; expected 1 to 1000"),
+    ({"num_classes": 1001}, "1001 classes"),
     ({"num_classes": 10**12}, "1000000000000 classes"),
     ({"num_classes": 11}, "does not hold the"),
     ({"channels_last": 1}, "each of its type"),
