@@ -136,7 +136,8 @@ def channels_over_time_figure(records: Sequence[Record], title: str, warmup: tup
         style = "-" if name.endswith("conv1") else "--"  # inner channels, residual channels
         axes.plot(epochs, alive, style, color=colormaps["viridis"](i / max(1, len(names) - 1)), label=name)
     axes.set(ylabel="output channels alive (%)", ylim=(0, 102))
-    figure.legend(loc="outside right upper", fontsize=7)
+    if names:
+        figure.legend(loc="outside right upper", fontsize=7)
     return figure
 
 
