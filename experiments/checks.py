@@ -140,6 +140,8 @@ def structured_follows_warmup(records: Sequence[Record], settings: Settings) -> 
     begins = next((r["epoch"] for r in records if r["sparsity_weight"] > 0), None)
     measured = (
         f"{share:.1f} % of filters at the end, the first in epoch {first}, the penalty from epoch {begins}"
+        if first
+        else f"no filter is all zero, the penalty from epoch {begins}"
     )
     if not records[-1]["layers"]:
         return Check(SKIP, name, "no layer is quantized")

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.distributed import ALONE, Processes
+
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 CLASSES = 10
@@ -454,14 +456,25 @@ class TrainBatches:
 
     The set lies on the device as uint8, padded, a pixel's three channels side by side; a batch is one gather
     of pixels. What an epoch draws depends on the seed and the epoch's number alone: not on the device, nor
-    on the epochs before, so a run that resumes at epoch k sees what it would have seen.
+    on the epochs before, so a run that resumes at epoch k sees what it would have seen. Of several processes
+    each walks through its share of every batch.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        processes: Processes = ALONE,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self.seed = seed
+        self.processes = processes
+        count = len(dataset.train_labels)
+        self.sizes = [min(batch_size, count - first) for first in range(0, count, batch_size)]
         self.device = torch.device(device)
         self.labels = dataset.train_labels.to(self.device)
         self.pixels = _padded_pixels(dataset.train_images, self.device)
@@ -469,8 +482,8 @@ class TrainBatches:
         self.normalise = _Normalise(self.device)
 
     def __len__(self) -> int:
-        """Steps an epoch; the last batch may be smaller."""
-        return -(-len(self.labels) // self.batch_size)
+        """Steps an epoch; the last batch may be smaller (`sizes` has them all)."""
+        return len(self.sizes)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches: images (B, 3, 32, 32) float32, labels (B,) int64, both on the device.
@@ -483,24 +496,31 @@ class TrainBatches:
 
     def _walk(self, order: Tensor, corners: Tensor, flips: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(order), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            chosen = corners[batch, None, None] + self.offsets[flips[batch]]  # (B, 32, 32)
+            share = self.processes.share(start, min(start + self.batch_size, len(order)))
+            chosen = corners[share, None, None] + self.offsets[flips[share]]  # (B, 32, 32)
             # index_select copies whole pixels; plain indexing takes twice as long on the CPU.
             images = self.pixels.index_select(0, chosen.view(-1)).view(-1, SIDE, SIDE, 3)
-            yield self.normalise(images), self.labels[order[batch]]
+            yield self.normalise(images), self.labels[order[share]]
 
 
 class TestBatches:
-    """The test set in its own order, as it is."""
+    """The test set in its own order, as it is; of several processes each has its share of it."""
 
     __test__ = False  # not a test case, whatever pytest makes of the name
 
-    def __init__(self, dataset: Dataset, device: torch.device | str, batch_size: int = 1000) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        device: torch.device | str,
+        batch_size: int = 1000,
+        processes: Processes = ALONE,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
-        self.labels = dataset.test_labels.to(device)
-        self.images = dataset.test_images.to(device).permute(0, 2, 3, 1).contiguous()  # (M, 32, 32, 3)
+        share = processes.share(0, len(dataset.test_labels))
+        self.labels = dataset.test_labels[share].to(device)
+        self.images = dataset.test_images[share].to(device).permute(0, 2, 3, 1).contiguous()  # (M, 32, 32, 3)
         self.normalise = _Normalise(torch.device(device))
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from experiments.distributed import ALONE, Processes
 from experiments.settings import Settings
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -22,9 +23,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare_device(settings: Settings) -> torch.device:
-    """Set up the process for the run: threads, allocator, and arithmetic that repeats digit for digit."""
+def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.device:
+    """Set up the process for the run: threads, allocator, and arithmetic that repeats digit for digit.
+
+    Raises: ValueError naming the setting that this machine or this number of processes does not allow.
+    """
     device = choose_device(settings.device)
+    if processes.count > settings.batch_size:
+        raise ValueError(
+            f"--batch-size is {settings.batch_size}, which {processes.count} processes cannot share; "
+            f"give {processes.count} or more"
+        )
+    if processes.count > 1 and device.type == "mps":
+        raise ValueError("--device is mps, which several processes cannot train on; give --device cpu")
+    if processes.count > 1 and device.type == "cuda":
+        if processes.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()}); "
+                f"give --nproc-per-node={torch.cuda.device_count()}, or --device cpu"
+            )
+        device = torch.device("cuda", processes.local_rank)
+        torch.cuda.set_device(device)
     torch.set_num_threads(settings.threads or usable_cores())
     if device.type == "cpu":
         keep_freed_memory()
@@ -59,7 +78,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # a C library without it (musl)
         return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def describe_device(device: torch.device) -> str:

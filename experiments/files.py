@@ -1,11 +1,21 @@
-"""Output files, written whole or not at all."""
+"""Output files, written whole or not at all, in a folder that one run holds at a time."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PART = re.compile(r"\..+\.\d+\.part")  # what `write_whole` writes beside its file
 
 
 class OutputError(Exception):
@@ -19,7 +29,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         beside.replace(path)
     except OSError as error:
         raise OutputError(
@@ -43,17 +56,76 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder and try it out, before hours are spent on what should go there.
+@contextlib.contextmanager
+def hold_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Make the output folder, try it out before hours are spent on what should go there, and hold it.
 
-    Raises: OutputError naming it.
+    Litter of a run that was killed while it wrote is removed; so is, at the end, a folder that was made here
+    and is still empty.
+
+    Raises: OutputError naming it where it cannot be written or another run holds it.
     """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
+        probe = folder / f".probe.{os.getpid()}.part"
         probe.write_bytes(b"")
         probe.unlink()
+        lock = _lock(folder, say)
     except OSError as error:
         raise OutputError(
             f"--output-dir is {folder}, which cannot be written ({error.strerror}); name a folder that can"
         ) from None
+    try:
+        for path in folder.iterdir():
+            if PART.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty, as it should be
+            for path in made:
+                path.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, say: Callable[[str], None]) -> int | None:
+    """A descriptor that holds the folder until it is closed or the process ends, however it ends."""
+    if fcntl is None:
+        say(f"this system has no file locks: nothing keeps a second run out of {folder}")
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise OutputError(
+                f"--output-dir is {folder}, which another run is writing to; wait for its end, "
+                f"or name another folder"
+            ) from None
+        say(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+        return None
+    return descriptor
+
+
+def set_aside(folder: Path, patterns: Iterable[str]) -> Path | None:
+    """Move the files that match into a folder of their own, earlier-1 or the next free number; None if none.
+
+    Raises: OutputError naming the file that could not be moved.
+    """
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    if not files:
+        return None
+    number = 1
+    while os.path.lexists(aside := folder / f"earlier-{number}"):
+        number += 1
+    try:
+        aside.mkdir()
+        for path in files:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise OutputError(
+            f"cannot move an earlier run's files to {aside}: {error.strerror}; name another --output-dir"
+        ) from None
+    return aside

@@ -38,7 +38,8 @@ class Settings:
     )
     data: str = _setting("auto", "auto: CIFAR-10 if it can be had, else the built-in stand-in", DATA)
     data_dir: Path = _setting(Path("data"), "folder that holds, or will hold, cifar-10-batches-py")
-    output_dir: Path = _setting(Path("debug_output"), "folder for the pictures and history.json")
+    output_dir: Path = _setting(Path("debug_output"), "folder for the pictures, history.json, checkpoints")
+    resume: bool = _setting(False, "go on from the last checkpoint in --output-dir, if there is one")
     limit_train: int | None = _setting(None, "use only the first so many training images")
     limit_test: int | None = _setting(None, "use only the first so many test images")
     exclude_layers: tuple[str, ...] = _setting(
@@ -69,7 +70,9 @@ class Settings:
             _check(item, getattr(self, item.name))
 
     def to_json(self) -> dict[str, Any]:
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """All that the run depends on: `resume` says how it was started, not what it is."""
+        kept = {k: v for k, v in asdict(self).items() if k != "resume"}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}
 
 
 # What a preset changes in the defaults above. `plan` is the plan to the letter: its pattern "conv1" also hits
@@ -159,6 +162,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
     kwargs: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {default})", "default": None}
     if item.metadata["choices"]:
         kwargs["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
+    elif item.type is bool:
+        kwargs["action"] = "store_true"
     elif item.name == "exclude_layers":
         kwargs |= {"nargs": "*", "metavar": "PATTERN"}
     else:

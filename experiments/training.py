@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from experiments.data import TestBatches, TrainBatches
+from experiments.distributed import ALONE, Processes, sum_gradients
 from experiments.settings import Settings
+from src.quantizer import NotFiniteWeightError
 from utils_quantization import quantizers
 
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
@@ -78,6 +80,8 @@ class TrainingStep:
 
     A ResNet-20's step is thousands of small kernels, which take the host longer to launch than the device to
     run; a graph launches them all at once. Nothing here makes the host wait for an accelerator.
+
+    With several processes each takes the step on its share of the batch, and nothing is captured.
     """
 
     EAGER_STEPS = 3  # before a graph is captured: cuDNN and the optimizer set up their state in them
@@ -89,24 +93,28 @@ class TrainingStep:
         penalty: Callable[[nn.Module], Tensor],
         precision: str = "float32",
         keep_dead: Callable[[nn.Module], list[tuple[Tensor, Tensor]]] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision
-        self.keep_dead = keep_dead
+        self.keep_dead, self.processes = keep_dead, processes
         self.device = next(model.parameters()).device
         self.sparsity_weight = torch.zeros((), device=self.device)
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
 
-    def __call__(self, images: Tensor, labels: Tensor, sparsity_weight: float) -> Tensor:
-        """Take the step; returns (2,): the loss trained on, and its cross-entropy part.
+    def __call__(
+        self, images: Tensor, labels: Tensor, sparsity_weight: float, batch_size: int | None = None
+    ) -> Tensor:
+        """Take the step; returns (2,): the loss trained on, and its cross-entropy part, of the whole batch.
 
+        `batch_size` is the whole batch's, where the images are this process's share of it.
         Raises: on the CPU FloatingPointError where the loss is not finite, before the optimizer moves.
         """
         # At weight 0 the penalty's gradient is 0: it is not worth its time.
         penalised = sparsity_weight != 0
         self.sparsity_weight.fill_(sparsity_weight)
-        if self.device.type != "cuda":
-            return self._run(images, labels, penalised)
+        if self.device.type != "cuda" or self.processes.count > 1:
+            return self._run(images, labels, penalised, batch_size)
         key = (penalised, len(labels))
         self.seen[key] = self.seen.get(key, 0) + 1
         if key not in self.graphs and self.seen[key] <= self.EAGER_STEPS:
@@ -115,27 +123,37 @@ class TrainingStep:
             self.graphs[key] = self._capture(images, labels, penalised)
         return self.graphs[key].replay(images, labels)
 
-    def _run(self, images: Tensor, labels: Tensor, penalised: bool) -> Tensor:
+    def _run(self, images: Tensor, labels: Tensor, penalised: bool, batch_size: int | None = None) -> Tensor:
         # A captured graph writes its gradients where they were at its capture: keep them there.
         self.optimizer.zero_grad(set_to_none=not self.graphs)
         with parametrize.cached():  # each quantizer once a step, for the forward pass and the penalty
             with autocast(self.device, self.precision):
                 logits = self.model(images)
-            cross_entropy = F.cross_entropy(logits.float(), labels)
+            cross_entropy = self._cross_entropy(logits.float(), labels, batch_size)
             loss = (
-                cross_entropy + self.sparsity_weight * self.penalty(self.model)
+                cross_entropy + self.sparsity_weight * self.penalty(self.model) / self.processes.count
                 if penalised
                 else cross_entropy
             )
             kept = self.keep_dead(self.model) if self.keep_dead and penalised else []
         loss.backward()
-        if self.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()}")
+        losses = torch.stack((loss.detach(), cross_entropy.detach()))
+        if self.processes.count > 1:
+            losses = sum_gradients(self.processes, self.model.parameters(), losses)
+        if self.device.type == "cpu" and not math.isfinite(losses[0].item()):
+            raise FloatingPointError(f"the loss is {losses[0].item()}")
         self.optimizer.step()
         with torch.no_grad():
             for weight, mask in kept:
                 weight.mul_(mask)
-        return torch.stack((loss.detach(), cross_entropy.detach()))
+        return losses
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, batch_size: int | None) -> Tensor:
+        """The mean over the batch, or this process's part of it."""
+        if self.processes.count == 1:
+            return F.cross_entropy(logits, labels)
+        assert batch_size is not None
+        return F.cross_entropy(logits, labels, reduction="sum") / batch_size
 
     def _capture(self, images: Tensor, labels: Tensor, penalised: bool) -> "_Graph":
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,14 +199,12 @@ def train_epoch(
     """
     step.model.train()
     losses = torch.zeros(len(batches), 2, device=step.device)
-    sizes = torch.zeros(len(batches), 1, dtype=torch.double)
     started = time.perf_counter()
     for i, (images, labels) in enumerate(batches.epoch(epoch)):
         try:
-            losses[i] = step(images, labels, sparsity_weight)
-        except (FloatingPointError, ValueError) as error:  # ValueError: a quantizer refused its weight
+            losses[i] = step(images, labels, sparsity_weight, batches.sizes[i])
+        except (FloatingPointError, NotFiniteWeightError) as error:
             raise NotFiniteError(_not_finite(step, images, i)) from error
-        sizes[i] = len(labels)
         if progress:
             progress(i + 1, len(batches), time.perf_counter() - started)
     sums = losses.double().cpu()
@@ -196,6 +212,7 @@ def train_epoch(
         raise NotFiniteError(_not_finite(step, images, int((~sums.isfinite()).any(1).nonzero()[0])))
     if not torch.stack([p.isfinite().all() for p in step.model.parameters()]).all():
         raise NotFiniteError(_not_finite(step, images, len(batches) - 1))
+    sizes = torch.tensor(batches.sizes, dtype=torch.double)[:, None]
     loss, cross_entropy = ((sums * sizes).sum(0) / sizes.sum()).tolist()
     return EpochLosses(loss, cross_entropy)
 
@@ -219,6 +236,8 @@ def _first_layer_not_finite(step: TrainingStep, images: Tensor) -> str | None:
 
     leaves = [(n, m) for n, m in step.model.named_modules() if isinstance(m, LAYERS)]
     hooks = [module.register_forward_hook(look(f"the output of {name}")) for name, module in leaves]
+    if step.processes.count > 1:  # not every process need come here: no batch norm may wait for the others
+        step.model.eval()
     try:
         with autocast(step.device, step.precision):
             step.model(images)
@@ -254,14 +273,16 @@ def renew_batch_norms(
 
 
 @torch.inference_mode()
-def measure_accuracy(model: nn.Module, batches: TestBatches, precision: str = "float32") -> float:
-    """Share of the test images whose largest logit is their label's."""
+def measure_accuracy(
+    model: nn.Module, batches: TestBatches, precision: str = "float32", processes: Processes = ALONE
+) -> float:
+    """Share of the test images whose largest logit is their label's; each process tests its own share."""
     model.eval()
     device = next(model.parameters()).device
-    correct = torch.zeros((), dtype=torch.long, device=device)
-    total = 0
+    hits = torch.zeros(2, dtype=torch.long, device=device)  # right, tested
     with parametrize.cached(), autocast(device, precision):
         for images, labels in batches:
-            correct += (model(images).argmax(1) == labels).sum()
-            total += len(labels)
-    return correct.item() / total
+            hits[0] += (model(images).argmax(1) == labels).sum()
+            hits[1] += len(labels)
+    correct, total = processes.sum(hits).tolist()
+    return correct / total

@@ -29,6 +29,10 @@ MAX_BITS = 16
 STEP_EPS = 1e-8
 
 
+class NotFiniteWeightError(ValueError):
+    """A weight tensor holds NaN or infinity."""
+
+
 def range_quantile(w: Tensor, q: float = RANGE_QUANTILE) -> Tensor:
     """The q quantile of |w|, linear between order statistics; NaN where a weight is not finite.
 
@@ -100,9 +104,9 @@ class DeadZoneLDZCompander(nn.Module):
     8.0
 
     Shapes: forward, any floating -> the same. `logit_bit` and `logit_dz` are (1,).
-    Errors: ValueError if w is empty, is not floating point or, on the CPU, holds a number that is not
-        finite. On other devices that last check would make the host wait at every step, so w_hat is NaN
-        throughout instead.
+    Errors: ValueError if w is empty or is not floating point; NotFiniteWeightError, which is one, if on the
+        CPU it holds a number that is not finite. On other devices that check would make the host wait at
+        every step, so w_hat is NaN throughout instead.
     Source: see the head of this file.
     """
 
@@ -161,7 +165,9 @@ class DeadZoneLDZCompander(nn.Module):
             raise ValueError(f"cannot quantize an empty tensor of shape {tuple(w.shape)}")
         r = range_quantile(w)
         if w.device.type == "cpu" and not r.isfinite():
-            raise ValueError(f"cannot quantize a tensor of shape {tuple(w.shape)} that holds NaN or infinity")
+            raise NotFiniteWeightError(
+                f"cannot quantize a tensor of shape {tuple(w.shape)} that holds NaN or infinity"
+            )
         d = 2 * r * (1 - self.logit_dz.tanh().abs())
         Q = 2 ** (self.get_bitwidth() - 1) - 1
         s = (r - d / 2) / (Q - 0.5) + STEP_EPS
