@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.checkpoint import Checkpoint, random_states, save_checkpoint
 from experiments.data import MEAN, STD, Dataset, TestBatches, TrainBatches, load_dataset
 from experiments.debug_run import logits, recorded_layers
 from experiments.device import choose_device, describe_device, prepare_device
@@ -116,23 +117,32 @@ class Bench:
         return timed(loop, self.steps, self.device)
 
     def outside_the_steps(self) -> dict[str, Any]:
-        """What an epoch spends on metrics and records, as a share of its training steps and test pass."""
+        """What an epoch spends on metrics, records and its checkpoint, as a share of steps and test pass."""
         model = quantized_model(resnet20(), self.device)
         evaluator, start = Evaluator(model), logits(model)
         penalty = coupled_group_lasso(model)
-        step = our_step(model, self.settings, self.device, "float32", quantize=True, attached=True)
+        optimizer = make_optimizer(model, self.settings, STEPS_AN_EPOCH)
+        step = TrainingStep(model, optimizer, penalty)
         batch = self._batch(self.settings.batch_size)
-        step(*batch)
         test = TestBatches(self.dataset, self.device)
-        times: dict[str, list[float]] = {"training steps": [], "test pass": [], "metrics and records": []}
-        for _ in range(self.rounds):
-            times["training steps"].append(STEPS_AN_EPOCH * self._timed(_repeat(step, batch)))
-            times["test pass"].append(_seconds(lambda: measure_accuracy(model, test)))
-            times["metrics and records"].append(
-                _seconds(
-                    lambda: (recorded_layers(model, evaluator.evaluate(model), start), penalty(model).item())
-                )
-            )
+        loop = _repeat(lambda images, labels: step(images, labels, WEIGHT), batch)
+        self._timed(loop)
+
+        def rest() -> None:
+            records = [recorded_layers(model, evaluator.evaluate(model), start)]
+            penalty(model).item()
+            random, moments = random_states(), optimizer.state_dict()["state"]
+            state = Checkpoint({}, {}, model.state_dict(), moments, random, start, records * 20, [])
+            save_checkpoint(folder, state)
+
+        times: dict[str, list[float]] = {"training steps": [], "test pass": [], "the rest": []}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for _ in range(self.rounds):
+                model.train()
+                times["training steps"].append(STEPS_AN_EPOCH * self._timed(loop))
+                times["test pass"].append(_seconds(lambda: measure_accuracy(model, test)))
+                times["the rest"].append(_seconds(rest))
         share = [m / (a + t) for a, t, m in zip(*times.values(), strict=True)]
         for name, values in times.items():
             print(f"{'epoch: ' + name:<44} {spread(values, ' s')}", flush=True)
@@ -230,10 +240,9 @@ def our_step(
     device: torch.device,
     precision: str,
     quantize: bool,
-    attached: bool = False,
 ) -> Step:
     """The debug run's training step; without `quantize`, the same network with no quantizers and no lasso."""
-    if quantize and not attached:
+    if quantize:
         quantized_model(model, device)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()

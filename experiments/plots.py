@@ -1,7 +1,8 @@
 """The pictures: matplotlib figures made from the run's records alone."""
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from experiments.files import write_whole
 from metrics import NetworkCount
@@ -75,6 +76,48 @@ def sparsity_figure(records: Sequence[Record], title: str, warmup: tuple[float, 
     right.set_ylim(0, max(8, *(r["learned_bits"] for r in records)) + 0.5)
     _legend(axes, right)
     return figure
+
+
+def trade_off_figure(
+    points: Mapping[str, Sequence[Mapping[str, float]]], full: Sequence[Mapping[str, float]], title: str
+) -> Figure:
+    """Test accuracy over BOPs compression, mean and range of the runs of each point, and full precision.
+
+    A run is its accuracy and its ratios as history.json has them.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for key, label, marker in (
+        ("structured_bops_ratio", "structured (the smaller network's)", "o"),
+        ("unstructured_bops_ratio", "unstructured (zero weights cost nothing)", "s"),
+    ):
+        runs = [run for run in points.values() if all(math.isfinite(r[key]) for r in run)]
+        x, x_range = _means_and_ranges([[r[key] for r in run] for run in runs])
+        y, y_range = _means_and_ranges([[100 * r["accuracy"] for r in run] for run in runs])
+        axes.errorbar(x, y, y_range, x_range, marker, capsize=3, label=label)
+    if full:
+        mean, spread = _means_and_ranges([[100 * r["accuracy"] for r in full]])
+        axes.errorbar([1], mean, spread, None, "*", color="grey", capsize=3, label="full precision, 1x")
+        axes.axhline(mean[0], color="grey", linestyle="--")
+    seeds = max((len(runs) for runs in [*points.values(), full]), default=0)
+    axes.set(xlabel="BOPs compression (times less than the dense network)", ylabel="test accuracy (%)")
+    axes.set_xscale("log")
+    largest = max(12, 1.2 * axes.get_xlim()[1])
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200, 500])
+    axes.set_xlim(0.9, largest)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(f"{title}\nmean and range of up to {seeds} seeds", fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def _means_and_ranges(values: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
+    """Means, and the distances below and above them, as `errorbar` takes them."""
+    means = [sum(v) / len(v) for v in values]
+    below = [mean - min(v) for mean, v in zip(means, values, strict=True)]
+    return means, [below, [max(v) - mean for mean, v in zip(means, values, strict=True)]]
 
 
 def _over_epochs(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> tuple[Figure, Axes]:

@@ -126,7 +126,7 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_THREADS}")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One sentence for a mistake, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -136,7 +136,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line: the preset's, then what the flags say. Exits with 2 for a bad one."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m experiments.debug_run",
         description="Train a ResNet-20 on CIFAR-10 with CoDeQ quantizers and watch the whole pipeline work.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),

@@ -1,0 +1,248 @@
+"""The trade-off curve: the debug run over lists of settings, each in a folder of its own, several at once.
+
+    python -m experiments.sweep
+    python -m experiments.sweep --sparsity-weight 1e-3 4e-3 --deadzone-decay 0.5 0.8 --seed 0 1 2 --jobs 2
+    python -m experiments.sweep --epochs 100 --print > commands.txt
+
+Every combination is an ordinary `python -m experiments.debug_run` command; a run in full precision is added
+for each seed. Flags that are not lists go to every run. What is done is skipped and what was cut short goes
+on, so the same command again finishes a sweep, or gathers what a cluster ran from the printed commands. At
+the end stand sweep.csv, a row a run, and accuracy_over_bops.png.
+Exit status: 0, 1 when a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM (the runs in
+progress write their files first).
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.checkpoint import MAY_CHANGE
+from experiments.data import DataError, load_dataset
+from experiments.device import usable_cores
+from experiments.files import OutputError, hold_folder, write_whole
+from experiments.live import Stopped, stop_signals
+from experiments.settings import Parser, Settings, flag, parse_settings
+
+LISTS: dict[str, tuple[float, ...]] = {  # what a sweep runs over, and its defaults
+    "sparsity_weight": (1e-3, 2e-3, 4e-3, 8e-3),
+    "bit_decay": (Settings.bit_decay,),
+    "deadzone_decay": (Settings.deadzone_decay,),
+    "seed": (0, 1, 2),
+}
+FULL_PRECISION = "full_precision"
+RESULTS = ("accuracy", "unstructured_sparsity", "structured_sparsity", "bits")
+RATIOS = (
+    "structured_bops_ratio",
+    "unstructured_bops_ratio",
+    "structured_mac_ratio",
+    "unstructured_mac_ratio",
+)
+CSV, PICTURE, LOG = "sweep.csv", "accuracy_over_bops.png", "log.txt"
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of the sweep."""
+
+    name: str  # of its folder
+    point: str  # the same without the seed: runs of one point differ in nothing else
+    arguments: tuple[str, ...]  # for experiments.debug_run
+
+    @property
+    def settings(self) -> Settings:
+        return parse_settings(list(self.arguments))
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.output_dir
+
+    def history(self) -> dict[str, Any] | None:
+        """What the run left, if it came to its end with these settings."""
+        try:
+            history: dict[str, Any] = json.loads((self.folder / "history.json").read_text())
+            finished = history["stopped"] is None and "final" in history
+            # What JSON makes of the settings: lists for tuples.
+            asked = json.loads(json.dumps(self.settings.to_json()))
+            free = set(MAY_CHANGE) - {"epochs"}
+            same = all(history["settings"].get(key) == asked[key] for key in asked.keys() - free)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return history if finished and same else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m experiments.sweep",
+        description="The debug run over lists of settings: accuracy over bit operations. "
+        "Other flags go to every run (python -m experiments.debug_run --help lists them).",
+        allow_abbrev=False,
+    )
+    for name, default in LISTS.items():
+        shown = " ".join(f"{value:g}" for value in default)
+        parser.add_argument(flag(name), nargs="+", metavar="X", help=f"one run for each (default: {shown})")
+    parser.add_argument("--output-dir", type=Path, default=Path("sweep_output"), help="a folder a run in it")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--print", action="store_true", help="print the commands still to run, and run none")
+    chosen, others = parser.parse_known_args(arguments)
+    if chosen.jobs < 1:
+        parser.error(f"--jobs is {chosen.jobs}; expected a whole number, 1 or more")
+    if "--resume" in others:
+        parser.error("--resume is given to every run as it is: leave it out")
+    lists = {name: getattr(chosen, name) or [f"{v:g}" for v in default] for name, default in LISTS.items()}
+    members = list(plan(chosen.output_dir, lists, others))
+    if members[0].settings.data == "auto":
+        parser.error("--data is 'auto', and a curve must be of one data set; expected cifar10 or synthetic")
+    left = [member for member in members if member.history() is None]
+    if chosen.print:
+        for member in left:
+            print(shlex.join(["python", "-m", "experiments.debug_run", *member.arguments]))
+        return 0
+    running: dict[Member, subprocess.Popen[bytes]] = {}
+    try:
+        with stop_signals(), hold_folder(chosen.output_dir, say):
+            settings = members[0].settings
+            if settings.data == "cifar10" and left:  # once for all: it may have to be downloaded
+                load_dataset("cifar10", settings.data_dir, None, None, say)
+            say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
+            failed = run_all(left, chosen.jobs, running)
+            gather(members, chosen.output_dir)
+        say(f"Files: {chosen.output_dir / CSV}, {chosen.output_dir / PICTURE}")
+        if failed:
+            say(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
+        return 1 if failed else 0
+    except Stopped as stop:
+        say(f"stopped by {stop.name}; the same command goes on")
+        return stop.status
+    except (ValueError, DataError, OutputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> Iterator[Member]:
+    """A member for each combination, then each seed's in full precision. Exits with 2 for a bad flag."""
+    # A curve over two data sets would be none: no falling back to the stand-in.
+    common = [*others] if "--data" in others else ["--data", "cifar10", *others]
+    for values in itertools.product(*lists.values()):
+        flags = [text for name, value in zip(lists, values, strict=True) for text in (flag(name), value)]
+        settings = parse_settings([*common, *flags])
+        point = ",".join(f"{name}={getattr(settings, name)}" for name in lists if name != "seed")
+        yield _member(folder, point, settings.seed, [*common, *flags])
+    for seed in lists["seed"]:
+        arguments = [*common, flag("seed"), seed, "--exclude-layers", "."]
+        yield _member(folder, FULL_PRECISION, parse_settings(arguments).seed, arguments)
+
+
+def _member(folder: Path, point: str, seed: int, arguments: list[str]) -> Member:
+    name = f"{point},seed={seed}"
+    return Member(name, point, (*arguments, "--output-dir", str(folder / name), "--resume"))
+
+
+def run_all(
+    members: Sequence[Member], jobs: int, running: dict[Member, subprocess.Popen[bytes]]
+) -> list[Member]:
+    """Run them, `jobs` at a time; returns those that failed. `running` always holds those in progress."""
+    waiting, failed = list(reversed(members)), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            member = waiting.pop()
+            try:
+                running[member] = start(member, jobs)
+                say(f"{member.name}: started")
+            except OSError as error:
+                failed.append(member)
+                say(f"{member.name}: FAILED, its folder cannot be written ({error.strerror})")
+        time.sleep(POLL_SECONDS)
+        for member in [m for m, process in running.items() if process.poll() is not None]:
+            status = running.pop(member).returncode
+            history = member.history()
+            if history is None:
+                failed.append(member)
+            say(f"{member.name}: {describe(history) if history else why_failed(member, status)}")
+    return failed
+
+
+def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
+    """Its output goes to log.txt in its folder. Ctrl-C does not reach it: `main` stops it with SIGTERM."""
+    member.folder.mkdir(parents=True, exist_ok=True)
+    cores = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
+    with (member.folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.debug_run", *member.arguments],
+            stdout=log,
+            stderr=log,
+            env=os.environ | cores,
+            start_new_session=True,
+        )
+
+
+def describe(history: dict[str, Any]) -> str:
+    row = results(history)
+    fails = sum(check["status"] == "FAIL" for check in history["verdict"])
+    return (
+        f"{100 * row['accuracy']:.2f} %, BOPs {row['structured_bops_ratio']:.1f}x structured, "
+        f"{row['unstructured_bops_ratio']:.1f}x unstructured" + (f"; verdict: {fails} FAIL" if fails else "")
+    )
+
+
+def why_failed(member: Member, status: int) -> str:
+    """The last line of its log, which is the sentence of a bad input."""
+    log = member.folder / LOG
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return f"FAILED with status {status}; the last line of {log}: {lines[-1] if lines else 'none'}"
+
+
+def results(history: dict[str, Any]) -> dict[str, float]:
+    final, last = history["final"], history["epochs"][-1]
+    return {key: last[key] for key in RESULTS} | {key: float(final[key]) for key in RATIOS}
+
+
+def gather(members: Sequence[Member], folder: Path) -> None:
+    """Write the table and the picture of what is done."""
+    from experiments import plots
+
+    columns = ("name", "status", *LISTS, "epochs", "data", *RESULTS, *RATIOS, "seconds")
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, restval="")
+    table.writeheader()
+    points: dict[str, list[dict[str, float]]] = {}
+    data = set()
+    for member in members:
+        history, settings = member.history(), member.settings.to_json()
+        row: dict[str, Any] = {"name": member.name, "epochs": settings["epochs"]}
+        # What is not quantized has no penalty and no logits.
+        row |= {n: settings[n] for n in LISTS if n == "seed" or member.point != FULL_PRECISION}
+        if history:
+            found = results(history)
+            seconds = sum(epoch["seconds"] for epoch in history["epochs"])
+            row |= found | {"status": "done", "data": history["data"]["name"], "seconds": seconds}
+            points.setdefault(member.point, []).append(found)
+            data.add(history["data"]["name"])
+        table.writerow({"status": "missing"} | row)
+    write_whole(folder / CSV, text.getvalue().encode())
+    full = points.pop(FULL_PRECISION, [])
+    what = f"ResNet-20 on {', '.join(sorted(data)) or 'nothing yet'}, {members[0].settings.epochs} epochs"
+    plots.save_figure(plots.trade_off_figure(points, full, f"Accuracy over BOPs: {what}"), folder / PICTURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

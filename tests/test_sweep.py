@@ -1,0 +1,326 @@
+"""The sweep: which runs it starts, what it skips, what it makes of lost ones, its table and its picture."""
+
+import csv
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import plots, sweep
+from experiments.settings import parse_settings
+from experiments.sweep import LISTS, Member, main, plan
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data", "synthetic", "--limit-train", "64", "--limit-test", "32", "--batch-size", "32",
+         "--epochs", "2", "--threads", "1"]  # fmt: skip
+ONE_POINT = [*SMALL, "--sparsity-weight", "0.001", "--seed", "0"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def history(settings: dict[str, Any], accuracy: float, ratio: float) -> dict[str, Any]:
+    """What a finished run leaves, as far as a sweep looks."""
+    last = {"accuracy": accuracy, "unstructured_sparsity": 0.5, "structured_sparsity": 0.25, "bits": 4.0}
+    return {
+        "settings": settings,
+        "stopped": None,
+        "data": {"name": "synthetic stand-in"},
+        "epochs": [{"seconds": 1.5} | last, {"seconds": 2.0} | last],
+        "final": dict.fromkeys(sweep.RATIOS, ratio),
+        "verdict": [{"status": "PASS"}, {"status": "FAIL"}],
+    }
+
+
+def finish(member: Member, accuracy: float = 0.5, ratio: float = 10.0, **settings: Any) -> None:
+    member.folder.mkdir(parents=True, exist_ok=True)
+    content = history(member.settings.to_json() | settings, accuracy, ratio)
+    (member.folder / "history.json").write_text(json.dumps(content))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# Which runs.
+
+
+def test_every_combination_is_a_member_and_each_seed_has_one_in_full_precision(here):
+    lists = {"sparsity_weight": ["0.001", "0.002"], "bit_decay": ["0.3"], "deadzone_decay": ["0.5", "0.8"],
+             "seed": ["0", "7"]}  # fmt: skip
+    members = list(plan(Path("out"), lists, SMALL))
+    found = [tuple(getattr(m.settings, name) for name in lists) for m in members[:8]]
+    assert found == list(itertools.product((0.001, 0.002), (0.3,), (0.5, 0.8), (0, 7)))
+    assert [m.settings.exclude_layers for m in members[8:]] == [(".",), (".",)]
+    assert [m.settings.seed for m in members[8:]] == [0, 7]
+    assert len({m.folder for m in members}) == len(members)
+    assert all(m.settings.epochs == 2 and m.settings.resume for m in members)
+
+
+def test_one_number_has_one_folder_however_it_is_spelled(here):
+    lists = {name: [str(values[0])] for name, values in LISTS.items()}
+    names = [
+        next(plan(Path(), lists | {"sparsity_weight": [text]}, SMALL)).name for text in ("1e-3", "0.0010")
+    ]
+    assert names[0] == names[1]
+
+
+def test_runs_of_one_point_differ_in_the_seed_alone(here):
+    lists = {name: [str(value) for value in values] for name, values in LISTS.items()}
+    points: dict[str, list[Member]] = {}
+    for member in plan(Path("out"), lists, SMALL):
+        points.setdefault(member.point, []).append(member)
+    assert len(points) == len(LISTS["sparsity_weight"]) + 1
+    for members in points.values():
+        assert [m.settings.seed for m in members] == [0, 1, 2]
+        seedless = [m.settings.to_json() | {"seed": 0, "output_dir": ""} for m in members]
+        assert seedless[0] == seedless[1] == seedless[2]
+
+
+def test_print_gives_the_commands_themselves_and_runs_none(here, capsys):
+    assert main([*SMALL, "--sparsity-weight", "1e-3", "2e-3", "--seed", "0", "1", "--print"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(line)
+        assert words[:3] == ["python", "-m", "experiments.debug_run"]
+        assert parse_settings(words[3:]).epochs == 2
+    assert not list(here.iterdir())
+
+
+def test_print_leaves_out_what_is_done(here, capsys):
+    main([*ONE_POINT, "--print"])
+    both = capsys.readouterr().out.splitlines()
+    finish(next(plan(Path("sweep_output"), one_point(), SMALL)))
+    main([*ONE_POINT, "--print"])
+    assert capsys.readouterr().out.splitlines() == both[1:]
+
+
+def one_point() -> dict[str, list[str]]:
+    return {"sparsity_weight": ["0.001"], "bit_decay": ["0.3"], "deadzone_decay": ["0.8"], "seed": ["0"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 3}, {"bit_lr": 0.5}, {"exclude_layers": ["^conv1$"]}, {"data": "cifar10"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_run_with_other_settings_is_not_taken_for_done(here, change):
+    member = next(plan(Path("sweep_output"), one_point(), SMALL))
+    finish(member)
+    assert member.history()
+    finish(member, **change)
+    assert member.history() is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"stopped": null}', "null", "x" * 100])
+def test_a_history_that_is_none_is_not_taken_for_done(here, content):
+    member = next(plan(Path("sweep_output"), one_point(), SMALL))
+    member.folder.mkdir(parents=True)
+    (member.folder / "history.json").write_text(content)
+    assert member.history() is None
+
+
+def test_a_run_that_was_stopped_is_not_done(here):
+    member = next(plan(Path("sweep_output"), one_point(), SMALL))
+    member.folder.mkdir(parents=True)
+    stopped = history(member.settings.to_json(), 0.5, 10) | {"stopped": "stopped by SIGTERM in epoch 2"}
+    (member.folder / "history.json").write_text(json.dumps(stopped))
+    assert member.history() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--jobs", "0"], ["--jobs", "0", "1 or more"]),
+        (["--jobs", "x"], ["--jobs", "x"]),
+        (["--sparsity-weight", "-1"], ["--sparsity-weight", "-1"]),
+        (["--sparsity-weight"], ["--sparsity-weight"]),
+        (["--seed", "0", "x"], ["--seed", "x"]),
+        (["--epochs", "0"], ["--epochs", "0"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+        (["--data", "auto"], ["--data", "auto", "cifar10"]),
+        (["--resume"], ["--resume"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_sentence_with_status_2_and_starts_nothing(here, arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in words)
+    assert not list(here.iterdir())
+
+
+# Running them: `start` replaced by small programs, so that any ending can be had at once.
+
+
+@pytest.fixture
+def endings(monkeypatch) -> dict[str, str]:
+    """Python code by member name; a member without any finishes well."""
+    codes: dict[str, str] = {}
+
+    def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
+        finish_code = (
+            f"import json; open('history.json', 'w').write("
+            f"json.dumps({history(member.settings.to_json(), 0.8, 12.0)!r}))"
+        )
+        member.folder.mkdir(parents=True, exist_ok=True)
+        code = codes.get(member.name, finish_code)
+        with (member.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen([sys.executable, "-c", code], cwd=member.folder, stdout=log, stderr=log)
+
+    monkeypatch.setattr(sweep, "start", start)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    return codes
+
+
+def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_on(here, endings, capsys):
+    lost = "sparsity_weight=0.001,bit_decay=0.3,deadzone_decay=0.8,seed=0"
+    endings[lost] = "import sys; print('error: no luck'); sys.exit(2)"
+    assert main(ONE_POINT) == 1
+    out = capsys.readouterr().out
+    assert f"{lost}: FAILED with status 2; the last line of " in out
+    assert "error: no luck" in out
+    assert [(row["name"], row["status"]) for row in rows(here / "sweep_output")] == [
+        (lost, "missing"),
+        ("full_precision,seed=0", "done"),
+    ]
+    endings.clear()
+    assert main(ONE_POINT) == 0
+    assert "2 runs, 1 done already" in capsys.readouterr().out
+    assert [row["status"] for row in rows(here / "sweep_output")] == ["done", "done"]
+
+
+def test_a_member_whose_folder_cannot_be_made_is_reported_and_the_others_go_on(here, monkeypatch, capsys):
+    (here / "sweep_output").mkdir()
+    for member in plan(Path("sweep_output"), one_point(), SMALL):
+        member.folder.write_text("a file in the way")
+    assert main(ONE_POINT) == 1
+    assert capsys.readouterr().out.count("FAILED, its folder cannot be written (File exists)") == 2
+    assert [row["status"] for row in rows(here / "sweep_output")] == ["missing", "missing"]
+
+
+def test_no_more_than_jobs_run_at_a_time(here, endings, monkeypatch):
+    most = 0
+    running: dict[Member, Any] = {}
+
+    def watch(seconds: float) -> None:
+        nonlocal most
+        most = max(most, len(running))
+        time.sleep_(seconds)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(sweep.time, "sleep_", time.sleep, raising=False)
+    monkeypatch.setattr(sweep.time, "sleep", watch)
+    members = list(plan(Path("out"), one_point() | {"seed": ["0", "1", "2"]}, SMALL))
+    assert sweep.run_all(members, 2, running) == []
+    assert most == 2
+    assert not running
+
+
+# The table and the picture.
+
+
+def test_the_table_has_a_row_a_run_with_what_its_history_says(here):
+    members = list(plan(Path("out"), one_point(), SMALL))
+    finish(members[0], accuracy=0.75, ratio=16.5)
+    sweep.gather(members, Path("out"))
+    done, missing = rows(Path("out"))
+    assert (done["status"], done["sparsity_weight"], done["seed"]) == ("done", "0.001", "0")
+    assert (float(done["accuracy"]), float(done["structured_bops_ratio"])) == (0.75, 16.5)
+    assert (float(done["seconds"]), done["data"], done["epochs"]) == (3.5, "synthetic stand-in", "2")
+    assert (missing["name"], missing["status"], missing["accuracy"]) == (
+        "full_precision,seed=0",
+        "missing",
+        "",
+    )
+    assert missing["sparsity_weight"] == ""
+
+
+def test_the_picture_shows_means_and_ranges_over_the_seeds_and_full_precision(monkeypatch):
+    def run(accuracy: float, structured: float, unstructured: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "structured_bops_ratio": structured,
+                "unstructured_bops_ratio": unstructured}  # fmt: skip
+
+    points = {"a": [run(0.80, 10, 20), run(0.84, 14, 30)], "b": [run(0.70, 40, 80)]}
+    figure = plots.trade_off_figure(points, [run(0.86, 1, 1), run(0.88, 1, 1)], "a title")
+    (axes,) = figure.axes
+    structured, unstructured, full = (container.lines for container in axes.containers)
+    for (x, y), (wanted_x, wanted_y) in zip(structured[0].get_xydata(), [(12, 82), (40, 70)], strict=True):
+        assert (x, y) == pytest.approx((wanted_x, wanted_y))
+    for (x, y), (wanted_x, wanted_y) in zip(unstructured[0].get_xydata(), [(25, 82), (80, 70)], strict=True):
+        assert (x, y) == pytest.approx((wanted_x, wanted_y))
+    assert full[0].get_xydata().tolist() == [[1, pytest.approx(87)]]
+    across, upright = (bars.get_segments() for bars in structured[2])
+    assert [list(segment[:, 0]) for segment in across] == [[10, 14], [40, 40]]
+    assert upright[0][:, 1] == pytest.approx([80, 84])
+    assert "a title" in axes.get_title()
+    assert "2 seeds" in axes.get_title()
+    low, high = axes.get_xlim()
+    assert low < 1 < 80 < high
+
+
+def test_a_sweep_of_which_nothing_is_done_still_gives_table_and_picture(here):
+    members = list(plan(Path("out"), one_point(), SMALL))
+    Path("out").mkdir()
+    sweep.gather(members, Path("out"))
+    assert (here / "out" / "accuracy_over_bops.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Real runs, once: one of them killed, the sweep stopped, then the same command again.
+
+
+def children(pid: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            yield int(path.parent.name)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="the test finds the members in /proc")
+def test_a_killed_member_and_a_stopped_sweep_are_made_good_by_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "experiments.sweep", *ONE_POINT]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    try:
+        while "seed=0: started" not in process.stdout.readline():
+            pass
+        (member,) = children(process.pid)
+        os.kill(member, signal.SIGKILL)
+        while "full_precision,seed=0: started" not in (line := process.stdout.readline()):
+            assert not line.startswith("sparsity_weight=0.001") or "FAILED with status -9" in line
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (143, "")
+    assert "stopped by SIGTERM; the same command goes on" in out
+    assert not list(children(process.pid))
+    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert [row["status"] for row in rows(tmp_path / "sweep_output")] == ["done", "done"]
+    for row in rows(tmp_path / "sweep_output"):
+        kept = json.loads((tmp_path / "sweep_output" / row["name"] / "history.json").read_text())
+        assert float(row["accuracy"]) == kept["epochs"][-1]["accuracy"]
+        assert float(row["unstructured_bops_ratio"]) == kept["final"]["unstructured_bops_ratio"]
