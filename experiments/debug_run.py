@@ -9,7 +9,8 @@
 Prints a table row an epoch, the compression ratios and a verdict; writes five pictures, history.json, the
 compressed network, and after every epoch a checkpoint for --resume.
 Exit status: 0, or 1 when a line of the verdict fails, the loss stops being finite or another process is lost,
-2 for bad input, 130 after Ctrl-C, 143 after SIGTERM (the finished epochs' files are written first).
+2 for bad input, 130 after Ctrl-C, 143 after SIGTERM (the finished epochs' files are written first). torchrun
+itself ends with 1 in all these cases but 0.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from experiments.distributed import (
 )
 from experiments.evaluator import Compression, Evaluator
 from experiments.files import OutputError, hold_folder, set_aside, write_json
-from experiments.live import ClosedOutputError, LiveLine, Stopped, stop_signals
+from experiments.live import ClosedOutputError, LiveLine, Stopped, ignore_sigterm, stop_signals
 from experiments.proofs import PACKED, SLIM, proof_lines, prove
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import PRECISIONS, Settings, parse_settings
@@ -67,13 +68,14 @@ Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    settings = parse_settings(arguments)
     live = LiveLine()
     processes = Processes()
     try:
         with stop_signals():
             processes = join_processes()
             live.silent = not processes.first
+            # The first alone reads them, so that a mistake is said once.
+            settings = processes.from_first(parse_settings(arguments) if processes.first else None)
             return run(settings, processes, live)
     except Stopped as stop:
         live.say(f"stopped by {stop.name} outside the epochs; --resume goes on from the last checkpoint")
@@ -182,6 +184,7 @@ def run(settings: Settings, processes: Processes, live: LiveLine) -> int:
             stopped = not_finite = f"stopped in epoch {len(records) + 1}: {error}"
             status = EXIT_FAILED
         except LostProcessError as error:
+            ignore_sigterm()  # which torchrun sends once it sees the same; what follows is quick
             stopped, status = f"stopped in epoch {len(records) + 1}: {error}", EXIT_FAILED
         if not processes.first:
             return status

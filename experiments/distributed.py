@@ -2,11 +2,13 @@
 
 Every process has the whole network and takes its share of each batch. What would differ from one process
 is summed over all of them: gradients, losses, the test set's hits, and the sums inside each batch norm, so
-that its mean and variance are those of the whole batch. A run on N processes is then the run on one, to
-rounding.
+that its mean and variance are those of the whole batch. A step on N processes is then the step on one, to
+rounding. (Over many steps roundings grow, as they do between any two machines: a weight on the edge between
+two of its quantizer's levels falls to one side or the other.)
 """
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -63,9 +65,9 @@ def _guarded(collective: Any, *arguments: Any) -> None:
     try:
         collective(*arguments)
     except (RuntimeError, ValueError) as error:
-        raise LostProcessError(
-            f"another process of this run has gone ({str(error).splitlines()[0][:100]})"
-        ) from None
+        # Less the place in torch's source that it begins with.
+        why = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])
+        raise LostProcessError(f"another process of this run has gone ({why})") from None
 
 
 def join_processes() -> Processes:

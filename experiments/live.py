@@ -50,6 +50,11 @@ def stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class LiveLine:
     """Whole lines to standard output; on a terminal, one more below them that is rewritten in place."""
 
