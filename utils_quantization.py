@@ -72,7 +72,7 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
             raise ValueError(f"exclude_layers holds {pattern!r}; expected a pattern, as a string")
         try:
             hits = {name for name in names if re.search(pattern, name)}
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"exclude_layers: {pattern!r} is not a regular expression ({error})") from None
         if not hits:
             raise ValueError(

@@ -5,12 +5,15 @@ with `weights_only=True`. A SHA-256 of it all follows behind its end, where torc
 folder holds the last two.
 """
 
+import contextlib
 import hashlib
 import io
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import nn
@@ -18,7 +21,7 @@ from torch import nn
 from experiments.files import OutputError, write_whole
 from experiments.settings import Settings, flag
 
-PATTERN = "checkpoint_*.pt"
+NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 KEPT = 2
 VERSION = 1
 MAY_CHANGE = ("epochs", "data_dir", "output_dir")
@@ -46,6 +49,12 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
     return folder / f"checkpoint_{epoch:04d}.pt"
 
 
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the last one first; a file with a name of the user's own is none."""
+    numbered = {int(m[1]): p for p in folder.iterdir() if (m := NAME.fullmatch(p.name))}
+    return [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write it whole or not at all, then drop all but the last two.
 
@@ -58,9 +67,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     write_whole(checkpoint_path(folder, checkpoint.epochs), content + hashlib.sha256(content).digest())
     # Later ones too: they are those that could not be read, or of a run that is being done again.
     keep = {checkpoint_path(folder, checkpoint.epochs - back) for back in range(KEPT)}
-    for path in folder.glob(PATTERN):
-        if path not in keep:
-            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # one too many does no harm
+        for path in checkpoint_paths(folder):
+            if path not in keep and path.is_file():
+                path.unlink()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -73,13 +83,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if hashlib.sha256(content[:-size]).digest() != content[-size:]:
         raise ValueError(f"is truncated or altered ({len(content):,} bytes, and not the SHA-256 at its end)")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state.pop("version")
-        if version != VERSION:
-            raise ValueError(f"is of version {version}, and this program reads version {VERSION}")
-        return Checkpoint(**state)
-    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+        checkpoint = Checkpoint(**state)
+    except Exception as error:  # torch raises all kinds for what is no file of its own
         raise ValueError(f"is no checkpoint of this program ({type(error).__name__})") from None
+    if version != VERSION:
+        raise ValueError(f"is of version {version}, and this program reads version {VERSION}")
+    for field in fields(Checkpoint):
+        if not isinstance(getattr(checkpoint, field.name), get_origin(field.type) or object):
+            raise ValueError(f"is no checkpoint of this program (its {field.name} are of another type)")
+    return checkpoint
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -87,7 +102,7 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | No
 
     Raises: OutputError if there are some and none can be read.
     """
-    paths = sorted(folder.glob(PATTERN), reverse=True)
+    paths = checkpoint_paths(folder)
     for path in paths:
         try:
             return load_checkpoint(path)
@@ -122,13 +137,22 @@ def _shown(value: Any) -> str:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's weights, moments and random states in their places."""
-    model.load_state_dict(checkpoint.model)
+    """Put the checkpoint's weights, moments and random states in their places.
+
+    Raises: ValueError if it is of another network.
+    """
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
-    torch.set_rng_state(checkpoint.random["cpu"])
-    if torch.cuda.is_available() and checkpoint.random["cuda"] is not None:
-        torch.cuda.set_rng_state(checkpoint.random["cuda"])
+    try:
+        model.load_state_dict(checkpoint.model)
+        optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
+        torch.set_rng_state(checkpoint.random["cpu"])
+        if torch.cuda.is_available() and checkpoint.random["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint.random["cuda"])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--resume: the checkpoint of epoch {checkpoint.epochs} is not of this network "
+            f"({str(error).splitlines()[0]}); leave --resume out to start over"
+        ) from None
 
 
 def random_states() -> dict[str, Any]:

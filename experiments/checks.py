@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.proofs import Proof
 from experiments.settings import Settings
 from metrics import NetworkCount
+from src.encoding import PackingError
 from utils_quantization import toggle_quantization, weight_quantization
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
@@ -51,9 +52,12 @@ def verdict(
     model: nn.Module,
     pictures: Sequence[Path],
     not_finite: str | None = None,
-    proof: Proof | None = None,
+    proof: Proof | PackingError | None = None,
 ) -> list[Check]:
-    """Every check of a finished run, in the order of the report."""
+    """Every check of a finished run, in the order of the report.
+
+    Where the run was stopped, there is no proof, and `not_finite` says if numbers were the reason.
+    """
     return [
         loss_is_finite(records, not_finite),
         accuracy_climbs(records),
@@ -225,13 +229,15 @@ def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]
     return {name: by_name.get(name, 0) for name in layers}, sizes
 
 
-def proofs_hold(proof: Proof | None) -> list[Check]:
+def proofs_hold(proof: Proof | PackingError | None) -> list[Check]:
     """The smaller network and the packed file against the quantized network and the printed counts."""
     names = ("smaller network gives the same logits", "smaller network has the MACs printed",
              "packed file gives the same logits")  # fmt: skip
     if proof is None:
         return [Check(SKIP, name, "the run was stopped, so none was made") for name in names]
-    relative = proof.largest_difference / proof.largest_logit
+    if isinstance(proof, PackingError):
+        return [judge(False, name, f"none was made: {proof}", "numbers that overflowed") for name in names]
+    relative = proof.largest_difference / (proof.largest_logit or 1)
     measured = (
         f"largest difference {relative:.1e} of the largest logit on {proof.images:,} images, "
         f"{100 * proof.agreement:.2f} % equal predictions"

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.distributed import ALONE, Processes
+from experiments.files import missing_folders, remove_empty
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
@@ -282,6 +283,7 @@ def _download(archive: Path, say: Callable[[str], None], progress: Callable[[str
     """Fetch the archive from the first source that delivers it. Raises: _NotHere, with each one's reason."""
     part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
     failures = []
+    made = missing_folders(archive.parent)
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
         for url in SOURCES:
@@ -299,6 +301,7 @@ def _download(archive: Path, say: Callable[[str], None], progress: Callable[[str
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+        remove_empty(made)
         if progress:
             progress("")
     raise _NotHere("; ".join(failures))

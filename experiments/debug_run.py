@@ -14,10 +14,12 @@ itself ends with 1 in all these cases but 0.
 """
 
 import contextlib
+import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,16 @@ from experiments.distributed import (
 )
 from experiments.evaluator import Compression, Evaluator
 from experiments.files import OutputError, hold_folder, set_aside, write_json
-from experiments.live import ClosedOutputError, LiveLine, Stopped, ignore_sigterm, stop_signals
-from experiments.proofs import PACKED, SLIM, proof_lines, prove
+from experiments.live import (
+    EXIT_BAD_INPUT,
+    ClosedOutputError,
+    LiveLine,
+    Stopped,
+    ignore_sigterm,
+    refuse,
+    stop_signals,
+)
+from experiments.proofs import PACKED, SLIM, Proof, proof_lines, prove
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import PRECISIONS, Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -56,166 +66,201 @@ from experiments.training import (
 )
 from metrics import TOTALS, format_ratio
 from resnet import resnet20
+from src.encoding import PackingError
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantizers
 
 PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png",
             "channels_over_time.png")  # fmt: skip
-RESULTS = (*PICTURES, "history.json", PACKED, SLIM, checkpoint.PATTERN)  # what a run leaves in its folder
-EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+RESULTS = (*PICTURES, "history.json", PACKED, SLIM)  # and checkpoints
+EXIT_OK, EXIT_FAILED = 0, 1
 
 Record = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What a run consists of once it is set up, and what it has found so far."""
+
+    settings: Settings
+    processes: Processes
+    live: LiveLine
+    device: torch.device
+    dataset: Dataset
+    train_batches: TrainBatches
+    test_batches: TestBatches
+    model: nn.Module
+    evaluator: Evaluator
+    penalty: Callable[[nn.Module], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    step: TrainingStep
+    head: Record  # what history.json says of the run as a whole
+    start: Record  # the logits before the first epoch
+    compression: Compression
+    records: list[Record] = field(default_factory=list)  # one an epoch
+    resumed: list[Record] = field(default_factory=list)
+    stopped: str | None = None  # why, if before the last epoch
+    not_finite: str | None = None  # the same, if numbers were the reason
+    status: int = EXIT_OK
 
 
 def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
     processes = Processes()
     try:
-        with stop_signals():
+        with stop_signals(), contextlib.ExitStack() as held:
             processes = join_processes()
             live.silent = not processes.first
-            # The first alone reads them, so that a mistake is said once.
-            settings = processes.from_first(parse_settings(arguments) if processes.first else None)
-            return run(settings, processes, live)
+            try:
+                # The first alone reads them, so that a mistake is said once.
+                settings = processes.from_first(parse_settings(arguments) if processes.first else None)
+                if processes.first:
+                    held.enter_context(hold_folder(settings.output_dir, live.say))
+                run = set_up(settings, processes, live)
+                if settings.resume:
+                    go_on(run)
+                begin(run)
+            except (ValueError, DataError) as error:
+                live.clear()
+                return refuse(str(error)) if processes.first else EXIT_BAD_INPUT
+            train(run)
+            return report(run) if processes.first else run.status
     except Stopped as stop:
         live.say(f"stopped by {stop.name} outside the epochs; --resume goes on from the last checkpoint")
         return stop.status
     except LostProcessError as error:
         live.say(f"{error}; --resume goes on from the last checkpoint")
         return EXIT_FAILED
+    except OutputError as error:
+        live.clear()
+        return refuse(str(error))
     except ClosedOutputError as error:
         live.close()
-        return _refused(processes, f"{error}, so the run stopped; --resume goes on from its last checkpoint")
-    except (ValueError, DataError, OutputError) as error:
-        live.clear()
-        return _refused(processes, str(error))
+        return refuse(f"{error}, so the run stopped; --resume goes on from its last checkpoint")
     finally:
         leave_processes(processes)
 
 
-def _refused(processes: Processes, sentence: str) -> int:
-    if processes.first:
-        print(f"error: {sentence}", file=sys.stderr)
-    return EXIT_BAD_INPUT
-
-
-def run(settings: Settings, processes: Processes, live: LiveLine) -> int:
-    """The whole run: data, model, quantizers, optimizer, loop, report. Returns the exit status."""
+def set_up(settings: Settings, processes: Processes, live: LiveLine) -> Run:
+    """Data, model, quantizers, optimizer. Raises: ValueError or DataError for what cannot be run."""
     device = prepare_device(settings, processes)
-    held = hold_folder(settings.output_dir, live.say) if processes.first else contextlib.nullcontext()
-    with held:
-        dataset = processes.from_first(load(settings, live) if processes.first else None)
-        train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
-        test_batches = TestBatches(dataset, device, processes=processes)
+    dataset = processes.from_first(load(settings, live) if processes.first else None)
+    train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
+    torch.manual_seed(settings.seed)
+    model = resnet20().to(device)
+    evaluator = Evaluator(model)
+    quantized = attach_weight_quantizers(model, settings.exclude_layers, DeadZoneLDZCompander, {})
+    if device.type != "mps":  # where channels_last has given wrong batch-norm gradients
+        model.to(memory_format=torch.channels_last)
+    if processes.count > 1:
+        use_global_batch_norms(model, processes)
+    penalty = coupled_group_lasso(model)
+    optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
+    keep_dead = keep_dead_slices(model) if settings.keep_dead == "yes" else None
+    return Run(
+        settings=settings,
+        processes=processes,
+        live=live,
+        device=device,
+        dataset=dataset,
+        train_batches=train_batches,
+        test_batches=TestBatches(dataset, device, processes=processes),
+        model=model,
+        evaluator=evaluator,
+        penalty=penalty,
+        optimizer=optimizer,
+        step=TrainingStep(model, optimizer, penalty, settings.precision, keep_dead, processes),
+        head=describe_run(settings, dataset, device, processes, model, quantized),
+        start=logits(model),
+        compression=evaluator.evaluate(model),
+    )
 
-        torch.manual_seed(settings.seed)
-        model = resnet20().to(device)
-        evaluator = Evaluator(model)
-        quantized = attach_weight_quantizers(model, settings.exclude_layers, DeadZoneLDZCompander, {})
-        if device.type != "mps":  # where channels_last has given wrong batch-norm gradients
-            model.to(memory_format=torch.channels_last)
-        if processes.count > 1:
-            use_global_batch_norms(model, processes)
-        penalty = coupled_group_lasso(model)
-        optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
-        keep_dead = keep_dead_slices(model) if settings.keep_dead == "yes" else None
-        step = TrainingStep(model, optimizer, penalty, settings.precision, keep_dead, processes)
-        learning_rate = cosine_anneal(0)
-        sparsity = linear_warmup(settings.sparsity_delay, settings.sparsity_ramp)
 
-        head = describe_run(settings, dataset, device, processes, model, quantized)
-        start = logits(model)
-        records: list[Record] = []
-        resumed: list[dict[str, Any]] = []
-        found = processes.from_first(
-            checkpoint.last_checkpoint(settings.output_dir, live.say)
-            if settings.resume and processes.first
-            else None
+def go_on(run: Run) -> None:
+    """Take up the last checkpoint, if there is one. Raises: ValueError if it is of another run."""
+    found = run.processes.from_first(
+        checkpoint.last_checkpoint(run.settings.output_dir, run.live.say) if run.processes.first else None
+    )
+    if found is None:
+        run.head["lines"].append(
+            f"Resumed:   no, there is no checkpoint in {run.settings.output_dir}: a new run"
         )
-        if found:
-            checkpoint.check_settings(found.settings, settings)
-            said = what_changed(found, settings, head)
-            checkpoint.restore(found, model, optimizer)
-            start, records = found.start, found.records
-            resumed = [*found.resumed, {"after_epoch": found.epochs, "said": said}]
-            head["lines"] += [f"Resumed:   after epoch {found.epochs}" + "".join(f"; {s}" for s in said)]
-        elif processes.first:
-            head["lines"] += make_room(settings)
-        live.say("\n".join(head["lines"]))
-        live.say(table_header(dataset))
-        for done in range(len(records)):
-            show_epoch(live, records[: done + 1])
+        return
+    checkpoint.check_settings(found.settings, run.settings)
+    said = what_changed(found, run.settings, run.head)
+    checkpoint.restore(found, run.model, run.optimizer)
+    run.start, run.records = found.start, found.records
+    run.resumed = [*found.resumed, {"after_epoch": found.epochs, "said": said}]
+    run.head["lines"].append(f"Resumed:   after epoch {found.epochs}" + "".join(f"; {s}" for s in said))
+    run.compression = run.evaluator.evaluate(run.model)
 
-        compression = evaluator.evaluate(model)
-        stopped: str | None = None
-        not_finite: str | None = None
-        status = EXIT_OK
-        try:
-            for epoch in range(len(records), settings.epochs):
-                began = time.perf_counter()
-                set_learning_rates(optimizer, learning_rate(epoch, settings.epochs))
-                weight = settings.sparsity_weight * sparsity(epoch, settings.epochs)
-                losses = train_epoch(step, train_batches, epoch, weight, live.steps(epoch))
-                if settings.batch_norm_batches:
-                    renew_batch_norms(
-                        model, train_batches, epoch, settings.batch_norm_batches, settings.precision
-                    )
-                accuracy = measure_accuracy(model, test_batches, settings.precision, processes)
-                with torch.no_grad():
-                    penalty_now = penalty(model).item()
-                compression = evaluator.evaluate(model)
-                records.append({
-                    "epoch": epoch + 1,
-                    "loss": losses.loss,
-                    "cross_entropy": losses.cross_entropy,
-                    "penalty": penalty_now,
-                    "sparsity_weight": weight,
-                    "accuracy": accuracy,
-                    **sparsities(compression),
-                    "layers": recorded_layers(model, compression, start),
-                    "seconds": time.perf_counter() - began,
-                })  # fmt: skip
-                if processes.first:
-                    save(settings, head, model, optimizer, start, records, resumed, live)
-                show_epoch(live, records)
-        except Stopped as stop:
-            stopped, status = f"stopped by {stop.name} in epoch {len(records) + 1}", stop.status
-        except NotFiniteError as error:
-            stopped = not_finite = f"stopped in epoch {len(records) + 1}: {error}"
-            status = EXIT_FAILED
-        except LostProcessError as error:
-            ignore_sigterm()  # which torchrun sends once it sees the same; what follows is quick
-            stopped, status = f"stopped in epoch {len(records) + 1}: {error}", EXIT_FAILED
-        if not processes.first:
-            return status
-        if stopped:
-            live.say(stopped + ("; --resume goes on after the last epoch above" if records else ""))
-        use_local_batch_norms(model)
-        history = {k: v for k, v in head.items() if k != "lines"} | {
-            "settings": settings.to_json(),
-            "resumed": resumed,
-            "stopped": stopped,
-            "epochs": records,
-        }
-        verdict_status = report(settings, history, compression, model, dataset, device, not_finite, live)
-        return status or verdict_status
+
+def begin(run: Run) -> None:
+    """The first lines and the table up to here; a new run moves an earlier one's files out of its way."""
+    if run.processes.first and not run.records:
+        folder = run.settings.output_dir
+        aside = set_aside(
+            folder, [*(folder / name for name in RESULTS), *checkpoint.checkpoint_paths(folder)]
+        )
+        if aside:
+            run.head["lines"].append(f"Earlier:   an earlier run's files in {folder} were moved to {aside}")
+    run.live.say("\n".join(run.head.pop("lines")))
+    run.live.say(table_header(run.dataset))
+    for done in range(len(run.records)):
+        show_epoch(run.live, run.records[: done + 1])
+
+
+def train(run: Run) -> None:
+    """The epochs that are left, until the last or until something stops them."""
+    try:
+        for epoch in range(len(run.records), run.settings.epochs):
+            run.records.append(one_epoch(run, epoch))
+            if run.processes.first:
+                save(run)
+            show_epoch(run.live, run.records)
+        return
+    except Stopped as stop:
+        why, run.status = f"stopped by {stop.name}", stop.status
+    except NotFiniteError as error:
+        why, run.status = f"stopped: {error}", EXIT_FAILED
+        run.not_finite = f"stopped in epoch {len(run.records) + 1}: {error}"
+    except LostProcessError as error:
+        ignore_sigterm()  # which torchrun sends once it sees the same; what follows is quick
+        why, run.status = f"stopped: {error}", EXIT_FAILED
+    run.stopped = f"in epoch {len(run.records) + 1}, {why}"
+    run.live.say(run.stopped + ("; --resume goes on after the last epoch above" if run.records else ""))
+
+
+def one_epoch(run: Run, epoch: int) -> Record:
+    """Train, test, count; the epoch's record, from which the table, the pictures and the verdict are made."""
+    settings, model, began = run.settings, run.model, time.perf_counter()
+    set_learning_rates(run.optimizer, cosine_anneal(0)(epoch, settings.epochs))
+    sparsity = linear_warmup(settings.sparsity_delay, settings.sparsity_ramp)
+    weight = settings.sparsity_weight * sparsity(epoch, settings.epochs)
+    losses = train_epoch(run.step, run.train_batches, epoch, weight, run.live.steps(epoch))
+    if settings.batch_norm_batches:
+        renew_batch_norms(model, run.train_batches, epoch, settings.batch_norm_batches, settings.precision)
+    accuracy = measure_accuracy(model, run.test_batches, settings.precision, run.processes)
+    with torch.no_grad():
+        penalty_now = run.penalty(model).item()
+    run.compression = run.evaluator.evaluate(model)
+    return {
+        "epoch": epoch + 1,
+        "loss": losses.loss,
+        "cross_entropy": losses.cross_entropy,
+        "penalty": penalty_now,
+        "sparsity_weight": weight,
+        "accuracy": accuracy,
+        **sparsities(run.compression),
+        "layers": recorded_layers(model, run.compression, run.start),
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def load(settings: Settings, live: LiveLine) -> Dataset:
     return load_dataset(
         settings.data, settings.data_dir, settings.limit_train, settings.limit_test, live.say, live.progress
     )
-
-
-def make_room(settings: Settings) -> list[str]:
-    """Move an earlier run's files out of the way of this one's; the lines that say so."""
-    lines = []
-    if settings.resume:
-        lines.append(f"Resumed:   no, there is no checkpoint in {settings.output_dir}: this is a new run")
-    aside = set_aside(settings.output_dir, RESULTS)
-    if aside:
-        lines.append(f"Earlier:   the files of an earlier run in {settings.output_dir} were moved to {aside}")
-    return lines
 
 
 def what_changed(found: Checkpoint, settings: Settings, head: Record) -> list[str]:
@@ -245,31 +290,22 @@ def surroundings(head: Record) -> Record:
     return {"torch": head["versions"]["torch"], "device": head["device"], "data": data}
 
 
-def save(
-    settings: Settings,
-    head: Record,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    start: Record,
-    records: list[Record],
-    resumed: list[Record],
-    live: LiveLine,
-) -> None:
+def save(run: Run) -> None:
     """Leave a checkpoint. One that cannot be written is said, and the run goes on: the next may succeed."""
     state = Checkpoint(
-        settings=settings.to_json(),
-        surroundings=surroundings(head),
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict()["state"],
+        settings=run.settings.to_json(),
+        surroundings=surroundings(run.head),
+        model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict()["state"],
         random=checkpoint.random_states(),
-        start=start,
-        records=records,
-        resumed=resumed,
+        start=run.start,
+        records=run.records,
+        resumed=run.resumed,
     )
     try:
-        checkpoint.save_checkpoint(settings.output_dir, state)
+        checkpoint.save_checkpoint(run.settings.output_dir, state)
     except OutputError as error:
-        live.say(f"      ! no checkpoint of epoch {len(records)}: {error}")
+        run.live.say(f"      ! no checkpoint of epoch {len(run.records)}: {error}")
 
 
 def show_epoch(live: LiveLine, records: list[Record]) -> None:
@@ -386,48 +422,52 @@ def _gradient(parameter: nn.Parameter) -> float | None:
     return None if parameter.grad is None else parameter.grad.item()
 
 
-def report(
-    settings: Settings,
-    history: Record,
-    compression: Compression,
-    model: nn.Module,
-    dataset: Dataset,
-    device: torch.device,
-    not_finite: str | None,
-    live: LiveLine,
-) -> int:
+def report(run: Run) -> int:
     """The final metrics, the pictures, the verdict and history.json; the exit status that they call for."""
-    path, records = settings.output_dir / "history.json", history["epochs"]
-    if not records:
+    settings, live, compression = run.settings, run.live, run.compression
+    path = settings.output_dir / "history.json"
+    history = run.head | {
+        "settings": settings.to_json(),
+        "resumed": run.resumed,
+        "stopped": run.stopped,
+        "epochs": run.records,
+    }
+    write_json(path, history)  # already, so that nothing that follows can cost it
+    if not run.records:
         live.say("no epoch was finished, so there is nothing to draw")
-        write_json(path, history)
-        return EXIT_OK
+        return run.status
     live.say(metrics_lines(compression))
-    pictures = draw(settings, records, compression, dataset)
-    proof = None
-    if not history["stopped"]:  # else the weights are of an epoch that no row of the table describes
+    pictures = draw(settings, run.records, compression, run.dataset)
+    proof: Proof | PackingError | None = None
+    if not run.stopped:  # else its weights are of an epoch that no row describes
         live.progress("making the smaller network and the packed file")
-        whole_test_set = TestBatches(dataset, device)
-        proof = prove(model, compression.count, whole_test_set, settings.output_dir, settings.to_json())
-        live.say(proof_lines(proof))
-    checks = verdict(records, settings, compression.count, model, pictures, not_finite, proof)
+        use_local_batch_norms(run.model)
+        whole_test_set = TestBatches(run.dataset, run.device)
+        try:
+            proof = prove(
+                run.model, compression.count, whole_test_set, settings.output_dir, settings.to_json()
+            )
+            live.say(proof_lines(proof))
+        except PackingError as error:
+            proof = error
+            live.say(f"\nNo smaller network and no packed file: {error}")
+    checks = verdict(run.records, settings, compression.count, run.model, pictures, run.not_finite, proof)
     live.say("\n".join(["", "--- Verdict ---", *map(str, checks)]))
-    write_json(
-        path,
-        history
-        | {
-            "final": final_metrics(compression),
-            "proof": proof and proof.to_json(),
-            "verdict": [asdict(c) for c in checks],
-        },
-    )
-    made = [settings.output_dir / name for name in (PACKED, SLIM)] if proof else []
+    history |= {
+        "final": final_metrics(compression),
+        "proof": proof.to_json() if isinstance(proof, Proof) else None,
+        "verdict": [asdict(c) for c in checks],
+    }
+    write_json(path, history)
+    made = [settings.output_dir / name for name in (PACKED, SLIM)] if isinstance(proof, Proof) else []
     live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
-    return EXIT_FAILED if any(check.status == FAIL for check in checks) else EXIT_OK
+    failed = any(check.status == FAIL for check in checks)
+    return run.status or (EXIT_FAILED if failed else EXIT_OK)
 
 
 def draw(settings: Settings, records: list[Record], compression: Compression, dataset: Dataset) -> list[Path]:
     """The pictures, from the records and counts alone; returns their paths."""
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
     from experiments import plots  # matplotlib costs a second: not before the first training step
 
     name = f"{dataset.name.upper()}, NOT CIFAR-10" if dataset.synthetic else dataset.name

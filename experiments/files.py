@@ -65,28 +65,40 @@ def hold_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
     Raises: OutputError naming it where it cannot be written or another run holds it.
     """
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    made: list[Path] = []
     try:
+        made = missing_folders(folder)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}.part"
         probe.write_bytes(b"")
         probe.unlink()
         lock = _lock(folder, say)
     except OSError as error:
+        remove_empty(made)
         raise OutputError(
             f"--output-dir is {folder}, which cannot be written ({error.strerror}); name a folder that can"
         ) from None
     try:
         for path in folder.iterdir():
-            if PART.fullmatch(path.name):
+            if PART.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
         yield
     finally:
-        with contextlib.suppress(OSError):  # not empty, as it should be
-            for path in made:
-                path.rmdir()
+        remove_empty(made)
         if lock is not None:
             os.close(lock)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Those that `mkdir` would have to make for it, itself first."""
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Those that are there and empty, each before the one that holds it."""
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _lock(folder: Path, say: Callable[[str], None]) -> int | None:
@@ -109,12 +121,12 @@ def _lock(folder: Path, say: Callable[[str], None]) -> int | None:
     return descriptor
 
 
-def set_aside(folder: Path, patterns: Iterable[str]) -> Path | None:
-    """Move the files that match into a folder of their own, earlier-1 or the next free number; None if none.
+def set_aside(folder: Path, files: Iterable[Path]) -> Path | None:
+    """Move those that are there into a folder of their own, earlier-1 or the next free number; None if none.
 
     Raises: OutputError naming the file that could not be moved.
     """
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    files = [path for path in files if path.is_file()]
     if not files:
         return None
     number = 1

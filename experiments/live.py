@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+EXIT_BAD_INPUT = 2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -50,6 +51,15 @@ def stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def refuse(sentence: str) -> int:
+    """Say on standard error, in one line, what cannot be done; returns the exit status of bad input."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    if sys.stderr is not None:  # None where it was closed before the start: 2>&-
+        with contextlib.suppress(OSError):  # a full disk: the status must do
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT
+
+
 def ignore_sigterm() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -59,6 +69,8 @@ class LiveLine:
     """Whole lines to standard output; on a terminal, one more below them that is rewritten in place."""
 
     def __init__(self) -> None:
+        if sys.stdout is None:  # closed before the start: >&-
+            sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         self.on_terminal = sys.stdout.isatty()
         self.silent = False  # in all processes of a run but the first
         self.shown = False

@@ -7,6 +7,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.live import refuse
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {
     "float32": "float32",
@@ -94,6 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 NOT_NEGATIVE = ("batch_norm_batches", "logit_steps")
+MAX_EPOCHS = 1_000_000
 AT_LEAST_ONE = ("epochs", "batch_size", "threads", "limit_train", "limit_test")
 MAX_SEED = 2**63 - 1
 MAX_THREADS = 4096
@@ -117,6 +120,8 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number, 1 or more")
     if item.name in NOT_NEGATIVE and value < 0:
         raise ValueError(f"{name} is {value}; expected a whole number, 0 or more")
+    if item.name == "epochs" and value > MAX_EPOCHS:
+        raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_EPOCHS}")
     if item.name == "seed" and not 0 <= value <= MAX_SEED:
         raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_SEED}")
     largest = MAX_FLOAT32 if item.name == "sparsity_weight" else sys.float_info.max
@@ -130,8 +135,7 @@ class Parser(argparse.ArgumentParser):
     """One sentence for a mistake, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; --help lists the settings", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(refuse(f"{message}; --help lists the settings"))
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
@@ -149,6 +153,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     if "exclude_layers" in given:
         given["exclude_layers"] = tuple(given["exclude_layers"])
+    for name, value in given.items():
+        if isinstance(value, list):  # what argparse makes of --flag=--
+            parser.error(f"argument {flag(name)}: expected one argument")
     preset = given.get("preset", "debug")
     try:
         return Settings(**(PRESETS.get(preset, {}) | given))
@@ -177,6 +184,12 @@ def _shown(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder's name; '.' is the current one")
+    return Path(text)
+
+
 def _whole_number(text: str) -> int:
     try:
         return int(text)
@@ -195,5 +208,5 @@ _CONVERTERS: dict[Any, tuple[Any, str]] = {
     int: (_whole_number, "N"),
     int | None: (_whole_number, "N"),
     float: (_number, "X"),
-    Path: (Path, "FOLDER"),
+    Path: (_folder, "FOLDER"),
 }

@@ -30,7 +30,7 @@ from experiments.checkpoint import MAY_CHANGE
 from experiments.data import DataError, load_dataset
 from experiments.device import usable_cores
 from experiments.files import OutputError, hold_folder, write_whole
-from experiments.live import Stopped, stop_signals
+from experiments.live import Stopped, refuse, stop_signals
 from experiments.settings import Parser, Settings, flag, parse_settings
 
 LISTS: dict[str, tuple[float, ...]] = {  # what a sweep runs over, and its defaults
@@ -125,8 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"stopped by {stop.name}; the same command goes on")
         return stop.status
     except (ValueError, DataError, OutputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     finally:
         for process in running.values():
             process.terminate()
@@ -218,6 +217,7 @@ def results(history: dict[str, Any]) -> dict[str, float]:
 
 def gather(members: Sequence[Member], folder: Path) -> None:
     """Write the table and the picture of what is done."""
+    os.environ["MPLBACKEND"] = "agg"  # as in the debug run
     from experiments import plots
 
     columns = ("name", "status", *LISTS, "epochs", "data", *RESULTS, *RATIOS, "seconds")

@@ -265,7 +265,7 @@ def renew_batch_norms(
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
         with parametrize.cached(), autocast(device, precision):
-            for images, _ in itertools.islice(batches.epoch(epoch), count):
+            for images, _ in itertools.islice(batches.epoch(epoch), min(count, len(batches))):
                 model(images)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -8,52 +8,74 @@ which is not meant for files from strangers: open those of people you trust.
 Exit status: 0, 1 when a packed file's own claims do not hold, 2 for bad input.
 """
 
-import argparse
 import io
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from experiments.data import DataError, TestBatches, load_dataset
+from experiments.data import CLASSES, DataError, TestBatches, load_dataset
+from experiments.live import ClosedOutputError, LiveLine, refuse
 from experiments.proofs import counted_macs
-from experiments.settings import DATA
+from experiments.settings import DATA, Parser
 from metrics import count_network
+from src.encoding import PackingError
 from src.packing import MAX_FILE_BYTES, read_header, unpack_network
 
 ENDINGS = (".codeq", ".pt2")
 
+Say = Callable[[str], None]
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.verify", description=__doc__.splitlines()[0])
+    live = LiveLine()
+    parser = Parser(
+        prog="python -m experiments.verify", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("file", type=Path, metavar="FILE", help="compressed.codeq or slim.pt2")
     parser.add_argument("--data", choices=DATA, default="auto", help="as for experiments.debug_run")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of cifar-10-batches-py")
     parser.add_argument("--limit-test", type=int, help="use only the first so many test images")
     chosen = parser.parse_args(arguments)
     try:
-        return verify(chosen.file, chosen.data, chosen.data_dir, chosen.limit_test)
+        return verify(chosen.file, chosen.data, chosen.data_dir, chosen.limit_test, live.say)
     except (ValueError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
+    except ClosedOutputError as error:
+        live.close()
+        return refuse(str(error))
 
 
-def verify(path: Path, data: str, data_dir: Path, limit_test: int | None) -> int:
+def verify(path: Path, data: str, data_dir: Path, limit_test: int | None, say: Say) -> int:
+    """Raises: ValueError or DataError for what cannot be checked."""
     if path.suffix not in ENDINGS:
         raise ValueError(
             f"{path} ends in {path.suffix!r}; expected a file that ends in {' or '.join(ENDINGS)}"
         )
     content = _read(path)
-    dataset = load_dataset(data, data_dir, None, limit_test, print)
-    print(f"Data:     {dataset.name}, {len(dataset.test_labels):,} test images ({dataset.source})")
-    print(f"File:     {path}, {len(content):,} bytes")
-    kept = _describe_packed(content) if path.suffix == ".codeq" else None
-    network = kept[0] if kept else _load_exported(path, content)
-    print(f"Accuracy: {100 * _accuracy(network, TestBatches(dataset, 'cpu')):.2f} %")
-    print(f"MACs:     {counted_macs(network, 'cpu'):,} as the network runs, counted by torch")
-    return 0 if kept is None or kept[1] else 1
+    say(f"File:     {path}, {len(content):,} bytes")
+    holds = True
+    if path.suffix == ".codeq":
+        try:
+            network, holds = _describe_packed(content, say)
+        except PackingError as error:
+            raise ValueError(f"{path}: {error}; get the file again") from None
+    else:
+        network = _load_exported(path, content)
+    dataset = load_dataset(data, data_dir, None, limit_test, say)
+    say(f"Data:     {dataset.name}, {len(dataset.test_labels):,} test images ({dataset.source})")
+    try:
+        accuracy, macs = _accuracy(network, TestBatches(dataset, "cpu")), counted_macs(network, "cpu")
+    except Exception as error:  # an exported network of another kind fails in its own way
+        raise ValueError(
+            f"{path} holds no network for 3 x 32 x 32 images and {CLASSES} classes ({type(error).__name__})"
+        ) from None
+    say(f"Accuracy: {100 * accuracy:.2f} %")
+    say(f"MACs:     {macs:,} as the network runs, counted by torch")
+    return 0 if holds else 1
 
 
 def _read(path: Path) -> bytes:
@@ -65,22 +87,26 @@ def _read(path: Path) -> bytes:
         raise ValueError(f"cannot read {path}: {error.strerror}; name a file that is there") from None
 
 
-def _describe_packed(content: bytes) -> tuple[nn.Module, bool]:
-    """The network of a packed file, and whether what the file says of its MACs holds."""
+def _describe_packed(content: bytes, say: Say) -> tuple[nn.Module, bool]:
+    """The network of a packed file, and whether what the file says of its MACs holds.
+
+    Raises: PackingError. What the file says in words is shown with its control characters escaped.
+    """
     header, network = read_header(content), unpack_network(content)
+    claimed = header.metrics.get("structured_macs")
+    if claimed is not None and type(claimed) is not int:
+        raise PackingError(f"the file claims {claimed!r:.60} MACs; expected a whole number")
     count = count_network(network)
     left = count.total("structured_macs")
     zeros, weights = count.total("zero_weights"), count.total("weights")
-    print(f"Network:  {header.blocks_per_stage} blocks a stage; preset {header.settings.get('preset', '?')}")
-    print(
-        f"Bits:     {', '.join(f'{name} {bits}' for name, bits in header.bits.items()) or 'none quantized'}"
-    )
-    print(f"Zeros:    {zeros:,} of {weights:,} weights")
-    claimed = header.metrics.get("structured_macs")
-    holds = claimed in (None, left)
+    preset = header.settings.get("preset", "?")
+    say(f"Network:  {header.blocks_per_stage} blocks a stage; preset {preset!r:.60}")
+    say(f"Bits:     {', '.join(f'{name} {bits}' for name, bits in header.bits.items()) or 'none quantized'}")
+    say(f"Zeros:    {zeros:,} of {weights:,} weights")
     said = "the file makes no claim" if claimed is None else f"the file claims {claimed:,}"
-    print(f"Left:     {left:,} of {count.total('dense_macs'):,} MACs without the dead channels; {said}"
-          + ("" if holds else ": NOT TRUE"))  # fmt: skip
+    holds = claimed in (None, left)
+    say(f"Left:     {left:,} of {count.total('dense_macs'):,} MACs without the dead channels; {said}"
+        + ("" if holds else ": NOT TRUE"))  # fmt: skip
     return network, holds
 
 
@@ -97,7 +123,12 @@ def _load_exported(path: Path, content: bytes) -> nn.Module:
 
 @torch.inference_mode()
 def _accuracy(network: nn.Module, batches: TestBatches) -> float:
-    hits: list[Tensor] = [network(images).argmax(1) == labels for images, labels in batches]
+    hits: list[Tensor] = []
+    for images, labels in batches:
+        logits = network(images)
+        if logits.shape != (len(labels), CLASSES):
+            raise ValueError(f"logits of shape {tuple(logits.shape)}")
+        hits.append(logits.argmax(1) == labels)
     return torch.cat(hits).double().mean().item()
 
 

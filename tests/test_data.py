@@ -10,7 +10,7 @@ import socket
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from experiments.data import (
     load_dataset,
     synthetic_dataset,
 )
+from experiments.distributed import Processes
 
 PER_FILE = 6  # images in each batch file of the tiny CIFAR-10
 
@@ -91,6 +92,30 @@ def test_every_image_comes_once_an_epoch_and_the_last_partial_batch_is_kept(
     assert sorted(torch.cat(labels).tolist()) == list(range(count))
     assert len(labels) == len(batches)
     assert [len(batch) for batch in labels[:-1]] == [batch_size] * (len(batches) - 1)
+    assert [len(batch) for batch in labels] == batches.sizes
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(1, 40), batch_size=st.integers(3, 50), processes=st.integers(2, 3))
+def test_the_shares_of_all_processes_together_are_the_batches_of_one(
+    count: int, batch_size: int, processes: int
+) -> None:
+    dataset = random_dataset(count, test=count)
+
+    def together(make: Callable[[Processes], Iterable[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+        shares = zip(*(make(Processes(rank, processes)) for rank in range(processes)), strict=True)
+        return [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in shares]
+
+    def train(which: Processes) -> Iterable[tuple[Tensor, Tensor]]:
+        return TrainBatches(dataset, batch_size, 0, "cpu", which).epoch(0)
+
+    for (images, labels), (shared_images, shared_labels) in zip(
+        train(Processes()), together(train), strict=True
+    ):
+        assert torch.equal(images, shared_images) and torch.equal(labels, shared_labels)
+    shares = [TestBatches(dataset, "cpu", processes=Processes(r, processes)) for r in range(processes)]
+    assert torch.equal(torch.cat([share.labels for share in shares]), dataset.test_labels)
+    assert max(len(s.labels) for s in shares) - min(len(s.labels) for s in shares) <= 1
 
 
 def test_images_are_float32_in_channels_last_memory_and_labels_int64() -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from experiments import device
 from experiments.device import choose_device, describe_device, keep_freed_memory, prepare_device, usable_cores
+from experiments.distributed import Processes
 from experiments.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +78,35 @@ def test_a_device_that_is_missing_is_refused_before_anything_of_the_process_is_c
     with pytest.raises(ValueError):
         prepare_device(Settings(device="cuda", threads=threads + 1))
     assert torch.get_num_threads() == threads and process == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "words"),
+    [
+        (Settings(device="cpu", batch_size=2), Processes(0, 3), ["--batch-size is 2", "3 processes"]),
+        (Settings(device="mps"), Processes(0, 2), ["--device is mps", "--device cpu"]),
+        (Settings(device="cuda"), Processes(2, 3, local_rank=2), ["--nproc-per-node=2", "--device cpu"]),
+    ],
+)
+def test_more_processes_than_there_is_work_or_hardware_for_are_refused_before_anything_is_changed(
+    machine, process, monkeypatch, settings, processes, words
+):
+    machine(*ACCELERATORS)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError) as error:
+        prepare_device(replace(settings, threads=threads + 1), processes)
+    assert [word for word in words if word not in str(error.value)] == []
+    assert torch.get_num_threads() == threads and process == []
+
+
+def test_each_process_takes_the_gpu_of_its_place_on_this_machine(machine, process, monkeypatch):
+    machine("cuda")
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    got = prepare_device(Settings(threads=1), Processes(rank=5, count=6, local_rank=1))
+    assert [got] == taken == [torch.device("cuda", 1)]
 
 
 def test_the_device_is_described_with_its_threads():
@@ -190,6 +221,21 @@ def test_a_c_library_without_mallopt_is_no_error(monkeypatch, error):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert keep_freed_memory() is False
+
+
+def test_freed_memory_is_neither_mapped_apart_nor_ever_given_back(monkeypatch):
+    asked: list[tuple[int, int]] = []
+
+    class Library:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            asked.append((parameter, value))
+            return 1
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    assert keep_freed_memory() is True
+    assert sorted(asked) == [(-4, 0), (-1, -1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never)
 
 
 def test_an_allocator_that_refuses_is_not_said_to_have_taken_hold(monkeypatch):

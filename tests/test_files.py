@@ -1,8 +1,12 @@
 """Output files: whole or not at all, no litter, strict JSON, and a folder that is tried before the work."""
 
+import fcntl
+import hashlib
+import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.files import OutputError, prepare_folder, write_json, write_whole
+from experiments import files
+from experiments.files import OutputError, hold_folder, set_aside, write_json, write_whole
+from experiments.live import Stopped
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 ROOT = Path(__file__).parent.parent
@@ -47,19 +53,26 @@ def test_a_reader_with_the_old_file_open_goes_on_reading_the_old_one(tmp_path):
 
 
 def break_off(monkeypatch, error: BaseException, at: str) -> None:
-    """Make the writing fail half-way through its bytes, or at the renaming."""
-    original = Path.write_bytes
+    """Make the writing fail half-way through its bytes, at forcing them to the disk, or at the renaming."""
+    original = Path.open
 
-    def half(self: Path, content: bytes) -> int:
-        original(self, content[: len(content) // 2])
-        raise error
+    class HalfFile(io.FileIO):
+        def write(self, content: bytes) -> int:
+            super().write(content[: len(content) // 2])
+            raise error
+
+    def open_half(self: Path, mode: str = "r", *rest: object, **named: object) -> object:
+        return HalfFile(self, mode) if "w" in mode else original(self, mode, *rest, **named)
 
     def fail(*_: object) -> None:
         raise error
 
     if at == "bytes":
-        monkeypatch.setattr(Path, "write_bytes", half)
+        monkeypatch.setattr(Path, "open", open_half)
+        monkeypatch.setattr(Path, "write_bytes", fail)
         monkeypatch.setattr(os, "write", fail)
+    elif at == "sync":
+        monkeypatch.setattr(os, "fsync", fail)
     else:
         monkeypatch.setattr(Path, "replace", fail)
         monkeypatch.setattr(Path, "rename", fail)
@@ -67,7 +80,7 @@ def break_off(monkeypatch, error: BaseException, at: str) -> None:
         monkeypatch.setattr(os, "rename", fail)
 
 
-@pytest.mark.parametrize("at", ["bytes", "rename"])
+@pytest.mark.parametrize("at", ["bytes", "sync", "rename"])
 @pytest.mark.parametrize("there_before", [True, False])
 def test_a_full_disk_leaves_the_old_content_and_no_litter_and_is_said_in_one_sentence(
     tmp_path, monkeypatch, at, there_before
@@ -86,13 +99,13 @@ def test_a_full_disk_leaves_the_old_content_and_no_litter_and_is_said_in_one_sen
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("at", ["bytes", "rename"])
+@pytest.mark.parametrize("at", ["bytes", "sync", "rename"])
 def test_ctrl_c_in_the_middle_leaves_the_old_content_and_no_litter_and_goes_on_up(tmp_path, monkeypatch, at):
     path = tmp_path / "history.json"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
-        break_off(patch, KeyboardInterrupt(), at)
-        with pytest.raises(KeyboardInterrupt):
+        break_off(patch, Stopped(signal.SIGINT), at)
+        with pytest.raises(Stopped):
             write_whole(path, b"new content")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["history.json"]
 
@@ -104,6 +117,19 @@ from experiments.files import write_whole
 Path.replace = Path.rename = os.replace = os.rename = lambda *_: os._exit(9)  # as a power cut would
 write_whole(Path(sys.argv[1]), b"new content")
 """
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    path, done = tmp_path / "a.bin", []
+    replace = Path.replace
+
+    def sync(descriptor: int) -> None:
+        done.append(("sync", os.fstat(descriptor).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", lambda a, b: (done.append(("rename",)), replace(a, b)))
+    write_whole(path, b"new content")
+    assert done == [("sync", 11, False), ("rename",)]
 
 
 def test_a_process_that_dies_before_the_end_leaves_the_old_content(tmp_path):
@@ -197,16 +223,47 @@ def test_what_json_cannot_hold_leaves_the_old_file_alone(tmp_path):
 # The folder
 
 
-def test_the_folder_is_made_with_those_above_it_and_left_empty(tmp_path):
+def silent(sentence: str) -> None:
+    raise AssertionError(f"said: {sentence}")
+
+
+def test_the_folder_is_made_with_those_above_it_and_has_nothing_in_it_while_it_is_held(tmp_path):
     folder = tmp_path / "a" / "b"
-    prepare_folder(folder)
-    assert names(folder) == []
+    with hold_folder(folder, silent):
+        assert names(folder) == []
 
 
-def test_a_folder_in_use_keeps_its_files(tmp_path):
-    (tmp_path / "history.json").write_text("old")
-    prepare_folder(tmp_path)
-    assert names(tmp_path) == ["history.json"] and (tmp_path / "history.json").read_text() == "old"
+def test_a_folder_that_was_made_and_stays_empty_is_gone_at_the_end_and_one_with_a_file_stays(tmp_path):
+    with hold_folder(tmp_path / "a" / "b", silent):
+        pass
+    assert names(tmp_path) == []
+    with hold_folder(tmp_path / "a" / "b", silent):
+        write_whole(tmp_path / "a" / "b" / "file", b"kept")
+    assert names(tmp_path / "a" / "b") == ["file"]
+
+
+def test_an_empty_folder_that_was_there_before_stays(tmp_path):
+    (tmp_path / "a").mkdir()
+    with hold_folder(tmp_path / "a", silent):
+        pass
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_goes_wrong_while_it_is_held_goes_on_up_and_lets_go_of_it(tmp_path):
+    with pytest.raises(Stopped), hold_folder(tmp_path / "a", silent):
+        raise Stopped(signal.SIGTERM)
+    assert names(tmp_path) == []
+    with hold_folder(tmp_path / "a", silent):
+        pass
+
+
+def test_a_folder_in_use_keeps_its_files_and_loses_what_a_killed_run_left_half_written(tmp_path):
+    kept = ["history.json", "a.part", ".hidden", ".a.b.part", "checkpoint_0001.pt.1.part"]
+    for name in (*kept, ".history.json.4711.part", ".checkpoint_0001.pt.1.part", ".probe.99.part"):
+        (tmp_path / name).write_text("old")
+    with hold_folder(tmp_path, silent):
+        assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted(kept) and (tmp_path / "history.json").read_text() == "old"
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "the kernel's own"])
@@ -216,8 +273,8 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_flag_and_its_value(
     folder = {"a file": file, "below a file": file / "a" / "b", "the kernel's own": Path("/proc/self")}[kind]
     if kind == "the kernel's own" and not folder.is_dir():
         pytest.skip("no /proc here")
-    with pytest.raises(OutputError) as error:
-        prepare_folder(folder)
+    with pytest.raises(OutputError) as error, hold_folder(folder, silent):
+        raise AssertionError("held")
     assert "--output-dir" in str(error.value) and str(folder) in str(error.value)
     assert "\n" not in str(error.value)
     assert file.read_text() == "old" and names(tmp_path) == ["file"]
@@ -226,5 +283,106 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_flag_and_its_value(
 def test_a_folder_that_is_full_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         break_off(patch, OSError(28, "No space left on device"), "bytes")
-        with pytest.raises(OutputError, match="No space left on device"):
-            prepare_folder(tmp_path)
+        with pytest.raises(OutputError, match="No space left on device"), hold_folder(tmp_path, silent):
+            raise AssertionError("held")
+
+
+# One run at a time
+
+HOLDING = """
+import os, sys, time
+from pathlib import Path
+from experiments.files import hold_folder
+with hold_folder(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_held_folder_is_refused_to_a_second_process_until_the_first_ends_however_it_ends(tmp_path):
+    command = [sys.executable, "-c", HOLDING, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        for _ in range(2):
+            with pytest.raises(OutputError) as error, hold_folder(tmp_path, silent):
+                raise AssertionError("held twice")
+        assert f"--output-dir is {tmp_path}, which another run is writing to" in str(error.value)
+        first.kill()
+    with hold_folder(tmp_path, silent):
+        assert names(tmp_path) == []
+
+
+def test_a_refused_second_run_removes_nothing_of_what_the_first_is_writing(tmp_path):
+    with hold_folder(tmp_path / "a", silent):
+        half = tmp_path / "a" / ".history.json.1.part"
+        half.write_text("half")
+        with pytest.raises(OutputError), hold_folder(tmp_path / "a", silent):
+            raise AssertionError("held twice")
+        assert half.read_text() == "half" and names(tmp_path / "a") == [half.name]
+
+
+def test_one_folder_may_be_held_again_and_again_and_keeps_no_descriptor_open(tmp_path):
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
+
+    before = descriptors()
+    for _ in range(3):
+        with hold_folder(tmp_path, silent):
+            pass
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("lacking", ["the module", "the file system's support"])
+def test_where_nothing_can_be_locked_that_is_said_and_the_run_goes_on(tmp_path, monkeypatch, lacking):
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if lacking == "the module":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    said: list[str] = []
+    with hold_folder(tmp_path, said.append):
+        pass
+    assert len(said) == 1 and str(tmp_path) in said[0] and "second run" in said[0] and "\n" not in said[0]
+
+
+# An earlier run's files
+
+
+def contents(folder: Path) -> dict[str, str]:
+    found = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
+def test_what_matches_is_moved_into_the_next_free_folder_byte_for_byte_and_the_rest_stays(tmp_path):
+    for name in ("a.png", "c_1.pt", "c_2.pt", "mine.txt"):
+        (tmp_path / name).write_bytes(name.encode() * 1000)
+    (tmp_path / "earlier-1").mkdir()
+    (tmp_path / "earlier-2").write_text("a file of that name")
+    before = contents(tmp_path)
+    assert set_aside(tmp_path, ["a.png", "c_*.pt", "c_1.pt", "absent"]) == tmp_path / "earlier-3"
+    moved = {f"earlier-3/{name}": before[name] for name in ("a.png", "c_1.pt", "c_2.pt")}
+    assert contents(tmp_path) == moved | {name: before[name] for name in ("mine.txt", "earlier-2")}
+
+
+def test_where_nothing_matches_nothing_is_made(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert set_aside(tmp_path, ["*.png"]) is None
+    assert names(tmp_path) == ["mine.txt"]
+
+
+def test_a_link_that_leads_nowhere_takes_a_number_too(tmp_path):
+    (tmp_path / "earlier-1").symlink_to(tmp_path / "gone")
+    (tmp_path / "a.png").write_text("a")
+    assert set_aside(tmp_path, ["a.png"]) == tmp_path / "earlier-2"
+
+
+def test_files_that_cannot_be_moved_are_one_sentence_and_still_there(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("a")
+    with monkeypatch.context() as patch:
+        break_off(patch, OSError(28, "No space left on device"), "rename")
+        with pytest.raises(OutputError) as error:
+            set_aside(tmp_path, ["a.png"])
+    assert str(tmp_path) in str(error.value) and "No space left" in str(error.value)
+    assert "\n" not in str(error.value) and (tmp_path / "a.png").read_text() == "a"

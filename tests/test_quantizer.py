@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from src.quantizer import DeadZoneLDZCompander, range_quantile
+from src.quantizer import DeadZoneLDZCompander, NotFiniteWeightError, range_quantile
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 thorough = settings(quick, max_examples=150)
@@ -493,13 +493,21 @@ def test_a_single_number_that_is_not_finite_is_refused_wherever_it_stands(n, bad
     for place in {0, n // 2, n - 1}:
         w = torch.linspace(-1, 1, n)
         w[place] = bad
-        with pytest.raises(ValueError, match=rf"shape \({n},\).*NaN or infinity"):
+        with pytest.raises(NotFiniteWeightError, match=rf"shape \({n},\).*NaN or infinity"):
             getattr(quantizer, call)(w)
 
 
 def test_nan_beside_infinity_is_refused_too():
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(NotFiniteWeightError, match="NaN or infinity"):
         DeadZoneLDZCompander()(torch.tensor([math.nan, math.inf, -math.inf, 0.0]))
+
+
+def test_no_other_fault_of_a_tensor_is_taken_for_a_number_that_is_not_finite():
+    assert issubclass(NotFiniteWeightError, ValueError)
+    for bad in (torch.empty(0), torch.ones(3, dtype=torch.int64)):
+        with pytest.raises(ValueError) as error:
+            DeadZoneLDZCompander()(bad)
+        assert not isinstance(error.value, NotFiniteWeightError)
 
 
 @pytest.mark.parametrize("name", ["fixed_bit_val", "max_bits"])

@@ -28,6 +28,7 @@ DEBUG = {
     "--data": "auto",
     "--data-dir": Path("data"),
     "--output-dir": Path("debug_output"),
+    "--resume": False,
     "--limit-train": None,
     "--limit-test": None,
     "--exclude-layers": ("^conv1$", "^linear$"),
@@ -116,11 +117,19 @@ OTHER = (
 )
 
 
-@pytest.mark.parametrize("name", DEBUG)
+@pytest.mark.parametrize("name", [name for name in DEBUG if name != "--resume"])
 def test_every_setting_has_a_flag_that_sets_it_and_nothing_else(name):
     value = OTHER[name]
     got = by_flag(parse_settings([name, *(value if isinstance(value, tuple) else [str(value)])]))
     assert got == (PLAN if name == "--preset" else DEBUG | {name: value})
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "plan"]])
+def test_resume_is_asked_for_by_its_flag_alone(preset, capsys):
+    assert by_flag(parse_settings([*preset, "--resume"])) == by_flag(parse_settings(preset)) | {
+        "--resume": True
+    }
+    assert "yes" in refusal(["--resume", "yes"], capsys)
 
 
 def test_the_flags_are_the_fields_and_no_more():
@@ -300,18 +309,20 @@ choices = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63 - 1),
         "exclude_layers": st.lists(st.text(min_size=1)).map(tuple),
         "output_dir": st.text(min_size=1).map(Path),
+        "resume": st.booleans(),
     },
 )
 
 
 @quick
 @given(choices)
-def test_to_json_is_plain_json_and_tells_every_setting(chosen):
+def test_to_json_is_plain_json_and_tells_every_setting_but_how_the_run_was_started(chosen):
     made = Settings(**chosen)
     told = json.loads(json.dumps(made.to_json(), allow_nan=False))
-    for name, value in by_flag(made).items():
+    kept = {name: value for name, value in by_flag(made).items() if name != "--resume"}
+    for name, value in kept.items():
         as_json = (
             str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         )
         assert told[attribute(name)] == as_json
-    assert len(told) == len(fields(made))
+    assert len(told) == len(kept)

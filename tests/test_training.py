@@ -82,6 +82,7 @@ class Planted:
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
+        self.sizes = [len(labels) for _, labels in batches]
         self.device = torch.device("cpu")
 
     def __len__(self) -> int:
@@ -540,6 +541,14 @@ def test_a_penalty_that_overflows_is_found_to_be_none_of_the_layers():
     assert_stops(step, planted(2), "the loss, every layer's output being finite", 1)
 
 
+def test_another_mistake_is_not_taken_for_a_number_that_is_not_finite():
+    def mistaken(model: nn.Module) -> Tensor:
+        raise ValueError("a mistake of the program")
+
+    with pytest.raises(ValueError, match="a mistake of the program"):
+        train_epoch(stepper(quantized(), penalty=mistaken), planted(1), 0, 0.01)
+
+
 def test_after_a_bad_step_no_hook_is_left_on_the_model():
     model = quantized()
     batches = planted(1)
@@ -568,7 +577,7 @@ class InDouble:
     """The same batches in float64."""
 
     def __init__(self, batches: TrainBatches) -> None:
-        self.batches, self.device = batches, batches.device
+        self.batches, self.sizes, self.device = batches, batches.sizes, batches.device
 
     def __len__(self) -> int:
         return len(self.batches)

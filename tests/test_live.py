@@ -1,0 +1,215 @@
+"""The live line, signals that stop a run, and a standard output that takes no more."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.live import ClosedOutputError, LiveLine, Stopped, stop_signals
+
+ROOT = Path(__file__).parent.parent
+
+
+# The live line
+
+
+@pytest.fixture
+def live(monkeypatch) -> LiveLine:
+    """The live line of a terminal of 40 columns."""
+    monkeypatch.setenv("COLUMNS", "40")
+    live = LiveLine()
+    live.on_terminal = True
+    return live
+
+
+def test_the_live_line_is_cut_to_the_terminals_width_so_that_it_stays_one_line(live, capsys):
+    live.progress("x" * 300)
+    assert capsys.readouterr().out == "\r\x1b[K" + "x" * 39
+
+
+def test_a_whole_line_takes_the_live_lines_place(live, capsys):
+    live.progress("working")
+    live.say("done")
+    live.say("and more")
+    assert capsys.readouterr().out == "\r\x1b[Kworking\r\x1b[Kdone\nand more\n"
+
+
+def test_off_a_terminal_the_live_line_is_never_shown(capsys):
+    live = LiveLine()
+    live.progress("working")
+    live.clear()
+    live.say("done")
+    assert live.steps(0) is None
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_all_processes_but_the_first_are_silent(live, capsys):
+    live.silent = True
+    live.progress("working")
+    live.say("done")
+    assert capsys.readouterr().out == ""
+
+
+def test_steps_are_shown_ten_times_a_second_at_most_and_the_last_one_always(live, monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    show = live.steps(6)
+    for done in range(1, 101):  # a hundred steps a second, 16 of them in each 1/8 s here
+        now += 1 / 128
+        show(done, 100, done / 128)
+    shown = capsys.readouterr().out.split("\r\x1b[K")[1:]
+    assert [text.partition(",")[0] for text in shown] == [
+        f"epoch 7: step {done}/100" for done in (*range(1, 101, 13), 100)
+    ]
+    assert shown[0].startswith("epoch 7: step 1/100, 128.0 steps/s")
+
+
+def test_letters_that_a_terminal_lacks_are_shown_as_escapes(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    LiveLine().say("/home/Jörg/数")
+    assert narrow.buffer.getvalue() == rb"/home/J\xf6rg/\u6570" + b"\n"
+
+
+# A standard output that takes no more
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("what", ["say", "progress"])
+def test_an_output_that_takes_no_more_is_an_error_of_its_own_that_says_why(live, monkeypatch, what, number):
+    class Refusing(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "stdout", Refusing())
+    with pytest.raises(ClosedOutputError) as error:
+        getattr(live, what)("text")
+    assert "standard output" in str(error.value) and os.strerror(number) in str(error.value)
+
+
+SPEAKING = """
+from experiments.live import ClosedOutputError, LiveLine
+import sys
+live = LiveLine()
+try:
+    while True:
+        live.say("a line" * 1000)
+except ClosedOutputError as error:
+    live.close()
+    live.say("nobody hears this")
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("output", ["a pipe whose reader has gone", "/dev/full"])
+def test_after_a_closed_output_the_process_ends_as_it_chooses_and_without_a_traceback(output):
+    command = [sys.executable, "-c", SPEAKING]
+    if output == "/dev/full":
+        if not Path(output).exists():
+            pytest.skip("no /dev/full here")
+        with Path(output).open("w") as full:
+            done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+        status, err = done.returncode, done.stderr
+    else:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        err, status = process.stderr.read(), process.wait(60)
+        process.stderr.close()
+    assert status == 2
+    assert err.count(b"\n") == 1 and err.startswith(b"standard output takes no more ("), err
+
+
+# Signals
+
+
+@pytest.fixture
+def handlers():
+    """Both signals as Python has them at its start; put back as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield lambda: tuple(signal.getsignal(number) for number in before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_is_an_exception_with_its_name_and_the_shells_status_and_no_except_exception_stops_it(
+    handlers, number, name, status
+):
+    with pytest.raises(Stopped) as stop, stop_signals():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except Exception:
+            pytest.fail("taken for an error")
+    assert (stop.value.name, stop.value.status, str(stop.value)) == (name, status, name)
+
+
+@pytest.mark.parametrize("ends", ["well", "with a signal", "with an error"])
+def test_the_handlers_of_before_are_back_afterwards(handlers, ends):
+    before = handlers()
+    try:
+        with stop_signals():
+            assert handlers() != before
+            if ends == "with a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if ends == "with an error":
+                raise ValueError
+    except (Stopped, ValueError):
+        pass
+    assert handlers() == before
+
+
+def test_sigterm_is_heard_once_since_its_sender_may_send_it_again_while_the_files_are_written(handlers):
+    with pytest.raises(Stopped), stop_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # it would take another exception's place here
+            written = True
+    assert written
+
+
+def test_ctrl_c_is_heard_again_by_whoever_will_not_wait(handlers):
+    heard = 0
+    with stop_signals():
+        for _ in range(3):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except Stopped:
+                heard += 1
+    assert heard == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_parent_had_us_ignore_stays_ignored(handlers, number):
+    signal.signal(number, signal.SIG_IGN)
+    with stop_signals():
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_in_a_thread_where_python_handles_no_signals_none_are_asked_for(handlers):
+    before, went = handlers(), []
+
+    def work() -> None:
+        with stop_signals():
+            went.append(handlers() == before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert went == [True]
