@@ -86,10 +86,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state.pop("version")
-        checkpoint = Checkpoint(**state)
+        checkpoint = Checkpoint(**state) if version == VERSION else None
     except Exception as error:  # torch raises all kinds for what is no file of its own
         raise ValueError(f"is no checkpoint of this program ({type(error).__name__})") from None
-    if version != VERSION:
+    if checkpoint is None:
         raise ValueError(f"is of version {version}, and this program reads version {VERSION}")
     for field in fields(Checkpoint):
         if not isinstance(getattr(checkpoint, field.name), get_origin(field.type) or object):

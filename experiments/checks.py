@@ -142,11 +142,8 @@ def structured_follows_warmup(records: Sequence[Record], settings: Settings) -> 
     share = 100 * records[-1]["structured_sparsity"]
     first = next((r["epoch"] for r in records if r["structured_sparsity"] > 0), None)
     begins = next((r["epoch"] for r in records if r["sparsity_weight"] > 0), None)
-    measured = (
-        f"{share:.1f} % of filters at the end, the first in epoch {first}, the penalty from epoch {begins}"
-        if first
-        else f"no filter is all zero, the penalty from epoch {begins}"
-    )
+    since = f", the first in epoch {first}" if first else ""
+    measured = f"{share:.1f} % of filters at the end{since}, the penalty from epoch {begins}"
     if not records[-1]["layers"]:
         return Check(SKIP, name, "no layer is quantized")
     if settings.sparsity_weight == 0:

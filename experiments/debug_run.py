@@ -47,9 +47,9 @@ from experiments.live import (
     ClosedOutputError,
     LiveLine,
     Stopped,
+    StopSignals,
     ignore_sigterm,
     refuse,
-    stop_signals,
 )
 from experiments.proofs import PACKED, SLIM, Proof, proof_lines, prove
 from experiments.schedules import cosine_anneal, linear_warmup
@@ -85,6 +85,7 @@ class Run:
     settings: Settings
     processes: Processes
     live: LiveLine
+    signals: StopSignals
     device: torch.device
     dataset: Dataset
     train_batches: TrainBatches
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
     processes = Processes()
     try:
-        with stop_signals(), contextlib.ExitStack() as held:
+        with StopSignals() as signals, contextlib.ExitStack() as held:
             processes = join_processes()
             live.silent = not processes.first
             try:
@@ -116,9 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
                 settings = processes.from_first(parse_settings(arguments) if processes.first else None)
                 if processes.first:
                     held.enter_context(hold_folder(settings.output_dir, live.say))
-                run = set_up(settings, processes, live)
-                if settings.resume:
-                    go_on(run)
+                found = find_checkpoint(settings, processes, live) if settings.resume else None
+                run = set_up(settings, processes, live, signals)
+                if found:
+                    go_on(run, found)
                 begin(run)
             except (ValueError, DataError) as error:
                 live.clear()
@@ -126,6 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             train(run)
             return report(run) if processes.first else run.status
     except Stopped as stop:
+        ignore_sigterm()
         live.say(f"stopped by {stop.name} outside the epochs; --resume goes on from the last checkpoint")
         return stop.status
     except LostProcessError as error:
@@ -141,11 +144,19 @@ def main(arguments: list[str] | None = None) -> int:
         leave_processes(processes)
 
 
-def set_up(settings: Settings, processes: Processes, live: LiveLine) -> Run:
-    """Data, model, quantizers, optimizer. Raises: ValueError or DataError for what cannot be run."""
+def find_checkpoint(settings: Settings, processes: Processes, live: LiveLine) -> Checkpoint | None:
+    """The one to go on from. Raises: ValueError if it has other settings, OutputError if all are damaged."""
+    found = processes.from_first(
+        checkpoint.last_checkpoint(settings.output_dir, live.say) if processes.first else None
+    )
+    if found:
+        checkpoint.check_settings(found.settings, settings)
+    return found
+
+
+def set_up(settings: Settings, processes: Processes, live: LiveLine, signals: StopSignals) -> Run:
+    """Model, quantizers, data, optimizer. Raises: ValueError or DataError for what cannot be run."""
     device = prepare_device(settings, processes)
-    dataset = processes.from_first(load(settings, live) if processes.first else None)
-    train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
     torch.manual_seed(settings.seed)
     model = resnet20().to(device)
     evaluator = Evaluator(model)
@@ -154,6 +165,8 @@ def set_up(settings: Settings, processes: Processes, live: LiveLine) -> Run:
         model.to(memory_format=torch.channels_last)
     if processes.count > 1:
         use_global_batch_norms(model, processes)
+    dataset = processes.from_first(load(settings, live) if processes.first else None)
+    train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
     penalty = coupled_group_lasso(model)
     optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
     keep_dead = keep_dead_slices(model) if settings.keep_dead == "yes" else None
@@ -161,6 +174,7 @@ def set_up(settings: Settings, processes: Processes, live: LiveLine) -> Run:
         settings=settings,
         processes=processes,
         live=live,
+        signals=signals,
         device=device,
         dataset=dataset,
         train_batches=train_batches,
@@ -176,17 +190,8 @@ def set_up(settings: Settings, processes: Processes, live: LiveLine) -> Run:
     )
 
 
-def go_on(run: Run) -> None:
-    """Take up the last checkpoint, if there is one. Raises: ValueError if it is of another run."""
-    found = run.processes.from_first(
-        checkpoint.last_checkpoint(run.settings.output_dir, run.live.say) if run.processes.first else None
-    )
-    if found is None:
-        run.head["lines"].append(
-            f"Resumed:   no, there is no checkpoint in {run.settings.output_dir}: a new run"
-        )
-        return
-    checkpoint.check_settings(found.settings, run.settings)
+def go_on(run: Run, found: Checkpoint) -> None:
+    """Take up where the checkpoint left off. Raises: ValueError if it is of another run."""
     said = what_changed(found, run.settings, run.head)
     checkpoint.restore(found, run.model, run.optimizer)
     run.start, run.records = found.start, found.records
@@ -197,13 +202,17 @@ def go_on(run: Run) -> None:
 
 def begin(run: Run) -> None:
     """The first lines and the table up to here; a new run moves an earlier one's files out of its way."""
+    folder = run.settings.output_dir
+    if run.settings.resume and not run.records:
+        run.head["lines"].append(f"Resumed:   no, there is no checkpoint in {folder}: this is a new run")
     if run.processes.first and not run.records:
-        folder = run.settings.output_dir
-        aside = set_aside(
-            folder, [*(folder / name for name in RESULTS), *checkpoint.checkpoint_paths(folder)]
-        )
+        # Checkpoints first: if this is cut short, --resume must not take up what was left of them.
+        files = [*checkpoint.checkpoint_paths(folder), *(folder / name for name in RESULTS)]
+        aside = set_aside(folder, files)
         if aside:
-            run.head["lines"].append(f"Earlier:   an earlier run's files in {folder} were moved to {aside}")
+            run.head["lines"].append(
+                f"Earlier:   the files of an earlier run in {folder} were moved to {aside}"
+            )
     run.live.say("\n".join(run.head.pop("lines")))
     run.live.say(table_header(run.dataset))
     for done in range(len(run.records)):
@@ -214,20 +223,24 @@ def train(run: Run) -> None:
     """The epochs that are left, until the last or until something stops them."""
     try:
         for epoch in range(len(run.records), run.settings.epochs):
-            run.records.append(one_epoch(run, epoch))
-            if run.processes.first:
-                save(run)
-            show_epoch(run.live, run.records)
+            record = one_epoch(run, epoch)
+            with run.signals.held():  # history, checkpoint and table have an epoch all three or not at all
+                run.records.append(record)
+                if run.processes.first:
+                    save(run)
+                show_epoch(run.live, run.records)
         return
     except Stopped as stop:
-        why, run.status = f"stopped by {stop.name}", stop.status
+        ignore_sigterm()
+        run.stopped = f"stopped by {stop.name} in epoch {len(run.records) + 1}"
+        run.status = stop.status
     except NotFiniteError as error:
-        why, run.status = f"stopped: {error}", EXIT_FAILED
-        run.not_finite = f"stopped in epoch {len(run.records) + 1}: {error}"
+        run.stopped = run.not_finite = f"stopped in epoch {len(run.records) + 1}: {error}"
+        run.status = EXIT_FAILED
     except LostProcessError as error:
-        ignore_sigterm()  # which torchrun sends once it sees the same; what follows is quick
-        why, run.status = f"stopped: {error}", EXIT_FAILED
-    run.stopped = f"in epoch {len(run.records) + 1}, {why}"
+        ignore_sigterm()  # which torchrun sends once it sees the same
+        run.stopped = f"stopped in epoch {len(run.records) + 1}: {error}"
+        run.status = EXIT_FAILED
     run.live.say(run.stopped + ("; --resume goes on after the last epoch above" if run.records else ""))
 
 
@@ -432,11 +445,12 @@ def report(run: Run) -> int:
         "stopped": run.stopped,
         "epochs": run.records,
     }
+    if run.records:
+        live.say(metrics_lines(compression))
     write_json(path, history)  # already, so that nothing that follows can cost it
     if not run.records:
         live.say("no epoch was finished, so there is nothing to draw")
         return run.status
-    live.say(metrics_lines(compression))
     pictures = draw(settings, run.records, compression, run.dataset)
     proof: Proof | PackingError | None = None
     if not run.stopped:  # else its weights are of an epoch that no row describes

@@ -137,6 +137,7 @@ def set_aside(folder: Path, files: Iterable[Path]) -> Path | None:
         for path in files:
             path.rename(aside / path.name)
     except OSError as error:
+        remove_empty([aside])
         raise OutputError(
             f"cannot move an earlier run's files to {aside}: {error.strerror}; name another --output-dir"
         ) from None

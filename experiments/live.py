@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 EXIT_BAD_INPUT = 2
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -27,28 +28,43 @@ class Stopped(BaseException):
         self.name, self.status = NAMES[number], 128 + number
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM raise `Stopped`; SIGTERM only once, since what follows is quick.
+class StopSignals:
+    """Within it, Ctrl-C and SIGTERM raise `Stopped`, but not while they are held.
 
     A signal that the parent had us ignore (nohup, a shell's background job) stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
-        yield
-        return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Stopped(signal.Signals(number))
+    def __init__(self) -> None:
+        self.before: dict[int, Any] = {}
+        self.holding = False
+        self.pending: Stopped | None = None
 
-    heard = [number for number in NAMES if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python handles signals there alone
+            heard = [number for number in NAMES if signal.getsignal(number) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._stop) for number in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        stop = Stopped(signal.Signals(number))
+        if not self.holding:
+            raise stop
+        self.pending = stop
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is done within is done wholly; a signal that came meanwhile raises `Stopped` at its end."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.pending:
+            raise self.pending
 
 
 def refuse(sentence: str) -> int:
@@ -61,6 +77,7 @@ def refuse(sentence: str) -> int:
 
 
 def ignore_sigterm() -> None:
+    """For the little that is left to do once the run is told to stop: schedulers may say so twice."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

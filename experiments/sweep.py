@@ -30,7 +30,7 @@ from experiments.checkpoint import MAY_CHANGE
 from experiments.data import DataError, load_dataset
 from experiments.device import usable_cores
 from experiments.files import OutputError, hold_folder, write_whole
-from experiments.live import Stopped, refuse, stop_signals
+from experiments.live import Stopped, StopSignals, refuse
 from experiments.settings import Parser, Settings, flag, parse_settings
 
 LISTS: dict[str, tuple[float, ...]] = {  # what a sweep runs over, and its defaults
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     running: dict[Member, subprocess.Popen[bytes]] = {}
     try:
-        with stop_signals(), hold_folder(chosen.output_dir, say):
+        with StopSignals(), hold_folder(chosen.output_dir, say):
             settings = members[0].settings
             if settings.data == "cifar10" and left:  # once for all: it may have to be downloaded
                 load_dataset("cifar10", settings.data_dir, None, None, say)

@@ -223,12 +223,8 @@ FOREIGN = {
 }
 
 
-ESCAPES = ("nothing", "no file of torch's", "a pickle", "with an object of a foreign class")
-ESCAPING = pytest.mark.xfail(reason="load_checkpoint lets torch's UnpicklingError and IndexError through")
-
-
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=ESCAPING if k in ESCAPES else ()) for k in FOREIGN])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.filterwarnings("error")
 def test_a_whole_file_of_something_else_is_refused_with_a_few_words(kind, tmp_path):
     (tmp_path / "a.pt").write_bytes(FOREIGN[kind])
     with pytest.raises(ValueError) as error:

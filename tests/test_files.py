@@ -355,27 +355,28 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
-def test_what_matches_is_moved_into_the_next_free_folder_byte_for_byte_and_the_rest_stays(tmp_path):
+def test_what_is_there_is_moved_into_the_next_free_folder_byte_for_byte_and_the_rest_stays(tmp_path):
     for name in ("a.png", "c_1.pt", "c_2.pt", "mine.txt"):
         (tmp_path / name).write_bytes(name.encode() * 1000)
     (tmp_path / "earlier-1").mkdir()
     (tmp_path / "earlier-2").write_text("a file of that name")
     before = contents(tmp_path)
-    assert set_aside(tmp_path, ["a.png", "c_*.pt", "c_1.pt", "absent"]) == tmp_path / "earlier-3"
+    files = [tmp_path / name for name in ("a.png", "c_1.pt", "absent", "c_2.pt", "earlier-1")]
+    assert set_aside(tmp_path, files) == tmp_path / "earlier-3"
     moved = {f"earlier-3/{name}": before[name] for name in ("a.png", "c_1.pt", "c_2.pt")}
     assert contents(tmp_path) == moved | {name: before[name] for name in ("mine.txt", "earlier-2")}
 
 
-def test_where_nothing_matches_nothing_is_made(tmp_path):
+def test_where_nothing_is_there_nothing_is_made(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    assert set_aside(tmp_path, ["*.png"]) is None
+    assert set_aside(tmp_path, [tmp_path / "a.png"]) is None
     assert names(tmp_path) == ["mine.txt"]
 
 
 def test_a_link_that_leads_nowhere_takes_a_number_too(tmp_path):
     (tmp_path / "earlier-1").symlink_to(tmp_path / "gone")
     (tmp_path / "a.png").write_text("a")
-    assert set_aside(tmp_path, ["a.png"]) == tmp_path / "earlier-2"
+    assert set_aside(tmp_path, [tmp_path / "a.png"]) == tmp_path / "earlier-2"
 
 
 def test_files_that_cannot_be_moved_are_one_sentence_and_still_there(tmp_path, monkeypatch):
@@ -383,6 +384,7 @@ def test_files_that_cannot_be_moved_are_one_sentence_and_still_there(tmp_path, m
     with monkeypatch.context() as patch:
         break_off(patch, OSError(28, "No space left on device"), "rename")
         with pytest.raises(OutputError) as error:
-            set_aside(tmp_path, ["a.png"])
+            set_aside(tmp_path, [tmp_path / "a.png"])
     assert str(tmp_path) in str(error.value) and "No space left" in str(error.value)
     assert "\n" not in str(error.value) and (tmp_path / "a.png").read_text() == "a"
+    assert names(tmp_path) == ["a.png"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.live import ClosedOutputError, LiveLine, Stopped, stop_signals
+from experiments.live import ClosedOutputError, LiveLine, Stopped, StopSignals, ignore_sigterm
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,7 +148,7 @@ def handlers():
 def test_a_signal_is_an_exception_with_its_name_and_the_shells_status_and_no_except_exception_stops_it(
     handlers, number, name, status
 ):
-    with pytest.raises(Stopped) as stop, stop_signals():
+    with pytest.raises(Stopped) as stop, StopSignals():
         try:
             os.kill(os.getpid(), number)
             time.sleep(5)
@@ -161,7 +161,7 @@ def test_a_signal_is_an_exception_with_its_name_and_the_shells_status_and_no_exc
 def test_the_handlers_of_before_are_back_afterwards(handlers, ends):
     before = handlers()
     try:
-        with stop_signals():
+        with StopSignals():
             assert handlers() != before
             if ends == "with a signal":
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -172,19 +172,34 @@ def test_the_handlers_of_before_are_back_afterwards(handlers, ends):
     assert handlers() == before
 
 
-def test_sigterm_is_heard_once_since_its_sender_may_send_it_again_while_the_files_are_written(handlers):
-    with pytest.raises(Stopped), stop_signals():
-        try:
+def test_sigterm_can_be_left_unheard_since_its_sender_may_send_it_again_while_the_files_are_written(handlers):
+    before = handlers()
+    with StopSignals():
+        with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # it would take another exception's place here
-            written = True
-    assert written
+        ignore_sigterm()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert handlers() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_held_together_is_done_wholly_before_a_signal_is_heard(handlers, number):
+    done = []
+    with StopSignals() as signals, pytest.raises(Stopped) as stop, signals.held():
+        os.kill(os.getpid(), number)
+        done.append("all of it")
+    assert done == ["all of it"] and stop.value.status == 128 + number
+
+
+def test_an_error_in_what_is_held_together_goes_up_as_it_is(handlers):
+    with StopSignals() as signals, pytest.raises(ValueError), signals.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError
 
 
 def test_ctrl_c_is_heard_again_by_whoever_will_not_wait(handlers):
     heard = 0
-    with stop_signals():
+    with StopSignals():
         for _ in range(3):
             try:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -196,7 +211,7 @@ def test_ctrl_c_is_heard_again_by_whoever_will_not_wait(handlers):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_the_parent_had_us_ignore_stays_ignored(handlers, number):
     signal.signal(number, signal.SIG_IGN)
-    with stop_signals():
+    with StopSignals():
         os.kill(os.getpid(), number)
         assert signal.getsignal(number) is signal.SIG_IGN
     assert signal.getsignal(number) is signal.SIG_IGN
@@ -206,7 +221,7 @@ def test_in_a_thread_where_python_handles_no_signals_none_are_asked_for(handlers
     before, went = handlers(), []
 
     def work() -> None:
-        with stop_signals():
+        with StopSignals():
             went.append(handlers() == before)
 
     thread = threading.Thread(target=work)
