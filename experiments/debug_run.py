@@ -128,7 +128,6 @@ def main(arguments: list[str] | None = None) -> int:
             train(run)
             return report(run) if processes.first else run.status
     except Stopped as stop:
-        ignore_sigterm()
         live.say(f"stopped by {stop.name} outside the epochs; --resume goes on from the last checkpoint")
         return stop.status
     except LostProcessError as error:
