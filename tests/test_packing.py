@@ -355,7 +355,9 @@ def test_a_network_that_would_not_come_back_is_refused(change, message):
         pack_network(changed(change), SETTINGS)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object(), b"bytes"], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), {1, 2}, object(), b"bytes"], ids=lambda value: type(value).__name__
+)
 def test_settings_that_are_not_json_are_refused(value):
     for settings_, metrics in (({"a": value}, None), ({}, {"a": value})):
         with pytest.raises(PackingError, match="not strict JSON"):
