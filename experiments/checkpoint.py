@@ -32,7 +32,7 @@ class Checkpoint:
     """All that the next epoch depends on, and all that the report needs of the epochs before."""
 
     settings: dict[str, Any]
-    surroundings: dict[str, Any]  # device, threads, processes, versions, data set
+    surroundings: dict[str, Any]  # what else the digits depend on: torch, device and threads, data set
     model: dict[str, torch.Tensor]  # its state_dict: weights, logits, batch norms
     optimizer: dict[int, Any]  # AdamW's moments and step counts; its rates follow from the settings
     random: dict[str, Any]  # torch's generators

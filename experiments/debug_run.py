@@ -33,6 +33,7 @@ from experiments.checks import FAIL, early_warnings, verdict
 from experiments.data import DataError, Dataset, TestBatches, TrainBatches, load_dataset
 from experiments.device import describe_device, prepare_device
 from experiments.distributed import (
+    ALONE,
     LostProcessError,
     Processes,
     join_processes,
@@ -58,6 +59,7 @@ from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import (
     NotFiniteError,
     TrainingStep,
+    logit_pace,
     make_optimizer,
     measure_accuracy,
     renew_batch_norms,
@@ -107,7 +109,7 @@ class Run:
 
 def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
-    processes = Processes()
+    processes = ALONE
     try:
         with StopSignals() as signals, contextlib.ExitStack() as held:
             processes = join_processes()
@@ -240,7 +242,7 @@ def train(run: Run) -> None:
         ignore_sigterm()  # which torchrun sends once it sees the same
         run.stopped = f"stopped in epoch {len(run.records) + 1}: {error}"
         run.status = EXIT_FAILED
-    run.live.say(run.stopped + ("; --resume goes on after the last epoch above" if run.records else ""))
+    run.live.say(run.stopped + ("; --resume goes on from the last checkpoint" if run.records else ""))
 
 
 def one_epoch(run: Run, epoch: int) -> Record:
@@ -289,9 +291,13 @@ def what_changed(found: Checkpoint, settings: Settings, head: Record) -> list[st
     epochs = found.settings["epochs"]
     if settings.epochs != epochs:
         rate, was = (cosine_anneal(0)(found.epochs, total) for total in (settings.epochs, epochs))
+        steps = -(-now["data"]["train_images"] // settings.batch_size)  # an epoch
+        pace, paced = (logit_pace(settings, total * steps) for total in (settings.epochs, epochs))
         said.append(
             f"--epochs was {epochs}, is {settings.epochs}: the learning rates go on at {rate:.4f} of their "
-            f"peak instead of {was:.4f}; a run of {settings.epochs} epochs from the start gives other numbers"
+            f"peak instead of {was:.4f}"
+            + (f", the logits' peak being {pace / paced:.4f} of what it was" if pace != paced else "")
+            + f"; a run of {settings.epochs} epochs from the start gives other numbers"
         )
     return said
 

@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from experiments.checkpoint import MAY_CHANGE
 from experiments.data import DataError, load_dataset
 from experiments.device import usable_cores
 from experiments.files import OutputError, hold_folder, write_whole
-from experiments.live import Stopped, StopSignals, refuse
+from experiments.live import ClosedOutputError, LiveLine, Stopped, StopSignals, refuse
 from experiments.settings import Parser, Settings, flag, parse_settings
 
 LISTS: dict[str, tuple[float, ...]] = {  # what a sweep runs over, and its defaults
@@ -58,10 +58,7 @@ class Member:
     name: str  # of its folder
     point: str  # the same without the seed: runs of one point differ in nothing else
     arguments: tuple[str, ...]  # for experiments.debug_run
-
-    @property
-    def settings(self) -> Settings:
-        return parse_settings(list(self.arguments))
+    settings: Settings  # what it makes of them
 
     @property
     def folder(self) -> Path:
@@ -104,18 +101,19 @@ def main(arguments: list[str] | None = None) -> int:
     if members[0].settings.data == "auto":
         parser.error("--data is 'auto', and a curve must be of one data set; expected cifar10 or synthetic")
     left = [member for member in members if member.history() is None]
-    if chosen.print:
-        for member in left:
-            print(shlex.join(["python", "-m", "experiments.debug_run", *member.arguments]))
-        return 0
-    running: dict[Member, subprocess.Popen[bytes]] = {}
+    live, running = LiveLine(), dict[Member, subprocess.Popen[bytes]]()
+    say = live.say
     try:
+        if chosen.print:
+            for member in left:
+                say(shlex.join(["python", "-m", "experiments.debug_run", *member.arguments]))
+            return 0
         with StopSignals(), hold_folder(chosen.output_dir, say):
             settings = members[0].settings
             if settings.data == "cifar10" and left:  # once for all: it may have to be downloaded
                 load_dataset("cifar10", settings.data_dir, None, None, say)
             say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
-            failed = run_all(left, chosen.jobs, running)
+            failed = run_all(left, chosen.jobs, running, say)
             gather(members, chosen.output_dir)
         say(f"Files: {chosen.output_dir / CSV}, {chosen.output_dir / PICTURE}")
         if failed:
@@ -126,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.status
     except (ValueError, DataError, OutputError) as error:
         return refuse(str(error))
+    except ClosedOutputError as error:
+        live.close()
+        return refuse(f"{error}, so the sweep stopped; the same command goes on")
     finally:
         for process in running.values():
             process.terminate()
@@ -133,14 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
             process.wait()
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> Iterator[Member]:
     """A member for each combination, then each seed's in full precision. Exits with 2 for a bad flag."""
     # A curve over two data sets would be none: no falling back to the stand-in.
-    common = [*others] if "--data" in others else ["--data", "cifar10", *others]
+    common = ["--data", "cifar10", *others]  # the last one counts
     for values in itertools.product(*lists.values()):
         flags = [text for name, value in zip(lists, values, strict=True) for text in (flag(name), value)]
         settings = parse_settings([*common, *flags])
@@ -153,11 +150,15 @@ def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> It
 
 def _member(folder: Path, point: str, seed: int, arguments: list[str]) -> Member:
     name = f"{point},seed={seed}"
-    return Member(name, point, (*arguments, "--output-dir", str(folder / name), "--resume"))
+    arguments = [*arguments, "--output-dir", str(folder / name), "--resume"]
+    return Member(name, point, tuple(arguments), parse_settings(arguments))
 
 
 def run_all(
-    members: Sequence[Member], jobs: int, running: dict[Member, subprocess.Popen[bytes]]
+    members: Sequence[Member],
+    jobs: int,
+    running: dict[Member, subprocess.Popen[bytes]],
+    say: Callable[[str], None],
 ) -> list[Member]:
     """Run them, `jobs` at a time; returns those that failed. `running` always holds those in progress."""
     waiting, failed = list(reversed(members)), []

@@ -34,16 +34,22 @@ class EpochLosses:
     cross_entropy: float
 
 
+def logit_pace(settings: Settings, steps: int) -> float:
+    """What the logits' learning rates are multiplied by in a run of so many steps.
+
+    AdamW moves a logit by about its learning rate a step, whatever the gradient's size, and decays it by rate
+    times decay. So in a run of more than `settings.logit_steps` steps both logits' rates shrink in
+    proportion: they travel the same way, only slower.
+    """
+    return settings.logit_steps / steps if 0 < settings.logit_steps < steps else 1.0
+
+
 def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torch.optim.AdamW:
     """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits.
 
-    `steps` is the length of the whole run, 0 where it does not matter. AdamW moves a logit by about its
-    learning rate a step, whatever the gradient's size, and decays it by rate times decay. So in a run of more
-    than `settings.logit_steps` steps both logits' rates shrink in proportion: they travel the same way, only
-    slower.
+    `steps` is the length of the whole run, on which the logits' pace depends; 0 where it does not matter.
     """
-    slower = 0 < settings.logit_steps < steps
-    pace = settings.logit_steps / steps if slower else 1.0
+    pace = logit_pace(settings, steps)
     bit = [q.logit_bit for q in quantizers(model).values() if q.logit_bit.requires_grad]
     deadzone = [q.logit_dz for q in quantizers(model).values() if q.logit_dz.requires_grad]
     logits = {id(p) for p in bit + deadzone}

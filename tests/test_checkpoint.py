@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from same import assert_same
 from torch import nn
 
 from experiments import checkpoint
@@ -56,22 +57,6 @@ def made(epochs: int, settings: Settings | None = None) -> Checkpoint:
         records=[{"epoch": i + 1, "loss": 0.1 * i, "layers": {"a": {"bits": None}}} for i in range(epochs)],
         resumed=[{"after_epoch": 1, "said": ["a", "b"]}],
     )
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Equal to the last bit and in their types, through all containers."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def names(folder: Path) -> list[str]:
@@ -379,3 +364,7 @@ def test_more_epochs_are_said_with_the_rates_that_follow():
     assert "--epochs was 20, is 40" in sentence
     # (1 + cos(pi t)) / 2 at a quarter and at a half of the way
     assert "0.8536 of their peak instead of 0.5000" in sentence
+    # 98 steps an epoch: 20 epochs are the 1,960 that the logits' rates are meant for, 40 twice as many
+    assert "the logits' peak being 0.5000 of what it was" in sentence
+    (sentence,) = what_changed(made(10), Settings(epochs=40, logit_steps=0), head())
+    assert "logits" not in sentence

@@ -393,7 +393,7 @@ def test_ctrl_c_ends_with_the_files_of_the_finished_epochs_and_status_130(interr
     assert interrupted.files == files_after(finished, stopped=True)
     assert 1 <= finished < 50
     assert_rows_are_the_history(interrupted)
-    said = f"stopped by Ctrl-C in epoch {finished + 1}; --resume goes on after the last epoch above"
+    said = f"stopped by Ctrl-C in epoch {finished + 1}; --resume goes on from the last checkpoint"
     assert said in interrupted.lines
     assert interrupted.history["stopped"] == f"stopped by Ctrl-C in epoch {finished + 1}"
     assert "--- Verdict ---" in interrupted.lines and "final" in interrupted.history

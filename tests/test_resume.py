@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from same import assert_same
 
 from experiments.checkpoint import checkpoint_path, load_checkpoint
 
@@ -158,17 +158,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def assert_same_state(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same_state(a[key], b[key])
-    else:
-        assert a == b
-
-
 def without_time(history: dict[str, Any]) -> dict[str, Any]:
     kept = copy.deepcopy(history)
     del kept["resumed"]
@@ -185,7 +174,7 @@ def assert_same_end(run: Run, undisturbed: Run) -> None:
     assert without_time(run.history) == without_time(undisturbed.history)
     ours, theirs = (load_checkpoint(checkpoint_path(r.output, 3)) for r in (run, undisturbed))
     for part in ("settings", "surroundings", "model", "optimizer", "random", "start"):
-        assert_same_state(getattr(ours, part), getattr(theirs, part))
+        assert_same(getattr(ours, part), getattr(theirs, part))
     for name in (*(n for n in RESULTS if n.endswith(".png")), "compressed.codeq"):
         assert (run.output / name).read_bytes() == (undisturbed.output / name).read_bytes(), name
 

@@ -22,6 +22,7 @@ from experiments.sweep import LISTS, Member, main, plan
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "synthetic", "--limit-train", "64", "--limit-test", "32", "--batch-size", "32",
          "--epochs", "2", "--threads", "1"]  # fmt: skip
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 ONE_POINT = [*SMALL, "--sparsity-weight", "0.001", "--seed", "0"]
 
 
@@ -207,6 +208,16 @@ def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_o
     assert [row["status"] for row in rows(here / "sweep_output")] == ["done", "done"]
 
 
+def test_what_a_member_left_counts_and_not_its_status(here, endings, capsys):
+    """Status 1 with a whole history: its verdict fails. Status 0 without one: it is lost all the same."""
+    first, second = members = list(plan(Path("sweep_output"), one_point(), SMALL))
+    left = json.dumps(history(first.settings.to_json(), 0.8, 12.0))
+    endings[first.name] = f"open('history.json', 'w').write({left!r}); raise SystemExit(1)"
+    endings[second.name] = "pass"
+    assert sweep.run_all(members, 1, {}, print) == [second]
+    assert f"{first.name}: 80.00 %" in capsys.readouterr().out
+
+
 def test_a_member_whose_folder_cannot_be_made_is_reported_and_the_others_go_on(here, monkeypatch, capsys):
     (here / "sweep_output").mkdir()
     for member in plan(Path("sweep_output"), one_point(), SMALL):
@@ -223,14 +234,26 @@ def test_no_more_than_jobs_run_at_a_time(here, endings, monkeypatch):
     def watch(seconds: float) -> None:
         nonlocal most
         most = max(most, len(running))
-        time.sleep_(seconds)  # type: ignore[attr-defined]
+        sleep(seconds)
 
-    monkeypatch.setattr(sweep.time, "sleep_", time.sleep, raising=False)
+    sleep = time.sleep
     monkeypatch.setattr(sweep.time, "sleep", watch)
     members = list(plan(Path("out"), one_point() | {"seed": ["0", "1", "2"]}, SMALL))
-    assert sweep.run_all(members, 2, running) == []
+    assert sweep.run_all(members, 2, running, print) == []
     assert most == 2
     assert not running
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [[], ["--print"]], ids=["running", "printing"])
+def test_when_standard_output_takes_no_more_it_ends_in_one_sentence(tmp_path, arguments):
+    command = [sys.executable, "-m", "experiments.sweep", *ONE_POINT, *arguments]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: standard output takes no more") and run.stderr.count("\n") == 1
 
 
 # The table and the picture.
@@ -298,9 +321,8 @@ def children(pid: int) -> Iterator[int]:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="the test finds the members in /proc")
 def test_a_killed_member_and_a_stopped_sweep_are_made_good_by_the_same_command(tmp_path):
     command = [sys.executable, "-m", "experiments.sweep", *ONE_POINT]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout
     try:
@@ -317,7 +339,9 @@ def test_a_killed_member_and_a_stopped_sweep_are_made_good_by_the_same_command(t
     assert (process.returncode, err) == (143, "")
     assert "stopped by SIGTERM; the same command goes on" in out
     assert not list(children(process.pid))
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert (again.returncode, again.stderr) == (0, "")
     assert [row["status"] for row in rows(tmp_path / "sweep_output")] == ["done", "done"]
     for row in rows(tmp_path / "sweep_output"):
