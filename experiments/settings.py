@@ -63,6 +63,9 @@ class Settings:
     weights_decay: float = _setting(0.0, "AdamW's weight decay for weights, biases and batch norms")
     bit_decay: float = _setting(0.3, "AdamW's weight decay for the bit-width logits")
     deadzone_decay: float = _setting(0.8, "AdamW's weight decay for the dead-zone logits")
+    beta2: float = _setting(
+        0.99, "AdamW's beta2: it remembers squared gradients for about 1 / (1 - beta2) steps"
+    )
     logit_steps: int = _setting(
         1960, "steps that the logits' rates are meant for: a longer run lowers them in proportion; 0: never"
     )
@@ -91,6 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "deadzone_lr": 1e-3,
         "bit_decay": 0.01,
         "deadzone_decay": 0.01,
+        "beta2": 0.999,
         "logit_steps": 0,
     },
 }
@@ -125,6 +129,8 @@ def _check(item: Field[Any], value: Any) -> None:
     if item.name == "seed" and not 0 <= value <= MAX_SEED:
         raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_SEED}")
     largest = MAX_FLOAT32 if item.name == "sparsity_weight" else sys.float_info.max
+    if item.name == "beta2" and not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; expected a number from 0 to less than 1")
     if item.type is float and not 0 <= value <= largest:
         raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")
     if item.name == "threads" and value is not None and value > MAX_THREADS:

@@ -61,7 +61,8 @@ def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torc
         _group("bit", bit, pace * settings.bit_lr, settings.bit_decay, device),
         _group("deadzone", deadzone, pace * settings.deadzone_lr, settings.deadzone_decay, device),
     ]
-    return torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")
+    betas = (0.9, settings.beta2)
+    return torch.optim.AdamW(groups, betas=betas, fused=True, capturable=device.type == "cuda")
 
 
 def _group(

@@ -42,7 +42,7 @@ class Reference:
     """A ResNet-20 with quantizers and its optimizer, from a copy of a model's state."""
 
     def __init__(self, state: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
-        """`rates` holds the learning rate and the weight decay of each group: weights_lr, bit_decay ..."""
+        """`rates` holds each group's learning rate and weight decay (weights_lr, bit_decay ...), and beta2."""
         self.values = {
             name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()
         }
@@ -57,6 +57,7 @@ class Reference:
                 {"params": p, "lr": rates[f"{kind}_lr"], "weight_decay": rates[f"{kind}_decay"]}
                 for kind, p in groups.items()
             ],
+            betas=(0.9, rates["beta2"]),
             foreach=False,
             fused=False,
         )

@@ -286,7 +286,7 @@ class Case:
 
 
 WHOLE = [item.name for item in fields(Settings) if item.type in (int, int | None)]
-NUMBERS = [item.name for item in fields(Settings) if item.type is float]
+NUMBERS = [item.name for item in fields(Settings) if item.type is float and item.name != "beta2"]
 CHOSEN = {item.name: item.metadata["choices"] for item in fields(Settings) if item.metadata["choices"]}
 LEAST = {"seed": 0, "batch_norm_batches": 0, "logit_steps": 0}  # of the others 1
 MOST = {"epochs": 10**6, "seed": 2**63 - 1, "threads": 4096}
@@ -308,6 +308,9 @@ def refused_values() -> Iterator[tuple[str, Case]]:
                 f"{option} {text!r}",
                 Case(f"debug_run {option} {shlex.quote(text)}", (option, f"{text!r} is not a whole number")),
             )
+    for text in ("-1.0", "1.0", "nan", "inf"):
+        expected = ("--beta2", f"is {text}", "expected a number from 0 to less than 1")
+        yield f"--beta2 {text}", Case(f"debug_run --beta2={text}", expected)
     for name in NUMBERS:
         option = flag(name)
         for text, shown in {
@@ -637,6 +640,7 @@ AT_ITS_RANGE = (
     [(name, value) for name in WHOLE for value in (LEAST.get(name, 1), MOST.get(name, 10**18))]
     + [(name, float(text)) for name in NUMBERS for text in ("0", "-0.0", "5e-324", LARGEST_FLOAT32)]
     + [(name, float(LARGEST_FLOAT)) for name in NUMBERS if name != "sparsity_weight"]
+    + [("beta2", value) for value in (0.0, -0.0, 5e-324, 1 - 2.0**-53)]
     + [(name, choice) for name, choices in CHOSEN.items() for choice in choices]
 )
 
@@ -947,6 +951,7 @@ TRAINED = st.fixed_dictionaries(
         "keep_dead": st.sampled_from(CHOSEN["keep_dead"]),
         "batch_norm_batches": st.sampled_from((0, 1, sys.maxsize)),
         "logit_steps": st.sampled_from((0, 1, 10**30)),
+        "beta2": st.sampled_from((0.0, 5e-324, 0.5, 1 - 2.0**-53)),
         "exclude_layers": st.sampled_from(("", ".", "conv", "^linear$")),
         **{name: extremes(1e10, float(LARGEST_FLOAT32)) for name in ("sparsity_weight", "sparsity_delay")},
         **{name: extremes(1e3, 1e30, float(LARGEST_FLOAT)) for name in NUMBERS if name != "sparsity_weight"},

@@ -274,7 +274,7 @@ OTHER = {
     "data": "synthetic", "limit_train": 7, "limit_test": 7, "exclude_layers": ("linear",),
     "sparsity_weight": 7.0, "sparsity_delay": 7.0, "sparsity_ramp": 7.0, "keep_dead": "no",
     "batch_norm_batches": 7, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0, "weights_decay": 7.0,
-    "bit_decay": 7.0, "deadzone_decay": 7.0, "logit_steps": 7,
+    "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "logit_steps": 7,
 }  # fmt: skip
 FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True}
 

@@ -1,6 +1,7 @@
 """The settings: what each preset holds, what the command line makes of them, and what each bad value says."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
@@ -43,6 +44,7 @@ DEBUG = {
     "--weights-decay": 0.0,
     "--bit-decay": 0.3,
     "--deadzone-decay": 0.8,
+    "--beta2": 0.99,
     "--logit-steps": 1960,
 }
 PLAN = DEBUG | {
@@ -60,6 +62,7 @@ PLAN = DEBUG | {
     "--deadzone-lr": 1e-3,
     "--bit-decay": 0.01,
     "--deadzone-decay": 0.01,
+    "--beta2": 0.999,
 }
 COUNTS = ["--epochs", "--batch-size", "--threads", "--limit-train", "--limit-test"]
 NUMBERS = [name for name, value in DEBUG.items() if isinstance(value, float)]
@@ -114,6 +117,7 @@ OTHER = (
     dict.fromkeys((*COUNTS, "--seed", "--batch-norm-batches", "--logit-steps", *NUMBERS), 7)
     | {name: words[-1] for name, words in WORDS.items()}
     | {"--exclude-layers": ("layer1", ".*2$"), "--data-dir": Path("/a b"), "--output-dir": Path("c")}
+    | {"--beta2": 0.5}
 )
 
 
@@ -205,6 +209,7 @@ BAD = [
     *[(name, text) for name in ("--batch-norm-batches", "--logit-steps") for text in ("-1", "2.5", "")],
     ("--seed", str(2**63)),
     *[(name, text) for name in NUMBERS for text in ("-1", "-0.5", "nan", "inf", "1e999", "much", "")],
+    *[("--beta2", text) for text in ("1", "1.0", "1.5")],
     *[(name, text) for name in WORDS for text in ("nothing", "AUTO", "")],
 ]
 
@@ -264,6 +269,7 @@ def test_a_refusal_says_how_to_see_the_settings(capsys):
         ({"seed": 2**63}, f"--seed is {2**63}; expected a whole number from 0 to {2**63 - 1}"),
         ({"sparsity_ramp": -1.0}, "--sparsity-ramp is -1.0; expected a finite number, 0 or more"),
         ({"bit_decay": float("nan")}, "--bit-decay is nan"),
+        ({"beta2": 1.0}, "--beta2 is 1.0; expected a number from 0 to less than 1"),
         ({"data": "mnist"}, "--data is 'mnist'; expected one of auto, cifar10, synthetic"),
     ],
 )
@@ -288,10 +294,13 @@ def test_a_whole_number_is_taken_as_it_is_or_refused(name, value):
             Settings(**{attribute(name): value})
 
 
+LARGEST = {"--sparsity-weight": torch.finfo(torch.float32).max, "--beta2": math.nextafter(1, 0)}
+
+
 @quick
 @given(st.sampled_from(NUMBERS), st.floats())
 def test_a_number_is_taken_to_its_last_digit_or_refused(name, value):
-    largest = torch.finfo(torch.float32).max if name == "--sparsity-weight" else sys.float_info.max
+    largest = LARGEST.get(name, sys.float_info.max)
     if 0 <= value <= largest:
         chosen = parse_settings([f"{name}={value!r}", "--preset", "plan"])
         assert getattr(chosen, attribute(name)) == value

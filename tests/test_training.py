@@ -587,7 +587,7 @@ class InDouble:
 
 
 def reference_for(model: nn.Module) -> Reference:
-    return Reference(model.state_dict(), {name: getattr(MEASURED, name) for name in RATES})
+    return Reference(model.state_dict(), {name: getattr(MEASURED, name) for name in (*RATES, "beta2")})
 
 
 def zeros(model: nn.Module) -> dict[str, tuple[int, int]]:
