@@ -42,7 +42,7 @@ class Reference:
     """A ResNet-20 with quantizers and its optimizer, from a copy of a model's state."""
 
     def __init__(self, state: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
-        """`rates` holds each group's learning rate and weight decay (weights_lr, bit_decay ...), and beta2."""
+        """`rates`: each group's learning rate and weight decay (weights_lr, bit_decay ...), and beta2."""
         self.values = {
             name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()
         }
