@@ -317,6 +317,7 @@ choices = st.fixed_dictionaries(
         **{attribute(name): st.floats(0, 3e38) for name in NUMBERS},
         **{attribute(name): st.sampled_from(words) for name, words in WORDS.items()},
         "seed": st.integers(0, 2**63 - 1),
+        "beta2": st.floats(0, 1, exclude_max=True),
         "exclude_layers": st.lists(st.text(min_size=1)).map(tuple),
         "output_dir": st.text(min_size=1).map(Path),
         "resume": st.booleans(),
