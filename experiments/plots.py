@@ -195,8 +195,7 @@ def per_layer_figure(count: NetworkCount, title: str) -> Figure:
         axes.bar(places, heights, bottom=bottom, color=STATE_COLOURS[state], edgecolor="grey")
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     for place, layer in enumerate(layers):
-        bits = f"{layer.bits} bits" if layer.quantized else "float32"
-        text = f"{layer.alive_channels}/{layer.filters}\n{bits}"
+        text = f"{layer.alive_channels}/{layer.filters}\n{layer.bits} bits"
         axes.text(place, layer.filters + 0.5, text, ha="center", va="bottom", fontsize=7)
     axes.set_xticks(places, [layer.name for layer in layers], rotation=60, ha="right", fontsize=8)
     axes.set(title=title, ylabel="output channels", ylim=(0, 1.18 * max(bottom)))

@@ -128,9 +128,9 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_EPOCHS}")
     if item.name == "seed" and not 0 <= value <= MAX_SEED:
         raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_SEED}")
-    largest = MAX_FLOAT32 if item.name == "sparsity_weight" else sys.float_info.max
     if item.name == "beta2" and not 0 <= value < 1:
         raise ValueError(f"{name} is {value}; expected a number from 0 to less than 1")
+    largest = MAX_FLOAT32 if item.name == "sparsity_weight" else sys.float_info.max
     if item.type is float and not 0 <= value <= largest:
         raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")
     if item.name == "threads" and value is not None and value > MAX_THREADS:

@@ -226,7 +226,7 @@ def test_each_bar_tells_its_layer_its_alive_channels_and_its_bits():
     axes = per_layer_figure(COUNT, "t").axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
     assert [" ".join(t.get_text().split()) for t in axes.texts] == [
-        "2/2 float32", "1/4 5 bits", "0/3 2 bits"]  # fmt: skip
+        "2/2 32 bits", "1/4 5 bits", "0/3 2 bits"]  # fmt: skip
     assert axes.get_ylabel() == "output channels"
     assert axes.get_ylim()[1] > 4
 
