@@ -499,11 +499,11 @@ class TrainBatches:
 
     def _walk(self, order: Tensor, corners: Tensor, flips: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(order), self.batch_size):
-            share = self.processes.share(start, min(start + self.batch_size, len(order)))
-            chosen = corners[share, None, None] + self.offsets[flips[share]]  # (B, 32, 32)
+            shard = self.processes.shard(start, min(start + self.batch_size, len(order)))
+            chosen = corners[shard, None, None] + self.offsets[flips[shard]]  # (B, 32, 32)
             # index_select copies whole pixels; plain indexing takes twice as long on the CPU.
             images = self.pixels.index_select(0, chosen.view(-1)).view(-1, SIDE, SIDE, 3)
-            yield self.normalise(images), self.labels[order[share]]
+            yield self.normalise(images), self.labels[order[shard]]
 
 
 class TestBatches:
@@ -521,9 +521,9 @@ class TestBatches:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
-        share = processes.share(0, len(dataset.test_labels))
-        self.labels = dataset.test_labels[share].to(device)
-        self.images = dataset.test_images[share].to(device).permute(0, 2, 3, 1).contiguous()  # (M, 32, 32, 3)
+        shard = processes.shard(0, len(dataset.test_labels))
+        self.labels = dataset.test_labels[shard].to(device)
+        self.images = dataset.test_images[shard].to(device).permute(0, 2, 3, 1).contiguous()  # (M, 32, 32, 3)
         self.normalise = _Normalise(torch.device(device))
 
     def __len__(self) -> int:

@@ -42,7 +42,7 @@ from experiments.distributed import (
     use_local_batch_norms,
 )
 from experiments.evaluator import Compression, Evaluator
-from experiments.files import OutputError, hold_folder, set_aside, write_json
+from experiments.files import OutputError, archive_files, lock_folder, write_json
 from experiments.live import (
     EXIT_BAD_INPUT,
     ClosedOutputError,
@@ -116,9 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
             live.silent = not processes.first
             try:
                 # The first alone reads them, so that a mistake is said once.
-                settings = processes.from_first(parse_settings(arguments) if processes.first else None)
+                settings = processes.broadcast(parse_settings(arguments) if processes.first else None)
                 if processes.first:
-                    held.enter_context(hold_folder(settings.output_dir, live.say))
+                    held.enter_context(lock_folder(settings.output_dir, live.say))
                 found = find_checkpoint(settings, processes, live) if settings.resume else None
                 run = set_up(settings, processes, live, signals)
                 if found:
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def find_checkpoint(settings: Settings, processes: Processes, live: LiveLine) -> Checkpoint | None:
     """The one to go on from. Raises: ValueError if it has other settings, OutputError if all are damaged."""
-    found = processes.from_first(
+    found = processes.broadcast(
         checkpoint.last_checkpoint(settings.output_dir, live.say) if processes.first else None
     )
     if found:
@@ -166,7 +166,7 @@ def set_up(settings: Settings, processes: Processes, live: LiveLine, signals: St
         model.to(memory_format=torch.channels_last)
     if processes.count > 1:
         use_global_batch_norms(model, processes)
-    dataset = processes.from_first(load(settings, live) if processes.first else None)
+    dataset = processes.broadcast(load(settings, live) if processes.first else None)
     train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
     penalty = coupled_group_lasso(model)
     optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
@@ -209,7 +209,7 @@ def begin(run: Run) -> None:
     if run.processes.first and not run.records:
         # Checkpoints first: if this is cut short, --resume must not take up what was left of them.
         files = [*checkpoint.checkpoint_paths(folder), *(folder / name for name in RESULTS)]
-        aside = set_aside(folder, files)
+        aside = archive_files(folder, files)
         if aside:
             run.head["lines"].append(
                 f"Earlier:   the files of an earlier run in {folder} were moved to {aside}"

@@ -36,22 +36,25 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this is rank 0, which alone prints and writes files."""
         return self.rank == 0
 
-    def share(self, first: int, last: int) -> slice:
-        """This process's part of the places from `first` to before `last`; all parts together are these."""
+    def shard(self, first: int, last: int) -> slice:
+        """The slice of the indices `first` to `last` - 1 that this process handles.
+
+        The shards of all ranks are disjoint, cover these indices in order, and differ in size by at most 1.
+        """
         size = last - first
         return slice(first + size * self.rank // self.count, first + size * (self.rank + 1) // self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, written into `tensor`, the same to the bit in each of them."""
+        """Sum `tensor` over all ranks, in place, and return it: the same to the bit on each of them."""
         if self.count > 1:
             _guarded(dist.all_reduce, tensor)
         return tensor
 
-    def from_first(self, value: T | None) -> T:
-        """What the first process has, in all of them."""
+    def broadcast(self, value: T | None) -> T:
+        """Return rank 0's value on every rank; what the other ranks pass is ignored."""
         box: list[Any] = [value]
         if self.count > 1:
             _guarded(dist.broadcast_object_list, box)

@@ -57,7 +57,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def lock_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Make the output folder, try it out before hours are spent on what should go there, and hold it.
 
     Litter of a run that was killed while it wrote is removed; so is, at the end, a folder that was made here
@@ -121,7 +121,7 @@ def _lock(folder: Path, say: Callable[[str], None]) -> int | None:
     return descriptor
 
 
-def set_aside(folder: Path, files: Iterable[Path]) -> Path | None:
+def archive_files(folder: Path, files: Iterable[Path]) -> Path | None:
     """Move those that are there into a folder of their own, earlier-1 or the next free number; None if none.
 
     Raises: OutputError naming the file that could not be moved.

@@ -29,7 +29,7 @@ from typing import Any
 from experiments.checkpoint import MAY_CHANGE
 from experiments.data import DataError, load_dataset
 from experiments.device import usable_cores
-from experiments.files import OutputError, hold_folder, write_whole
+from experiments.files import OutputError, lock_folder, write_whole
 from experiments.live import ClosedOutputError, LiveLine, Stopped, StopSignals, refuse
 from experiments.settings import Parser, Settings, flag, parse_settings
 
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             for member in left:
                 say(shlex.join(["python", "-m", "experiments.debug_run", *member.arguments]))
             return 0
-        with StopSignals(), hold_folder(chosen.output_dir, say):
+        with StopSignals(), lock_folder(chosen.output_dir, say):
             settings = members[0].settings
             if settings.data == "cifar10" and left:  # once for all: it may have to be downloaded
                 load_dataset("cifar10", settings.data_dir, None, None, say)

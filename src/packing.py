@@ -84,7 +84,7 @@ def pack_network(
         if slot.bits:
             layer = coded[slot.layer]
             assert torch.equal(_weight(layer), tensor), f"the codes of {slot.layer} give other weights"
-            numbers += [layer.step, layer.shift]
+            numbers += [layer.step_size, layer.shift]
             codes.append(pack_codes(layer.q.flatten().long().numpy() + _levels(slot.bits), slot.bits))
         else:
             numbers.append(tensor.flatten())
@@ -193,7 +193,7 @@ def _read_codes(model: nn.Module) -> dict[str, Codes]:
 
 def _weight(codes: Codes) -> Tensor:
     """The quantized weight, by the operations of the quantizer's forward pass."""
-    return codes.step * codes.q + codes.shift * codes.q.sign()
+    return codes.step_size * codes.q + codes.shift * codes.q.sign()
 
 
 def _levels(bits: int) -> int:

@@ -89,10 +89,10 @@ class _DeadZoneRound(torch.autograd.Function):
 
 
 class Codes(NamedTuple):
-    """A quantized tensor as integers: w_hat = step q + shift sign(q)."""
+    """A quantized tensor as integers: w_hat = step_size q + shift sign(q)."""
 
     q: Tensor  # the shape of w, whole numbers in [-Q, Q], in w's dtype
-    step: Tensor  # (1,), weight units
+    step_size: Tensor  # (1,), weight units
     shift: Tensor  # (1,), weight units
 
 

@@ -34,7 +34,7 @@ from torch import nn
 from experiments import data, debug_run, device, plots, proofs, verify
 from experiments.checkpoint import VERSION, Checkpoint, checkpoint_path, save_checkpoint
 from experiments.data import Dataset
-from experiments.files import hold_folder
+from experiments.files import lock_folder
 from experiments.settings import Settings, flag, parse_settings
 from resnet import resnet20
 from src.packing import pack_network
@@ -120,7 +120,7 @@ def an_earlier_run(folder: Path) -> None:
 
 def held_by_another_run(folder: Path) -> object:
     an_earlier_run(folder)
-    hold = hold_folder(folder / "debug_output", print)
+    hold = lock_folder(folder / "debug_output", print)
     hold.__enter__()
     return hold
 

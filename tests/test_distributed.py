@@ -122,7 +122,7 @@ def exact(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
 @given(st.integers(0, 50), st.integers(0, 300), st.integers(1, 40))
 @settings(deadline=None)
 def test_the_shares_are_the_places_in_order_and_none_is_larger_than_another_by_two(first, size, count):
-    shares = [Processes(rank, count).share(first, first + size) for rank in range(count)]
+    shares = [Processes(rank, count).shard(first, first + size) for rank in range(count)]
     places = [place for share in shares for place in range(share.start, share.stop)]
     assert places == list(range(first, first + size))
     sizes = [share.stop - share.start for share in shares]
@@ -133,7 +133,7 @@ def sum_and_tell(processes: Processes) -> tuple[Tensor, Any]:
     mine = torch.tensor([1.0, 10.0]) * (processes.rank + 1)
     total = processes.sum(mine)
     assert total is mine
-    return total, processes.from_first({"of": "the first"} if processes.first else None)
+    return total, processes.broadcast({"of": "the first"} if processes.first else None)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -148,7 +148,7 @@ def test_one_process_alone_asks_nobody():
     tensor = torch.ones(2)
     assert ALONE.sum(tensor) is tensor
     assert tensor.tolist() == [1, 1]
-    assert ALONE.from_first("x") == "x"
+    assert ALONE.broadcast("x") == "x"
 
 
 # Batch norms, against torch's own on the whole batch.

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import files
-from experiments.files import OutputError, hold_folder, set_aside, write_json, write_whole
+from experiments.files import OutputError, archive_files, lock_folder, write_json, write_whole
 from experiments.live import Stopped
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -229,31 +229,31 @@ def silent(sentence: str) -> None:
 
 def test_the_folder_is_made_with_those_above_it_and_has_nothing_in_it_while_it_is_held(tmp_path):
     folder = tmp_path / "a" / "b"
-    with hold_folder(folder, silent):
+    with lock_folder(folder, silent):
         assert names(folder) == []
 
 
 def test_a_folder_that_was_made_and_stays_empty_is_gone_at_the_end_and_one_with_a_file_stays(tmp_path):
-    with hold_folder(tmp_path / "a" / "b", silent):
+    with lock_folder(tmp_path / "a" / "b", silent):
         pass
     assert names(tmp_path) == []
-    with hold_folder(tmp_path / "a" / "b", silent):
+    with lock_folder(tmp_path / "a" / "b", silent):
         write_whole(tmp_path / "a" / "b" / "file", b"kept")
     assert names(tmp_path / "a" / "b") == ["file"]
 
 
 def test_an_empty_folder_that_was_there_before_stays(tmp_path):
     (tmp_path / "a").mkdir()
-    with hold_folder(tmp_path / "a", silent):
+    with lock_folder(tmp_path / "a", silent):
         pass
     assert names(tmp_path) == ["a"]
 
 
 def test_what_goes_wrong_while_it_is_held_goes_on_up_and_lets_go_of_it(tmp_path):
-    with pytest.raises(Stopped), hold_folder(tmp_path / "a", silent):
+    with pytest.raises(Stopped), lock_folder(tmp_path / "a", silent):
         raise Stopped(signal.SIGTERM)
     assert names(tmp_path) == []
-    with hold_folder(tmp_path / "a", silent):
+    with lock_folder(tmp_path / "a", silent):
         pass
 
 
@@ -261,7 +261,7 @@ def test_a_folder_in_use_keeps_its_files_and_loses_what_a_killed_run_left_half_w
     kept = ["history.json", "a.part", ".hidden", ".a.b.part", "checkpoint_0001.pt.1.part"]
     for name in (*kept, ".history.json.4711.part", ".checkpoint_0001.pt.1.part", ".probe.99.part"):
         (tmp_path / name).write_text("old")
-    with hold_folder(tmp_path, silent):
+    with lock_folder(tmp_path, silent):
         assert names(tmp_path) == sorted(kept)
     assert names(tmp_path) == sorted(kept) and (tmp_path / "history.json").read_text() == "old"
 
@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_flag_and_its_value(
     folder = {"a file": file, "below a file": file / "a" / "b", "the kernel's own": Path("/proc/self")}[kind]
     if kind == "the kernel's own" and not folder.is_dir():
         pytest.skip("no /proc here")
-    with pytest.raises(OutputError) as error, hold_folder(folder, silent):
+    with pytest.raises(OutputError) as error, lock_folder(folder, silent):
         raise AssertionError("held")
     assert "--output-dir" in str(error.value) and str(folder) in str(error.value)
     assert "\n" not in str(error.value)
@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_flag_and_its_value(
 def test_a_folder_that_is_full_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         break_off(patch, OSError(28, "No space left on device"), "bytes")
-        with pytest.raises(OutputError, match="No space left on device"), hold_folder(tmp_path, silent):
+        with pytest.raises(OutputError, match="No space left on device"), lock_folder(tmp_path, silent):
             raise AssertionError("held")
 
 
@@ -292,8 +292,8 @@ def test_a_folder_that_is_full_is_refused(tmp_path, monkeypatch):
 HOLDING = """
 import os, sys, time
 from pathlib import Path
-from experiments.files import hold_folder
-with hold_folder(Path(sys.argv[1]), print):
+from experiments.files import lock_folder
+with lock_folder(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -304,19 +304,19 @@ def test_a_held_folder_is_refused_to_a_second_process_until_the_first_ends_howev
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
         for _ in range(2):
-            with pytest.raises(OutputError) as error, hold_folder(tmp_path, silent):
+            with pytest.raises(OutputError) as error, lock_folder(tmp_path, silent):
                 raise AssertionError("held twice")
         assert f"--output-dir is {tmp_path}, which another run is writing to" in str(error.value)
         first.kill()
-    with hold_folder(tmp_path, silent):
+    with lock_folder(tmp_path, silent):
         assert names(tmp_path) == []
 
 
 def test_a_refused_second_run_removes_nothing_of_what_the_first_is_writing(tmp_path):
-    with hold_folder(tmp_path / "a", silent):
+    with lock_folder(tmp_path / "a", silent):
         half = tmp_path / "a" / ".history.json.1.part"
         half.write_text("half")
-        with pytest.raises(OutputError), hold_folder(tmp_path / "a", silent):
+        with pytest.raises(OutputError), lock_folder(tmp_path / "a", silent):
             raise AssertionError("held twice")
         assert half.read_text() == "half" and names(tmp_path / "a") == [half.name]
 
@@ -327,7 +327,7 @@ def test_one_folder_may_be_held_again_and_again_and_keeps_no_descriptor_open(tmp
 
     before = descriptors()
     for _ in range(3):
-        with hold_folder(tmp_path, silent):
+        with lock_folder(tmp_path, silent):
             pass
     assert descriptors() == before
 
@@ -342,7 +342,7 @@ def test_where_nothing_can_be_locked_that_is_said_and_the_run_goes_on(tmp_path, 
     else:
         monkeypatch.setattr(fcntl, "flock", refuse)
     said: list[str] = []
-    with hold_folder(tmp_path, said.append):
+    with lock_folder(tmp_path, said.append):
         pass
     assert len(said) == 1 and str(tmp_path) in said[0] and "second run" in said[0] and "\n" not in said[0]
 
@@ -362,21 +362,21 @@ def test_what_is_there_is_moved_into_the_next_free_folder_byte_for_byte_and_the_
     (tmp_path / "earlier-2").write_text("a file of that name")
     before = contents(tmp_path)
     files = [tmp_path / name for name in ("a.png", "c_1.pt", "absent", "c_2.pt", "earlier-1")]
-    assert set_aside(tmp_path, files) == tmp_path / "earlier-3"
+    assert archive_files(tmp_path, files) == tmp_path / "earlier-3"
     moved = {f"earlier-3/{name}": before[name] for name in ("a.png", "c_1.pt", "c_2.pt")}
     assert contents(tmp_path) == moved | {name: before[name] for name in ("mine.txt", "earlier-2")}
 
 
 def test_where_nothing_is_there_nothing_is_made(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    assert set_aside(tmp_path, [tmp_path / "a.png"]) is None
+    assert archive_files(tmp_path, [tmp_path / "a.png"]) is None
     assert names(tmp_path) == ["mine.txt"]
 
 
 def test_a_link_that_leads_nowhere_takes_a_number_too(tmp_path):
     (tmp_path / "earlier-1").symlink_to(tmp_path / "gone")
     (tmp_path / "a.png").write_text("a")
-    assert set_aside(tmp_path, [tmp_path / "a.png"]) == tmp_path / "earlier-2"
+    assert archive_files(tmp_path, [tmp_path / "a.png"]) == tmp_path / "earlier-2"
 
 
 def test_files_that_cannot_be_moved_are_one_sentence_and_still_there(tmp_path, monkeypatch):
@@ -384,7 +384,7 @@ def test_files_that_cannot_be_moved_are_one_sentence_and_still_there(tmp_path, m
     with monkeypatch.context() as patch:
         break_off(patch, OSError(28, "No space left on device"), "rename")
         with pytest.raises(OutputError) as error:
-            set_aside(tmp_path, [tmp_path / "a.png"])
+            archive_files(tmp_path, [tmp_path / "a.png"])
     assert str(tmp_path) in str(error.value) and "No space left" in str(error.value)
     assert "\n" not in str(error.value) and (tmp_path / "a.png").read_text() == "a"
     assert names(tmp_path) == ["a.png"]

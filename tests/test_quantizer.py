@@ -272,7 +272,7 @@ def test_the_term_that_keeps_the_step_from_zero_is_1e_minus_8():
     # logit_dz = 0: d = 2 r, so r - d/2 = 0 and the step is that term alone.
     quantizer = DeadZoneLDZCompander(init_deadzone_logit=0.0).double()
     codes = quantizer.codes(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
-    assert codes.step.item() == 1e-8
+    assert codes.step_size.item() == 1e-8
 
 
 @pytest.mark.parametrize("learnable_bit", [True, False])
