@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from experiments import data, debug_run, device, plots, proofs, verify
+from experiments import cifar10, data, debug_run, device, plots, proofs, verify
 from experiments.checkpoint import VERSION, Checkpoint, checkpoint_path, save_checkpoint
 from experiments.data import Dataset
 from experiments.files import lock_folder
@@ -61,10 +61,10 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(device, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(data, "synthetic_dataset", handful)
-    monkeypatch.setattr(data, "SOURCES", (REFUSING,))
+    monkeypatch.setattr(cifar10, "SOURCES", (REFUSING,))
     for name in ("TRAIN_FILES", "TEST_FILES"):
-        table = {file: hashlib.md5(file.encode()).hexdigest() for file in getattr(data, name)}
-        monkeypatch.setattr(data, name, table)
+        table = {file: hashlib.md5(file.encode()).hexdigest() for file in getattr(cifar10, name)}
+        monkeypatch.setattr(cifar10, name, table)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     yield tmp_path
@@ -130,9 +130,9 @@ def a_dangling_link(folder: Path) -> None:
 
 
 def cifar10(folder: Path) -> Path:
-    batches = folder / "data" / data.FOLDER
+    batches = folder / "data" / cifar10.FOLDER
     batches.mkdir(parents=True)
-    for name in (*data.TRAIN_FILES, *data.TEST_FILES):
+    for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
         (batches / name).write_text(name)
     return batches
 
@@ -151,12 +151,12 @@ def a_missing_batch_file(folder: Path) -> None:
 
 def a_folder_as_batch_file(folder: Path) -> None:
     (cifar10(folder) / "data_batch_1").unlink()
-    (folder / "data" / data.FOLDER / "data_batch_1").mkdir()
+    (folder / "data" / cifar10.FOLDER / "data_batch_1").mkdir()
 
 
 def a_file_as_data_folder(folder: Path) -> None:
     (folder / "data").mkdir()
-    (folder / "data" / data.FOLDER).write_text("the user's")
+    (folder / "data" / cifar10.FOLDER).write_text("the user's")
 
 
 def another_data_set(folder: Path) -> None:
@@ -167,18 +167,18 @@ def another_data_set(folder: Path) -> None:
 def archive(content: bytes) -> Prepare:
     def prepare(folder: Path) -> None:
         (folder / "data").mkdir()
-        (folder / "data" / data.ARCHIVE).write_bytes(content)
+        (folder / "data" / cifar10.ARCHIVE).write_bytes(content)
 
     return prepare
 
 
 def a_folder_as_archive(folder: Path) -> None:
-    (folder / "data" / data.ARCHIVE).mkdir(parents=True)
+    (folder / "data" / cifar10.ARCHIVE).mkdir(parents=True)
 
 
 def both_altered(folder: Path) -> None:
     batch_file(b"half of it")(folder)
-    (folder / "data" / data.ARCHIVE).write_bytes(b"half of it")
+    (folder / "data" / cifar10.ARCHIVE).write_bytes(b"half of it")
 
 
 RESUMED = replace(Settings(), data="synthetic", epochs=3, threads=1, device="cpu")
@@ -345,7 +345,7 @@ def refused_values() -> Iterator[tuple[str, Case]]:
             )
 
 
-NOT_HAD = ("CIFAR-10 could not be had", "by hand", data.ARCHIVE, data.ARCHIVE_MD5)
+NOT_HAD = ("CIFAR-10 could not be had", "by hand", cifar10.ARCHIVE, cifar10.ARCHIVE_MD5)
 SYNTHETIC = "debug_run --data synthetic"
 RESUME = f"{SYNTHETIC} --device cpu --threads 1 --epochs 3 --resume"
 NO_CHECKPOINT = ("--resume", "no checkpoint in debug_output can be used", "leave --resume out")
@@ -427,14 +427,14 @@ CASES = dict(refused_values()) | {
         "debug_run", ("cannot be read", "Not a directory", "good copy"), a_file_as_data_folder
     ),
     "an archive cut short": Case(
-        "debug_run", (data.ARCHIVE, "truncated or altered", "replace it"), archive(b"\x1f\x8b\x08")
+        "debug_run", (cifar10.ARCHIVE, "truncated or altered", "replace it"), archive(b"\x1f\x8b\x08")
     ),
-    "an empty archive": Case("debug_run", (data.ARCHIVE, "(0 bytes", "replace it"), archive(b"")),
+    "an empty archive": Case("debug_run", (cifar10.ARCHIVE, "(0 bytes", "replace it"), archive(b"")),
     "a folder in the archive's place": Case(
-        "debug_run", (data.ARCHIVE, "Is a directory", "remove it"), a_folder_as_archive
+        "debug_run", (cifar10.ARCHIVE, "Is a directory", "remove it"), a_folder_as_archive
     ),
     "both the folder and the archive altered": Case(
-        "debug_run", ("data_batch_3 is truncated", data.ARCHIVE, "replace it"), both_altered
+        "debug_run", ("data_batch_3 is truncated", cifar10.ARCHIVE, "replace it"), both_altered
     ),
     "more training images than there are": Case(
         f"{SYNTHETIC} --limit-train 17", ("--limit-train is 17", "16 images", "1 to 16"), an_earlier_run

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import data, debug_run, device, plots, training
+from experiments import cifar10, data, debug_run, device, plots, training
 from experiments.data import Dataset
 from experiments.debug_run import main
 from experiments.evaluator import Evaluator
@@ -526,7 +526,7 @@ def test_ctrl_c_while_the_data_is_being_fetched_gives_130_and_no_traceback(here,
     def fetch(*_: object) -> Dataset:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(data, "_download", fetch)
+    monkeypatch.setattr(cifar10, "_download", fetch)
     try:
         run = here("--data", "cifar10")
     except KeyboardInterrupt:
@@ -601,9 +601,9 @@ def test_every_title_says_what_the_run_was_on_and_marks_the_stand_in(monkeypatch
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(url: str, *_: object) -> None:
-        raise data._SourceFailed("Connection refused")
+        raise cifar10._SourceFailed("Connection refused")
 
-    monkeypatch.setattr(data, "_fetch", refuse)
+    monkeypatch.setattr(cifar10, "_fetch", refuse)
 
 
 def test_auto_without_a_source_goes_on_with_the_stand_in_and_says_so_loudly(here, no_network):
@@ -624,8 +624,8 @@ def a_file(folder: Path) -> None:
 
 
 def a_truncated_batch(folder: Path) -> None:
-    (folder / "data" / data.FOLDER).mkdir(parents=True)
-    (folder / "data" / data.FOLDER / "data_batch_1").write_bytes(b"half of it")
+    (folder / "data" / cifar10.FOLDER).mkdir(parents=True)
+    (folder / "data" / cifar10.FOLDER / "data_batch_1").write_bytes(b"half of it")
 
 
 BAD_INPUT: dict[str, tuple[list[str], list[str], Callable[[Path], None] | None]] = {
@@ -647,7 +647,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], Callable[[Path], None] | None]]
         ["--data", "auto"], ["data_batch_1", "truncated or altered"], a_truncated_batch),
     "no source for the data that is insisted on": (
         ["--data", "cifar10"],
-        ["Connection refused", "170,498,071", "c58f30108f718f92721af3b95e74349a", *data.SOURCES], None),
+        ["Connection refused", "170,498,071", "c58f30108f718f92721af3b95e74349a", *cifar10.SOURCES], None),
     "a pattern that is no regular expression": (["--exclude-layers", "["], ["exclude", "'['"], None),
     "a pattern without a match": (["--exclude-layers", "conv9"], ["exclude", "'conv9'", "no module"], None),
     "more threads than can be": (["--threads", "99999999999"], ["--threads", "99999999999"], None),

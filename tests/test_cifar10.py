@@ -1,0 +1,544 @@
+"""CIFAR-10 on disk and from a server: what is read, what is fetched, and what each fault is called."""
+
+import errno
+import hashlib
+import http.server
+import io
+import itertools
+import pickle
+import re
+import socket
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from programs import DEADLINE
+from torchvision.datasets import CIFAR10
+
+from experiments import cifar10
+from experiments.cifar10 import Cifar10, DataError, NoCifar10Error, how_to_bring_it, load_cifar10
+
+PER_FILE = 6  # images in each batch file of the tiny CIFAR-10
+
+
+def loaded(data_dir: Path, said: list[str] | None = None) -> Cifar10:
+    return load_cifar10(data_dir, (said if said is not None else []).append)
+
+
+# On disk.
+
+
+@dataclass
+class TinyCifar:
+    """CIFAR-10's files with a few images each, with a table of their MD5 sums in the module."""
+
+    files: dict[str, bytes]
+    archive: bytes
+
+    def put_folder(self, data_dir: Path) -> Path:
+        folder = data_dir / cifar10.FOLDER
+        folder.mkdir(parents=True)
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    def put_archive(self, data_dir: Path) -> Path:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        path = data_dir / cifar10.ARCHIVE
+        path.write_bytes(self.archive)
+        return path
+
+
+def batch_file(number: int) -> bytes:
+    images = np.random.default_rng(number).integers(256, size=(PER_FILE, 3072), dtype=np.uint8)
+    return pickle.dumps({b"data": images, b"labels": [(number + i) % 10 for i in range(PER_FILE)]})
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "SOURCES", ())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
+    names = [*cifar10.TRAIN_FILES, *cifar10.TEST_FILES]
+    files = {name: batch_file(number) for number, name in enumerate(names)} | {"batches.meta": b"names"}
+    archive = packed({f"{cifar10.FOLDER}/{name}": content for name, content in files.items()})
+    for table in ("TRAIN_FILES", "TEST_FILES", "META_FILES"):
+        monkeypatch.setattr(cifar10, table, {name: md5(files[name]) for name in getattr(cifar10, table)})
+    use_archive(monkeypatch, archive)
+    return TinyCifar(files, archive)
+
+
+def use_archive(monkeypatch: pytest.MonkeyPatch, archive: bytes) -> None:
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", md5(archive))
+    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(archive))
+
+
+def test_names_and_sums_are_those_of_torchvision() -> None:
+    assert (CIFAR10.base_folder, CIFAR10.filename) == (cifar10.FOLDER, cifar10.ARCHIVE)
+    assert CIFAR10.tgz_md5 == cifar10.ARCHIVE_MD5
+    assert list(map(list, cifar10.TRAIN_FILES.items())) == CIFAR10.train_list
+    assert list(map(list, cifar10.TEST_FILES.items())) == CIFAR10.test_list
+    assert {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]} == cifar10.META_FILES
+
+
+def test_a_good_folder_is_read_in_the_order_of_its_files_and_nothing_is_written(
+    tiny: TinyCifar, tmp_path: Path
+) -> None:
+    folder = tiny.put_folder(tmp_path)
+    dataset = loaded(tmp_path)
+    assert dataset.source == str(folder)
+    assert dataset.train_images.shape == (5 * PER_FILE, 3, 32, 32)
+    for number in range(5):
+        content = pickle.loads(batch_file(number))
+        part = slice(number * PER_FILE, (number + 1) * PER_FILE)
+        assert np.array_equal(dataset.train_images[part].flatten(1).numpy(), content[b"data"])
+        assert dataset.train_labels[part].tolist() == content[b"labels"]
+    assert dataset.test_labels.tolist() == pickle.loads(batch_file(5))[b"labels"]
+    assert [path.name for path in tmp_path.iterdir()] == [cifar10.FOLDER]
+
+
+def test_the_folder_is_good_without_the_file_of_names(tiny: TinyCifar, tmp_path: Path) -> None:
+    (tiny.put_folder(tmp_path) / "batches.meta").unlink()
+    assert len(loaded(tmp_path).train_labels) == 5 * PER_FILE
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() if path.is_file() else b"folder" for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (empty, "is truncated or altered (0 bytes, MD5 d41d8cd98f00b204e9800998ecf8427e"),
+        (cut_short, "is truncated or altered ("),
+        (Path.unlink, "is missing"),
+        (make_a_folder, "cannot be read (Is a directory)"),
+    ],
+)
+def test_a_bad_batch_file_is_named_and_left_as_it_is(
+    tiny: TinyCifar, tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    folder = tiny.put_folder(tmp_path)
+    damage(folder / "data_batch_3")
+    before = contents(folder)
+    with pytest.raises(DataError) as error:
+        loaded(tmp_path)
+    assert str(error.value).startswith(f"{folder / 'data_batch_3'} {says}")
+    assert contents(folder) == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error_in_one_sentence(
+    tiny: TinyCifar, tmp_path: Path
+) -> None:
+    (tmp_path / cifar10.FOLDER).write_text("not a folder")
+    with pytest.raises(DataError, match=r"data_batch_1 cannot be read \(Not a directory\), and 5 more files"):
+        loaded(tmp_path)
+
+
+class Planted:
+    """Unpickling this writes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.mark,)  # type: ignore[return-value]
+
+
+def test_a_pickle_with_another_md5_is_never_loaded(tiny: TinyCifar, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    planted = pickle.dumps(Planted(mark))
+    (tiny.put_folder(tmp_path) / "test_batch").write_bytes(planted)
+    with pytest.raises(DataError, match="test_batch is truncated or altered"):
+        loaded(tmp_path)
+    assert not mark.exists()
+    pickle.loads(planted)
+    assert mark.exists()  # the trap works
+
+
+def test_a_good_archive_by_itself_is_unpacked_and_then_the_folder_is_used(
+    tiny: TinyCifar, tmp_path: Path
+) -> None:
+    archive = tiny.put_archive(tmp_path)
+    first = loaded(tmp_path)
+    folder = tmp_path / cifar10.FOLDER
+    assert first.source == str(archive)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny.files
+    archive.unlink()
+    second = loaded(tmp_path)
+    assert second.source == str(folder)
+    assert torch.equal(first.train_images, second.train_images)
+    assert [path.name for path in tmp_path.iterdir()] == [cifar10.FOLDER]
+
+
+def test_a_bad_folder_beside_a_good_archive_is_moved_aside_and_both_are_told(
+    tiny: TinyCifar, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    for number in (1, 2):
+        folder = tmp_path / cifar10.FOLDER
+        if number == 1:
+            tiny.put_folder(tmp_path)
+        (folder / "data_batch_2").write_bytes(b"altered")
+        tiny.put_archive(tmp_path)
+        loaded(tmp_path, said)
+        aside = tmp_path / f"{cifar10.FOLDER}.aside-{number}"
+        assert (aside / "data_batch_2").read_bytes() == b"altered"
+        assert (folder / "data_batch_2").read_bytes() == tiny.files["data_batch_2"]
+        assert "data_batch_2 is truncated or altered" in said[-1] and said[-1].endswith(str(aside))
+
+
+def test_an_altered_archive_is_named_and_left_as_it_is(tiny: TinyCifar, tmp_path: Path) -> None:
+    archive = tiny.put_archive(tmp_path)
+    archive.write_bytes(tiny.archive[:-1])
+    with pytest.raises(DataError, match=f"{archive} is truncated or altered .*: replace it"):
+        loaded(tmp_path)
+    assert archive.read_bytes() == tiny.archive[:-1]
+
+
+def test_an_altered_folder_beside_an_altered_archive_has_both_named(tiny: TinyCifar, tmp_path: Path) -> None:
+    (tiny.put_folder(tmp_path) / "data_batch_5").write_bytes(b"")
+    tiny.put_archive(tmp_path).write_bytes(b"")
+    with pytest.raises(DataError, match=f"data_batch_5 is truncated.*{cifar10.ARCHIVE} is truncated"):
+        loaded(tmp_path)
+
+
+def test_only_the_expected_files_leave_the_archive(
+    tiny: TinyCifar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {f"{cifar10.FOLDER}/{name}": content for name, content in tiny.files.items()}
+    tiny.archive = packed(
+        members | {"../outside": b"x", f"{cifar10.FOLDER}/extra": b"x", "/tmp/absolute": b"x"}
+    )
+    use_archive(monkeypatch, tiny.archive)
+    tiny.put_archive(tmp_path / "data")
+    loaded(tmp_path / "data")
+    assert {path.name for path in (tmp_path / "data" / cifar10.FOLDER).iterdir()} == set(tiny.files)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_full_disk_while_unpacking_costs_a_line_and_leaves_nothing_behind(
+    tiny: TinyCifar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tiny.put_archive(tmp_path)
+    said: list[str] = []
+    monkeypatch.setattr(Path, "write_bytes", disk_is_full)
+    assert loaded(tmp_path, said).source == str(archive)
+    assert "could not be written (No space left on device)" in said[-1]
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def disk_is_full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# The download, from a server in this process.
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one archive in many ways; the path says how."""
+
+    archive: bytes
+    over: threading.Event  # set at the end of the test, so that no answer outlives it
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are what these tests are about."""
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        getattr(self, f"serve_{self.path.strip('/')}")(self.server.archive)
+
+    def start(self, size: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+
+    def serve_good(self, archive: bytes) -> None:
+        self.start(len(archive))
+        for start in range(0, len(archive), 10_000):
+            self.wfile.write(archive[start : start + 10_000])
+
+    def serve_moved(self, archive: bytes) -> None:
+        self.send_response(302)
+        self.send_header("Location", "/good")
+        self.end_headers()
+
+    def serve_slow(self, archive: bytes) -> None:
+        self.start(len(archive))
+        for byte in archive:
+            self.wfile.write(bytes([byte]))
+            self.server.over.wait(0.001)
+
+    def serve_stalled(self, archive: bytes) -> None:
+        self.start(len(archive))
+        self.wfile.write(archive[:1000])
+        self.server.over.wait(DEADLINE)
+
+    def serve_silent(self, archive: bytes) -> None:
+        self.server.over.wait(DEADLINE)
+
+    def serve_broken(self, archive: bytes) -> None:
+        self.start(len(archive))
+        self.wfile.write(archive[:-1])
+
+    def serve_wrong(self, archive: bytes) -> None:
+        self.start(len(archive))
+        self.wfile.write(archive[:-1] + b"?")
+
+    def serve_endless(self, archive: bytes) -> None:
+        self.send_response(200)
+        self.end_headers()
+        while True:
+            self.wfile.write(bytes(10_000))
+
+    def serve_missing(self, archive: bytes) -> None:
+        self.send_error(404, "Not Found")
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server(tiny: TinyCifar, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(cifar10, "CONNECT_SECONDS", DEADLINE)
+    monkeypatch.setattr(cifar10, "STALL_SECONDS", DEADLINE)
+    with Server(("127.0.0.1", 0), Answers) as running:
+        running.archive, running.over = tiny.archive, threading.Event()
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.over.set()
+        running.shutdown()
+        thread.join()
+
+
+def use_sources(monkeypatch: pytest.MonkeyPatch, server: Server, *ways: str) -> list[str]:
+    sources = [f"http://127.0.0.1:{server.server_port}/{way}" for way in ways]
+    monkeypatch.setattr(cifar10, "SOURCES", tuple(sources))
+    return sources
+
+
+@pytest.mark.parametrize("way", ["good", "moved"])
+def test_a_download_leaves_the_archive_and_the_folder_and_no_part(
+    tiny: TinyCifar, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(cifar10, "PROGRESS_SECONDS", 1e-6)
+    (url,) = use_sources(monkeypatch, server, way)
+    said: list[str] = []
+    shown: list[str] = []
+    data_dir = tmp_path / "not" / "yet"
+    assert len(load_cifar10(data_dir, said.append, shown.append).train_labels) == 5 * PER_FILE
+    assert {path.name for path in data_dir.iterdir()} == {cifar10.ARCHIVE, cifar10.FOLDER}
+    assert (data_dir / cifar10.ARCHIVE).read_bytes() == tiny.archive
+    assert len(said) == 1 and url in said[0]
+    assert "MB/s" in shown[0] and "left" in shown[0] and shown[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        ("broken", "broke off after"),
+        ("wrong", "wrong content"),
+        ("endless", "sent more than the expected"),
+        ("missing", "HTTP 404 Not Found"),
+    ],
+)
+def test_a_source_that_fails_is_given_up_and_the_next_one_is_asked(
+    tiny: TinyCifar, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, says: str
+) -> None:
+    bad, good = use_sources(monkeypatch, server, way, "good")
+    said: list[str] = []
+    loaded(tmp_path, said)
+    assert bad in said[0] and good in said[2]
+    assert re.search(says, said[1])
+    assert {path.name for path in tmp_path.iterdir()} == {cifar10.ARCHIVE, cifar10.FOLDER}
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        ("silent", "timed out"),
+        # On a busy machine the server's headers, too, may come later than the time-out.
+        ("stalled", r"no bytes for 0\.5 seconds|timed out"),
+    ],
+)
+def test_a_source_that_sends_nothing_is_given_up_after_the_time_out(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, says: str
+) -> None:
+    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.5)
+    use_sources(monkeypatch, server, way)
+    with pytest.raises(NoCifar10Error, match=says):
+        loaded(tmp_path)
+
+
+def test_a_source_whose_headers_do_not_come_is_given_up_whatever_it_is_waiting_for(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar10, "CONNECT_SECONDS", 0.05)
+    use_sources(monkeypatch, server, "silent")
+    with pytest.raises(NoCifar10Error, match=r"no answer within 0\.05 seconds"):
+        loaded(tmp_path)
+
+
+def use_a_clock_that_gains(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have so many seconds pass between two looks at the clock, however busy the machine is."""
+    clock = itertools.count(step=seconds)
+    monkeypatch.setattr(cifar10, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+def test_a_source_below_the_slowest_speed_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_a_clock_that_gains(monkeypatch, DEADLINE / 3)
+    use_sources(monkeypatch, server, "slow")
+    with pytest.raises(NoCifar10Error, match=r"below 20 kB/s after \d+ bytes"):
+        loaded(tmp_path)
+
+
+def test_a_download_has_a_limit_of_time_in_all(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar10, "SLOWEST_BYTES_PER_SECOND", 0)
+    use_a_clock_that_gains(monkeypatch, cifar10.TOTAL_SECONDS / 5)
+    use_sources(monkeypatch, server, "slow")
+    with pytest.raises(NoCifar10Error, match="not done after 1800 seconds"):
+        loaded(tmp_path)
+
+
+def all_down(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A source that refuses the connection, and one that answers 404."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        refusing = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    (missing,) = use_sources(monkeypatch, server, "missing")
+    monkeypatch.setattr(cifar10, "SOURCES", (refusing, missing))
+    return [refusing, missing]
+
+
+def test_with_all_sources_down_the_reason_of_each_is_told_and_nothing_is_left_behind(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing, missing = all_down(server, monkeypatch)
+    with pytest.raises(NoCifar10Error) as error:
+        loaded(tmp_path / "data")
+    assert str(error.value) == f"{refusing}: Connection refused; {missing}: HTTP 404 Not Found"
+    assert not (tmp_path / "data").exists()
+
+
+def test_who_brings_it_by_hand_is_told_what_to_put_where(tmp_path: Path) -> None:
+    sentence = how_to_bring_it(tmp_path)
+    assert all(fact in sentence for fact in (CIFAR10.filename, CIFAR10.tgz_md5, CIFAR10.base_folder))
+    assert "170,498,071 bytes" in sentence
+    assert sentence.endswith(f"into {tmp_path}") and "\n" not in sentence
+
+
+def test_an_empty_folder_counts_as_nothing_there(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / cifar10.FOLDER).mkdir()
+    use_sources(monkeypatch, server, "good")
+    assert len(loaded(tmp_path).train_labels) == 5 * PER_FILE
+
+
+def test_a_broken_file_is_no_reason_to_download(
+    tiny: TinyCifar, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny.put_folder(tmp_path) / "data_batch_1").write_bytes(b"")
+    use_sources(monkeypatch, server, "good")
+    with pytest.raises(DataError, match="data_batch_1"):
+        loaded(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [cifar10.FOLDER]
+
+
+def test_a_data_folder_that_cannot_be_made_is_named(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    use_sources(monkeypatch, server, "good")
+    with pytest.raises(NoCifar10Error, match=r"file/data cannot be written \(Not a directory\)"):
+        loaded(tmp_path / "file" / "data")
+
+
+class FullFile(io.BytesIO):
+    write = disk_is_full
+
+
+def test_a_full_disk_while_downloading_is_a_clear_error_and_the_part_is_removed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_sources(monkeypatch, server, "good", "good")
+    parts = []
+
+    def open_on_a_full_disk(path: Path, mode: str) -> io.BytesIO:
+        assert mode == "wb"
+        parts.append(path)
+        path.touch()
+        return FullFile()
+
+    with monkeypatch.context() as patch, pytest.raises(NoCifar10Error, match=r"\(No space left on device\)"):
+        patch.setattr(Path, "read_bytes", no_such_file)
+        patch.setattr(Path, "open", open_on_a_full_disk)
+        loaded(tmp_path)
+    assert len(parts) == 1 and parts[0].name.endswith(".part")
+    assert list(tmp_path.iterdir()) == []
+
+
+def no_such_file(path: Path) -> bytes:
+    raise FileNotFoundError(path)
+
+
+def test_ctrl_c_while_downloading_removes_the_part(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar10, "PROGRESS_SECONDS", 1e-6)
+    use_sources(monkeypatch, server, "good")
+
+    def interrupt(text: str) -> None:
+        if text:
+            assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_cifar10(tmp_path, say=print, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
