@@ -129,7 +129,7 @@ def a_dangling_link(folder: Path) -> None:
     (folder / "debug_output").symlink_to(folder / "nowhere")
 
 
-def cifar10(folder: Path) -> Path:
+def unpacked_cifar10(folder: Path) -> Path:
     batches = folder / "data" / cifar10.FOLDER
     batches.mkdir(parents=True)
     for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
@@ -138,7 +138,7 @@ def cifar10(folder: Path) -> Path:
 
 
 def batch_file(content: bytes) -> Prepare:
-    return lambda folder: (cifar10(folder) / "data_batch_3").write_bytes(content)
+    return lambda folder: (unpacked_cifar10(folder) / "data_batch_3").write_bytes(content)
 
 
 CIFAR100 = pickle.dumps({b"data": [[0] * 3072], b"fine_labels": [7], b"coarse_labels": [1]})
@@ -146,11 +146,11 @@ MNIST = struct.pack(">IIII", 0x803, 1, 28, 28) + bytes(28 * 28)
 
 
 def a_missing_batch_file(folder: Path) -> None:
-    (cifar10(folder) / "test_batch").unlink()
+    (unpacked_cifar10(folder) / "test_batch").unlink()
 
 
 def a_folder_as_batch_file(folder: Path) -> None:
-    (cifar10(folder) / "data_batch_1").unlink()
+    (unpacked_cifar10(folder) / "data_batch_1").unlink()
     (folder / "data" / cifar10.FOLDER / "data_batch_1").mkdir()
 
 
