@@ -14,9 +14,11 @@ torch.utils.flop_counter does not count them (it counts 2 per MAC).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
 from utils_quantization import FULL_PRECISION_BITS, quantized_layers, weight_bits
@@ -126,23 +128,36 @@ def count_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 3
     Raises: ValueError if the model is not a ResNet of `resnet.py`.
     """
     weights = read_weights(model)
-    return _count(model, weights, trace_channels(model, input_size, weights))
+    bits = {name: weight_bits(model.get_submodule(name)) for name in weights}
+    return _count(model, weights, bits, trace_channels(model, input_size, weights))
 
 
+@torch.no_grad()
 def count_ceiling(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> NetworkCount:
-    """The counts if every weight of every quantized layer were zero: no compression can go below them."""
+    """The counts if every weight of every quantized layer were zero: no compression can go below them.
+
+    No quantizer runs, so that this works on weights that are not finite too. The bits are all 32.
+    """
     quantized = quantized_layers(model)
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     weights = {
-        name: torch.zeros_like(w) if name in quantized else w for name, w in read_weights(model).items()
+        name: torch.zeros_like(m.parametrizations.weight.original) if name in quantized else m.weight
+        for name, m in layers.items()
     }
-    return _count(model, weights, trace_channels(model, input_size, weights))
+    bits = dict.fromkeys(weights, (FULL_PRECISION_BITS, float(FULL_PRECISION_BITS)))
+    return _count(model, weights, bits, trace_channels(model, input_size, weights))
 
 
-def _count(model: nn.Module, weights: Mapping[str, Tensor], account: ChannelAccount) -> NetworkCount:
+def _count(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    bits: Mapping[str, tuple[int, float]],
+    account: ChannelAccount,
+) -> NetworkCount:
+    """`bits` are a weight's in each layer, as `weight_bits` gives them."""
     quantized = quantized_layers(model)
-    modules = dict(model.named_modules())
     layers = [
-        _count_layer(name, modules[name], name in quantized, weights[name], channels)
+        _count_layer(name, name in quantized, weights[name], bits[name], channels)
         for name, channels in account.layers.items()
     ]
     assert len(layers) == len(weights), "the account of channels misses a layer"
@@ -150,16 +165,15 @@ def _count(model: nn.Module, weights: Mapping[str, Tensor], account: ChannelAcco
 
 
 def _count_layer(
-    name: str, module: nn.Module, quantized: bool, w: Tensor, channels: LayerChannels
+    name: str, quantized: bool, w: Tensor, bits: tuple[int, float], channels: LayerChannels
 ) -> LayerCount:
-    bits, learned_bits = weight_bits(module)
     nonzero = int((w != 0).sum())
     left = int(channels.outputs.sum()) * int(channels.inputs.sum()) * w[0, 0].numel()
     return LayerCount(
         name=name,
         quantized=quantized,
-        bits=bits,
-        learned_bits=learned_bits,
+        bits=bits[0],
+        learned_bits=bits[1],
         weights=w.numel(),
         zero_weights=w.numel() - nonzero,
         filters=len(w),
@@ -181,23 +195,17 @@ def format_ratio(value: float) -> str:
     return "infinite (nothing is left)" if math.isinf(value) else f"{value:.2f}x"
 
 
-def layer_table(count: NetworkCount) -> str:
-    """The counts a layer as text, a row a layer and the totals below."""
-    header = (
-        f"{'Layer':<16} {'Bits':>4} {'Zero weights':>15} {'Zero filters':>12} "
-        f"{'Alive/Const/Null':>16} {'Dense MACs':>12} {'Struct MACs':>12} {'Unstr MACs':>12}"
-    )
-    rows = [
-        f"{x.name:<16} {x.bits:>4} {x.zero_weights:>7}/{x.weights:<7} {x.zero_filters:>7}/{x.filters:<4} "
-        f"{f'{x.alive_channels}/{x.constant_channels}/{x.null_channels}':>16} "
-        f"{x.dense_macs:>12,} {x.structured_macs:>12,} {x.unstructured_macs:>12,}"
-        for x in count.layers
-    ]
-    total = count.total
-    rows.append(
-        f"{'Total':<16} {'':>4} {total('zero_weights'):>7}/{total('weights'):<7} "
-        f"{total('zero_filters'):>7}/{total('filters'):<4} "
-        f"{'/'.join(str(total(f'{s}_channels')) for s in ('alive', 'constant', 'null')):>16} "
-        f"{total('dense_macs'):>12,} {total('structured_macs'):>12,} {total('unstructured_macs'):>12,}"
-    )
-    return "\n".join([header, *rows])
+@torch.no_grad()
+def count_by_torch(
+    network: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), device: torch.device | str = "cpu"
+) -> dict[str, int]:
+    """Multiply-accumulates for one image by torch's own counter, by module name; "" is the whole network.
+
+    The second opinion on this file's counts. torch.utils.flop_counter counts 2 operations for each
+    multiply-accumulate. The network runs as it stands, so that a batch norm in training mode would learn.
+    """
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *input_size, device=device))
+    # Its keys are "Global", the network's class, and below it "Class.module.name".
+    by_module = {key.partition(".")[2]: sum(f.values()) // 2 for key, f in counter.get_flop_counts().items()}
+    return by_module | {"": counter.get_total_flops() // 2}

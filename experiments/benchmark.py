@@ -26,17 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.checkpoint import Checkpoint, random_states, save_checkpoint
+from experiments.checkpoint import save_checkpoint, take_checkpoint
 from experiments.data import MEAN, STD, Dataset, TestBatches, TrainBatches, load_dataset
-from experiments.debug_run import logits, recorded_layers
 from experiments.device import choose_device, describe_device, prepare_device
+from experiments.distributed import ALONE
 from experiments.evaluator import Evaluator
+from experiments.history import epoch_record, new_history
 from experiments.settings import Settings
 from experiments.sparsity import coupled_group_lasso
 from experiments.training import TrainingStep, make_optimizer, measure_accuracy
 from resnet import BasicBlock, ResNet, resnet20, resnet110
 from src.quantizer import DeadZoneLDZCompander
-from utils_quantization import attach_weight_quantizers
+from utils_quantization import attach_weight_quantizers, quantizers
 
 STEPS_AN_EPOCH = 98  # of 50,000 images in batches of 512
 LOOPS = ("plan", "float32", "bf16")
@@ -119,7 +120,8 @@ class Bench:
     def outside_the_steps(self) -> dict[str, Any]:
         """What an epoch spends on metrics, records and its checkpoint, as a share of steps and test pass."""
         model = quantized_model(resnet20(), self.device)
-        evaluator, start = Evaluator(model), logits(model)
+        evaluator = Evaluator(model)
+        history = new_history(self.settings, self.dataset, self.device, ALONE, model, list(quantizers(model)))
         penalty = coupled_group_lasso(model)
         optimizer = make_optimizer(model, self.settings, STEPS_AN_EPOCH)
         step = TrainingStep(model, optimizer, penalty)
@@ -129,11 +131,11 @@ class Bench:
         self._timed(loop)
 
         def rest() -> None:
-            records = [recorded_layers(model, evaluator.evaluate(model), start)]
-            penalty(model).item()
-            random, moments = random_states(), optimizer.state_dict()["state"]
-            state = Checkpoint({}, {}, model.state_dict(), moments, random, start, records * 20, [])
-            save_checkpoint(folder, state)
+            numbers = dict.fromkeys(("loss", "cross_entropy", "coefficient", "accuracy", "seconds"), 0.0)
+            compression = evaluator.evaluate(model)
+            record = epoch_record(1, model, compression, penalty=penalty(model).item(), **numbers)
+            history.epochs = [record] * 20
+            save_checkpoint(folder, take_checkpoint(history, model, optimizer))
 
         times: dict[str, list[float]] = {"training steps": [], "test pass": [], "the rest": []}
         with tempfile.TemporaryDirectory() as name:

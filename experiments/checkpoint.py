@@ -1,11 +1,12 @@
-"""A run's state after an epoch in one file, and back: stop the run anywhere, go on from there.
+"""Checkpoints: a run's state after an epoch in one file, from which `--resume` goes on.
 
-checkpoint_0007.pt is the state after epoch 7, in torch's format: tensors and JSON-like values alone, read
-with `weights_only=True`. A SHA-256 of it all follows behind its end, where torch's reader does not look. The
-folder holds the last two.
+checkpoint_0007.pt is the state after epoch 7 in torch's format: tensors and JSON-like values alone, so that
+it is read with `weights_only=True`. The SHA-256 of the whole follows behind its end, where torch's reader
+does not look. The output folder holds the last two.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import re
@@ -18,12 +19,16 @@ from typing import Any, get_origin
 import torch
 from torch import nn
 
+from experiments.distributed import Processes
 from experiments.files import OutputError, write_whole
+from experiments.history import History, Resumption
+from experiments.schedules import cosine_anneal
 from experiments.settings import Settings, flag
+from experiments.training import logit_pace
 
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 KEPT = 2
-VERSION = 1
+VERSION = 2
 MAY_CHANGE = ("epochs", "data_dir", "output_dir")
 
 
@@ -31,18 +36,19 @@ MAY_CHANGE = ("epochs", "data_dir", "output_dir")
 class Checkpoint:
     """All that the next epoch depends on, and all that the report needs of the epochs before."""
 
-    settings: dict[str, Any]
-    surroundings: dict[str, Any]  # what else the digits depend on: torch, device and threads, data set
-    model: dict[str, torch.Tensor]  # its state_dict: weights, logits, batch norms
+    history: History  # with the settings of the run and a record for each finished epoch
+    model: dict[str, torch.Tensor]  # its state_dict: weights, quantizers' parameters, batch norms
     optimizer: dict[int, Any]  # AdamW's moments and step counts; its rates follow from the settings
     random: dict[str, Any]  # torch's generators
-    start: dict[str, Any]  # the logits before the first epoch
-    records: list[dict[str, Any]]  # of history.json, one an epoch
-    resumed: list[dict[str, Any]]  # each time the run went on: after which epoch, and what was said
 
     @property
     def epochs(self) -> int:
-        return len(self.records)
+        return len(self.history.epochs)
+
+
+def take_checkpoint(history: History, model: nn.Module, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    """The state of the run as it is now."""
+    return Checkpoint(history, model.state_dict(), optimizer.state_dict()["state"], random_states())
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
@@ -50,31 +56,31 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the last one first; a file with a name of the user's own is none."""
+    """The checkpoints in a folder, the last one first; only the names that a run gives count as such."""
     numbered = {int(m[1]): p for p in folder.iterdir() if (m := NAME.fullmatch(p.name))}
     return [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write it whole or not at all, then drop all but the last two.
+    """Write the checkpoint whole or not at all, then drop all but the last two.
 
     Raises: OutputError naming the file; the checkpoints before it are then still there.
     """
     buffer = io.BytesIO()
     state = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    torch.save({"version": VERSION} | state, buffer)
+    torch.save(state | {"version": VERSION, "history": checkpoint.history.to_json()}, buffer)
     content = buffer.getvalue()
     write_whole(checkpoint_path(folder, checkpoint.epochs), content + hashlib.sha256(content).digest())
-    # Later ones too: they are those that could not be read, or of a run that is being done again.
+    # Checkpoints of later epochs go too: they could not be read, or are of epochs that are being done again.
     keep = {checkpoint_path(folder, checkpoint.epochs - back) for back in range(KEPT)}
-    with contextlib.suppress(OSError):  # one too many does no harm
+    with contextlib.suppress(OSError):  # a checkpoint too many does no harm
         for path in checkpoint_paths(folder):
             if path not in keep and path.is_file():
                 path.unlink()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Raises: ValueError with a few words on what is wrong with the file."""
+    """Read a checkpoint. Raises: ValueError with a few words on what is wrong with the file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -86,20 +92,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with warnings.catch_warnings(action="ignore"):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state.pop("version")
+        if version == VERSION:
+            state["history"] = History.from_json(state["history"])
         checkpoint = Checkpoint(**state) if version == VERSION else None
     except Exception as error:  # torch raises all kinds for what is no file of its own
-        raise ValueError(f"is no checkpoint of this program ({type(error).__name__})") from None
+        what = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"is no checkpoint of this program ({what})") from None
     if checkpoint is None:
         raise ValueError(f"is of version {version}, and this program reads version {VERSION}")
     for field in fields(Checkpoint):
-        if not isinstance(getattr(checkpoint, field.name), get_origin(field.type) or object):
+        if not isinstance(getattr(checkpoint, field.name), get_origin(field.type) or field.type):  # type: ignore[arg-type]
             raise ValueError(f"is no checkpoint of this program (its {field.name} are of another type)")
     return checkpoint
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The last checkpoint that can be read; what is wrong with later ones is said. None if there is none.
+    """The last checkpoint that can be read, None if there is none.
 
+    `say` is told what is wrong with later ones.
     Raises: OutputError if there are some and none can be read.
     """
     paths = checkpoint_paths(folder)
@@ -116,8 +126,39 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | No
     return None
 
 
+def find_checkpoint(
+    settings: Settings, processes: Processes, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint that every rank resumes from, None if there is none.
+
+    Raises: ValueError if it has other settings, OutputError if all are damaged.
+    """
+    found = processes.broadcast(last_checkpoint(settings.output_dir, say) if processes.first else None)
+    if found:
+        check_settings(found.history.settings, settings)
+    return found
+
+
+def resume(
+    checkpoint: Checkpoint, history: History, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[str]:
+    """Put the checkpoint's state into model, optimizer and history; returns notes for the first lines.
+
+    Raises: ValueError if it is of another network or another data set.
+    """
+    saved = checkpoint.history
+    differences = describe_differences(saved, history)
+    restore(checkpoint, model, optimizer)
+    history.start, history.epochs = saved.start, saved.epochs
+    history.resumed = [*saved.resumed, Resumption(checkpoint.epochs, differences)]
+    return ["; ".join([f"Resumed:   after epoch {checkpoint.epochs}", *differences])]
+
+
 def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:
-    """Raises: ValueError naming the first setting that is another than the checkpoint's and must not be."""
+    """Make sure that a checkpoint with the settings `saved` can go on with these.
+
+    Raises: ValueError naming the first setting that differs from the checkpoint's and must not.
+    """
     now = settings.to_json()
     for name in now:
         if name not in MAY_CHANGE and saved.get(name) != now[name]:
@@ -130,6 +171,45 @@ def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:
             f"--resume: --epochs is {settings.epochs}, and the run to go on with has {saved['epochs']}; "
             f"give that or more, since the learning rate already fell for it"
         )
+
+
+def describe_differences(saved: History, now: History) -> list[str]:
+    """What a resumed run has otherwise than before, beside its folders, each in words.
+
+    Raises: ValueError if its data set is another one.
+    """
+    before, data = (dataclasses.replace(h.data, source="") for h in (saved, now))
+    if before != data:
+        raise ValueError(
+            f"--resume: this run would go on with the {data.name} ({data.train_images:,} "
+            f"training images), and it began with the {before.name} "
+            f"({before.train_images:,}); give the same data"
+        )
+    surroundings = [("torch", saved.versions.get("torch"), now.versions["torch"]),
+                    ("device", saved.device, now.device)]  # fmt: skip
+    words = [
+        f"{name} {was} before, {is_now} now: the last digits may differ"
+        for name, was, is_now in surroundings
+        if was != is_now
+    ]
+    return words + _longer(saved, now)
+
+
+def _longer(saved: History, now: History) -> list[str]:
+    """What more epochs than before change in the epochs that are left."""
+    was, epochs = saved.settings["epochs"], now.settings["epochs"]
+    if was == epochs:
+        return []
+    before, rate = (cosine_anneal(0)(len(saved.epochs), total) for total in (was, epochs))
+    steps = -(-now.data.train_images // now.settings["batch_size"])  # an epoch
+    meant_for = now.settings["logit_steps"]
+    pace_before, pace = (logit_pace(meant_for, total * steps) for total in (was, epochs))
+    return [
+        f"--epochs was {was}, is {epochs}: the learning rates go on at {rate:.4f} of their "
+        f"peak instead of {before:.4f}"
+        + (f", the logits' peak being {pace / pace_before:.4f} of what it was" if pace != pace_before else "")
+        + f"; a run of {epochs} epochs from the start gives other numbers"
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -156,6 +236,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def random_states() -> dict[str, Any]:
-    """Every random state that the run has: torch's. What an epoch draws comes of the seed and its number."""
+    """Torch's random states. Order and augmentation do not depend on them, only on the seed and the epoch."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}

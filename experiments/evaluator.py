@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 class Compression:
     """What a network costs, and how many times less than the dense baseline (>= 1, infinite for nothing)."""
 
-    count: NetworkCount  # the account behind the ratios, a layer and in total
-    ceiling: NetworkCount  # the same if the quantized layers cost nothing
+    count: NetworkCount  # the counts behind the ratios, a layer and in total
     dense_macs: int
     dense_bops: int
+    count_ceiling: Callable[[], NetworkCount]  # the counts if the model's quantized layers cost nothing
 
     @property
     def structured_bops_ratio(self) -> float:
@@ -37,6 +39,11 @@ class Compression:
     @property
     def unstructured_mac_ratio(self) -> float:
         return ratio(self.dense_macs, self.count.total("unstructured_macs"))
+
+    @cached_property
+    def ceiling(self) -> NetworkCount:
+        """The counts if the quantized layers cost nothing, made when they are first asked for."""
+        return self.count_ceiling()
 
     @property
     def structured_ceiling(self) -> float:
@@ -60,7 +67,10 @@ class Evaluator:
         self.dense = count_network(model, input_size)
 
     def evaluate(self, model: nn.Module) -> Compression:
-        """Raises: ValueError if the model's layers are not those of the baseline."""
+        """The model's counts as it stands, against the baseline.
+
+        Raises: ValueError if the model's layers are not those of the baseline.
+        """
         count = count_network(model, self.input_size)
         shapes = [(layer.name, layer.weights) for layer in count.layers]
         if shapes != [(layer.name, layer.weights) for layer in self.dense.layers]:
@@ -69,15 +79,13 @@ class Evaluator:
             )
         return Compression(
             count=count,
-            ceiling=count_ceiling(model, self.input_size),
             dense_macs=self.dense.total("dense_macs"),
             dense_bops=self.dense.total("dense_bops"),
+            count_ceiling=lambda: count_ceiling(model, self.input_size),
         )
 
     def plot_channel_liveness(self, model: nn.Module) -> Figure:
         """A row a convolution, a cell an output channel: white alive, black dead, grey padding."""
-        from experiments.plots import (
-            channel_liveness_figure,
-        )  # matplotlib costs a second: not before it is needed
+        from experiments.plots import channel_liveness_figure  # importing matplotlib takes a second
 
         return channel_liveness_figure(count_network(model, self.input_size))

@@ -1,12 +1,10 @@
-"""The pictures: matplotlib figures made from the run's records alone."""
+"""The pictures: matplotlib figures made from a run's history alone."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -14,6 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from experiments.files import write_whole
+from experiments.history import History
+from experiments.report import PICTURES
 from metrics import NetworkCount
 from src.channels import ChannelState
 
@@ -31,26 +31,44 @@ STATE_NAMES = {
     PADDING: "padding (no such channel)",
 }
 
-Record = dict[str, Any]  # one epoch, as in history.json
+
+def draw(history: History, title: str, folder: Path) -> list[Path]:
+    """Draw every picture of a run with at least one finished epoch, and write it; their paths.
+
+    Raises: OutputError naming a file that cannot be written.
+    """
+    assert history.final
+    count = history.final.count
+    figures = (
+        accuracy_figure(history, f"Accuracy: {title}"),
+        sparsity_figure(history, f"Sparsity and bits: {title}"),
+        channel_liveness_figure(count, f"Channels: {title}"),
+        per_layer_figure(count, f"Channels and bits a layer: {title}"),
+        channels_over_time_figure(history, f"Channels alive: {title}"),
+    )
+    paths = [folder / picture for picture in PICTURES]
+    for figure, path in zip(figures, paths, strict=True):
+        save_figure(figure, path)
+    return paths
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """As PNG, whole or not at all. Raises: OutputError naming the file."""
+    """Write the figure as PNG, whole or not at all. Raises: OutputError naming the file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_whole(path, content.getvalue())
 
 
-def accuracy_figure(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> Figure:
+def accuracy_figure(history: History, title: str) -> Figure:
     """Test accuracy and training cross-entropy over the epochs."""
-    figure, axes = _over_epochs(records, title, warmup)
-    epochs = [r["epoch"] for r in records]
-    axes.plot(epochs, [100 * r["accuracy"] for r in records], "o-", color="tab:blue", label="test accuracy")
+    figure, axes = _over_epochs(history, title)
+    records, epochs = history.epochs, [r.epoch for r in history.epochs]
+    axes.plot(epochs, [100 * r.accuracy for r in records], "o-", color="tab:blue", label="test accuracy")
     axes.axhline(10, color="grey", linestyle=":", label="chance")
     axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
     right = axes.twinx()
     right.plot(
-        epochs, [r["cross_entropy"] for r in records], "s--", color="tab:red", label="training cross-entropy"
+        epochs, [r.cross_entropy for r in records], "s--", color="tab:red", label="training cross-entropy"
     )
     right.set(ylabel="training cross-entropy (nats)")
     right.set_ylim(bottom=0)
@@ -58,23 +76,27 @@ def accuracy_figure(records: Sequence[Record], title: str, warmup: tuple[float, 
     return figure
 
 
-def sparsity_figure(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> Figure:
-    """Unstructured and structured sparsity, and the mean bit-width, over the epochs."""
-    figure, axes = _over_epochs(records, title, warmup)
-    epochs = [r["epoch"] for r in records]
-    for key, label, colour in (
-        ("unstructured_sparsity", "unstructured: weights that are zero", "tab:blue"),
-        ("structured_sparsity", "structured: filters that are all zero", "tab:orange"),
-    ):
-        axes.plot(epochs, [100 * r[key] for r in records], "o-", color=colour, label=label)
+def sparsity_figure(history: History, title: str) -> Figure:
+    """Both sparsities, the mean bit-width and the penalty's coefficient over the epochs."""
+    figure, axes = _over_epochs(history, title)
+    records, epochs = history.epochs, [r.epoch for r in history.epochs]
+    unstructured = [100 * r.unstructured_sparsity for r in records]
+    structured = [100 * r.structured_sparsity for r in records]
+    axes.plot(epochs, unstructured, "o-", color="tab:blue", label="unstructured: weights that are zero")
+    axes.plot(epochs, structured, "o-", color="tab:orange", label="structured: filters that are all zero")
     axes.set(ylabel="sparsity of the quantized layers (%)", ylim=(0, 100))
     right = axes.twinx()
-    right.plot(
-        epochs, [r["learned_bits"] for r in records], "s--", color="tab:green", label="mean learned bits"
-    )
+    bits = [r.learned_bits for r in records]
+    right.plot(epochs, bits, "s--", color="tab:green", label="mean learned bits")
     right.set(ylabel="bits a weight (before rounding)")
-    right.set_ylim(0, max(8, *(r["learned_bits"] for r in records)) + 0.5)
-    _legend(axes, right)
+    right.set_ylim(0, max(8, *bits) + 0.5)
+    further = axes.twinx()
+    further.spines.right.set_position(("axes", 1.12))
+    coefficients = [r.coefficient for r in records]
+    further.plot(epochs, coefficients, "^:", color="tab:purple", label="the penalty's coefficient")
+    further.set(ylabel="the penalty's coefficient")
+    further.set_ylim(0, 1.1 * max(coefficients) or 1)
+    _legend(axes, right, further)
     return figure
 
 
@@ -120,12 +142,13 @@ def _means_and_ranges(values: Sequence[Sequence[float]]) -> tuple[list[float], l
     return means, [below, [max(v) - mean for mean, v in zip(means, values, strict=True)]]
 
 
-def _over_epochs(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> tuple[Figure, Axes]:
-    """Axes over the epochs with the penalty's warm-up shaded: it begins after `warmup[0]` epochs."""
+def _over_epochs(history: History, title: str) -> tuple[Figure, Axes]:
+    """Axes over the epochs with the penalty's warm-up shaded."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    last = records[-1]["epoch"]
-    begins, ends = warmup[0] + 1, min(warmup[0] + 1 + warmup[1], last)  # epochs count from 1 in the table
+    last = history.epochs[-1].epoch
+    delay, ramp = history.settings["sparsity_delay"], history.settings["sparsity_ramp"]
+    begins, ends = delay + 1, min(delay + 1 + ramp, last)  # epochs count from 1 in the table
     if begins < last:
         axes.axvspan(begins, ends, color="tab:orange", alpha=0.12, label="the penalty's warm-up")
     axes.set_title(title, fontsize=10)
@@ -135,10 +158,11 @@ def _over_epochs(records: Sequence[Record], title: str, warmup: tuple[float, flo
     return figure, axes
 
 
-def _legend(left: Axes, right: Axes) -> None:
-    handles = [a.get_legend_handles_labels() for a in (left, right)]
-    left.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="upper center", fontsize=8,
-                bbox_to_anchor=(0.5, -0.12), ncols=2)  # fmt: skip
+def _legend(*axes: Axes) -> None:
+    """One legend below the figure for axes that share their x axis."""
+    entries = [entry for a in axes for entry in zip(*a.get_legend_handles_labels(), strict=True)]
+    handles, labels = zip(*entries, strict=True)
+    axes[0].legend(handles, labels, loc="upper center", fontsize=8, bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each convolution") -> Figure:
@@ -168,19 +192,32 @@ def _state_patches() -> list[Patch]:
     ]
 
 
-def channels_over_time_figure(records: Sequence[Record], title: str, warmup: tuple[float, float]) -> Figure:
-    """Channels alive over the epochs, as a share of the layer's: a line a quantized convolution."""
-    figure, axes = _over_epochs(records, title, warmup)
-    epochs = [r["epoch"] for r in records]
-    names = list(records[-1]["layers"])
-    for i, name in enumerate(names):
-        counts = [r["layers"][name] for r in records]
-        alive = [100 * c["alive_channels"] / c["filters"] for c in counts]
-        style = "-" if name.endswith("conv1") else "--"  # inner channels, residual channels
-        axes.plot(epochs, alive, style, color=colormaps["viridis"](i / max(1, len(names) - 1)), label=name)
-    axes.set(ylabel="output channels alive (%)", ylim=(0, 102))
-    if names:
-        figure.legend(loc="outside right upper", fontsize=7)
+def channels_over_time_figure(history: History, title: str) -> Figure:
+    """Channels alive over the epochs as a share of the layer's: a row a quantized convolution."""
+    layers, epochs = list(history.epochs[-1].layers), [r.epoch for r in history.epochs]
+    figure = Figure(figsize=(9, 1.8 + 0.27 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="epoch", ylabel="convolution (channels alive at the end)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not layers:
+        axes.text(0.5, 0.5, "no layer is quantized", ha="center", transform=axes.transAxes)
+        return figure
+    records = [[r.layers[name] for r in history.epochs] for name in layers]
+    alive = [[100 * r.alive_channels / r.filters for r in row] for row in records]
+    edges = (epochs[0] - 0.5, epochs[-1] + 0.5, len(layers) - 0.5, -0.5)
+    image = axes.imshow(
+        alive, cmap="viridis", vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=edges
+    )
+    names = [
+        f"{n} ({row[-1].alive_channels}/{row[-1].filters})" for n, row in zip(layers, records, strict=True)
+    ]
+    axes.set_yticks(range(len(layers)), names, fontsize=8)
+    begins = history.settings["sparsity_delay"] + 0.5
+    if epochs[0] < begins < epochs[-1]:
+        axes.axvline(begins, color="tab:orange", label="the penalty sets in")
+        figure.legend(loc="outside lower center", fontsize=8)
+    figure.colorbar(image, label="output channels alive (%)")
     return figure
 
 

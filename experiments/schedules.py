@@ -1,4 +1,4 @@
-"""Schedules of the sparsity weight: f(epoch, total_epochs) -> a factor in [0, 1]. Epochs count from 0."""
+"""Schedules of coefficients and rates: f(epoch, total_epochs) -> a factor in [0, 1]. Epochs count from 0."""
 
 import math
 from collections.abc import Callable
@@ -9,15 +9,6 @@ Schedule = Callable[[float, float], float]
 def _check(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} is {value}; expected a number of epochs, 0 or more")
-
-
-def constant() -> Schedule:
-    """1 throughout.
-
-    >>> constant()(0, 20)
-    1.0
-    """
-    return lambda epoch, total_epochs: 1.0
 
 
 def linear_warmup(delay: float, ramp: float) -> Schedule:

@@ -2,7 +2,9 @@
 
 import argparse
 import re
+import shlex
 import sys
+from collections.abc import Collection
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,8 +53,8 @@ class Settings:
     sparsity_weight: float = _setting(4e-3, "peak of the group lasso's coefficient")
     sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
-    keep_dead: str = _setting(
-        "yes", "while the penalty acts, filters and input slices quantized to zero stay zero", ("yes", "no")
+    keep_dead: bool = _setting(
+        True, "while the penalty acts, filters and input slices quantized to zero stay zero"
     )
     batch_norm_batches: int = _setting(
         10, "training batches over which batch-norm statistics are taken afresh before each test; 0: none"
@@ -79,6 +81,23 @@ class Settings:
         kept = {k: v for k, v in asdict(self).items() if k != "resume"}
         return {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}
 
+    def described(self, but: Collection[str] = ()) -> str:
+        """The preset, and the flags by which these settings differ from it, as one would type them.
+
+        Settings named in `but`, and those that say where a run computes or writes, are left out.
+
+        >>> Settings(sparsity_weight=1.0, weights_lr=1e-3, output_dir=Path("a")).described()
+        'debug, with --sparsity-weight 1 --weights-lr 0.001'
+        """
+        preset = PRESETS[self.preset]
+        flags = [
+            _as_typed(item.name, getattr(self, item.name))
+            for item in fields(self)
+            if item.name not in (*NOT_OF_THE_METHOD, *but)
+            and getattr(self, item.name) != preset.get(item.name, item.default)
+        ]
+        return f"{self.preset}, with {' '.join(flags)}" if flags else self.preset
+
 
 # What a preset changes in the defaults above. `plan` is the plan to the letter: its pattern "conv1" also hits
 # the first convolution of all nine blocks.
@@ -87,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plan": {
         "exclude_layers": ("conv1", "bn", "linear"),
         "sparsity_weight": 1.0,
-        "keep_dead": "no",
+        "keep_dead": False,
         "batch_norm_batches": 0,
         "weights_lr": 1e-3,
         "bit_lr": 1e-3,
@@ -98,6 +117,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "logit_steps": 0,
     },
 }
+
+# What `Settings.described` leaves out: said elsewhere, or without a part in the numbers.
+NOT_OF_THE_METHOD = (
+    "preset",
+    "epochs",
+    "seed",
+    "device",
+    "threads",
+    "data",
+    "data_dir",
+    "output_dir",
+    "resume",
+)
 
 NOT_NEGATIVE = ("batch_norm_batches", "logit_steps")
 MAX_EPOCHS = 1_000_000
@@ -113,6 +145,17 @@ def flag(name: str) -> str:
     '--batch-size'
     """
     return "--" + name.replace("_", "-")
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """
+    >>> _as_typed("keep_dead", False), _as_typed("exclude_layers", ("^conv1$", "."))
+    ('--no-keep-dead', "--exclude-layers '^conv1$' .")
+    """
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join([flag(name), *(shlex.quote(_shown(v)) for v in values)])
 
 
 def _check(item: Field[Any], value: Any) -> None:
@@ -176,7 +219,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
     if item.metadata["choices"]:
         kwargs["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
     elif item.type is bool:
-        kwargs["action"] = "store_true"
+        kwargs["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
     elif item.name == "exclude_layers":
         kwargs |= {"nargs": "*", "metavar": "PATTERN"}
     else:
@@ -187,7 +230,11 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(value)
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def _folder(text: str) -> Path:

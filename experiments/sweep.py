@@ -12,6 +12,13 @@ Exit status: 0, 1 when a run failed, 2 for bad input, 130 after Ctrl-C, 143 afte
 progress write their files first).
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until `main` takes over, Ctrl-C just ends the program: a traceback out of `import torch` helps nobody.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
 import csv
 import io
 import itertools
@@ -27,11 +34,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.checkpoint import MAY_CHANGE
-from experiments.data import DataError, load_dataset
+from experiments.data import load_dataset
 from experiments.device import usable_cores
-from experiments.files import OutputError, lock_folder, write_whole
-from experiments.live import ClosedOutputError, LiveLine, Stopped, StopSignals, refuse
+from experiments.exit_status import EXIT_FAILED, ExitStatus
+from experiments.files import lock_folder, write_whole
+from experiments.history import History
+from experiments.live import LiveLine
 from experiments.settings import Parser, Settings, flag, parse_settings
+from experiments.verdict import FAIL
 
 LISTS: dict[str, tuple[float, ...]] = {  # what a sweep runs over, and its defaults
     "sparsity_weight": (1e-3, 2e-3, 4e-3, 8e-3),
@@ -40,7 +50,7 @@ LISTS: dict[str, tuple[float, ...]] = {  # what a sweep runs over, and its defau
     "seed": (0, 1, 2),
 }
 FULL_PRECISION = "full_precision"
-RESULTS = ("accuracy", "unstructured_sparsity", "structured_sparsity", "bits")
+SPARSITIES = ("unstructured_sparsity", "structured_sparsity", "bits")
 RATIOS = (
     "structured_bops_ratio",
     "unstructured_bops_ratio",
@@ -64,18 +74,16 @@ class Member:
     def folder(self) -> Path:
         return self.settings.output_dir
 
-    def history(self) -> dict[str, Any] | None:
+    def history(self) -> History | None:
         """What the run left, if it came to its end with these settings."""
         try:
-            history: dict[str, Any] = json.loads((self.folder / "history.json").read_text())
-            finished = history["stopped"] is None and "final" in history
-            # What JSON makes of the settings: lists for tuples.
-            asked = json.loads(json.dumps(self.settings.to_json()))
-            free = set(MAY_CHANGE) - {"epochs"}
-            same = all(history["settings"].get(key) == asked[key] for key in asked.keys() - free)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            history = History.from_json(json.loads((self.folder / "history.json").read_text()))
+        except (OSError, ValueError):
             return None
-        return history if finished and same else None
+        asked = json.loads(json.dumps(self.settings.to_json()))  # JSON makes lists of the settings' tuples
+        free = set(MAY_CHANGE) - {"epochs"}
+        same = all(history.settings.get(key) == asked[key] for key in asked.keys() - free)
+        return history if history.stopped is None and history.final and same else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,37 +109,29 @@ def main(arguments: list[str] | None = None) -> int:
     if members[0].settings.data == "auto":
         parser.error("--data is 'auto', and a curve must be of one data set; expected cifar10 or synthetic")
     left = [member for member in members if member.history() is None]
-    live, running = LiveLine(), dict[Member, subprocess.Popen[bytes]]()
+    live = LiveLine()
     say = live.say
-    try:
+    with ExitStatus(live, "the same command goes on") as end, contextlib.ExitStack() as held:
         if chosen.print:
             for member in left:
                 say(shlex.join(["python", "-m", "experiments.debug_run", *member.arguments]))
             return 0
-        with StopSignals(), lock_folder(chosen.output_dir, say):
-            settings = members[0].settings
-            if settings.data == "cifar10" and left:  # once for all: it may have to be downloaded
-                load_dataset("cifar10", settings.data_dir, None, None, say)
-            say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
-            failed = run_all(left, chosen.jobs, running, say)
-            gather(members, chosen.output_dir)
+        held.enter_context(lock_folder(chosen.output_dir, say))
+        settings = members[0].settings
+        if (
+            settings.data == "cifar10" and left
+        ):  # Fetch it once for all runs: they may start at the same time.
+            load_dataset("cifar10", settings.data_dir, None, None, say)
+        say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
+        running: dict[Member, subprocess.Popen[bytes]] = {}
+        held.callback(stop_all, running)
+        failed = run_all(left, chosen.jobs, running, say)
+        gather(members, chosen.output_dir)
         say(f"Files: {chosen.output_dir / CSV}, {chosen.output_dir / PICTURE}")
         if failed:
             say(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
-        return 1 if failed else 0
-    except Stopped as stop:
-        say(f"stopped by {stop.name}; the same command goes on")
-        return stop.status
-    except (ValueError, DataError, OutputError) as error:
-        return refuse(str(error))
-    except ClosedOutputError as error:
-        live.close()
-        return refuse(f"{error}, so the sweep stopped; the same command goes on")
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+            end.status = EXIT_FAILED
+    return end.status
 
 
 def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> Iterator[Member]:
@@ -181,6 +181,14 @@ def run_all(
     return failed
 
 
+def stop_all(running: dict[Member, subprocess.Popen[bytes]]) -> None:
+    """Have the runs in progress write their files and end, and wait for that."""
+    for process in running.values():
+        process.terminate()
+    for process in running.values():
+        process.wait()
+
+
 def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
     """Its output goes to log.txt in its folder. Ctrl-C does not reach it: `main` stops it with SIGTERM."""
     member.folder.mkdir(parents=True, exist_ok=True)
@@ -195,9 +203,9 @@ def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
         )
 
 
-def describe(history: dict[str, Any]) -> str:
+def describe(history: History) -> str:
     row = results(history)
-    fails = sum(check["status"] == "FAIL" for check in history["verdict"])
+    fails = sum(check.status == FAIL for check in history.verdict)
     return (
         f"{100 * row['accuracy']:.2f} %, BOPs {row['structured_bops_ratio']:.1f}x structured, "
         f"{row['unstructured_bops_ratio']:.1f}x unstructured" + (f"; verdict: {fails} FAIL" if fails else "")
@@ -211,9 +219,10 @@ def why_failed(member: Member, status: int) -> str:
     return f"FAILED with status {status}; the last line of {log}: {lines[-1] if lines else 'none'}"
 
 
-def results(history: dict[str, Any]) -> dict[str, float]:
-    final, last = history["final"], history["epochs"][-1]
-    return {key: last[key] for key in RESULTS} | {key: float(final[key]) for key in RATIOS}
+def results(history: History) -> dict[str, float]:
+    assert history.final
+    accuracy = {"accuracy": history.epochs[-1].accuracy}
+    return accuracy | {key: getattr(history.final, key) for key in (*SPARSITIES, *RATIOS)}
 
 
 def gather(members: Sequence[Member], folder: Path) -> None:
@@ -221,7 +230,7 @@ def gather(members: Sequence[Member], folder: Path) -> None:
     os.environ["MPLBACKEND"] = "agg"  # as in the debug run
     from experiments import plots
 
-    columns = ("name", "status", *LISTS, "epochs", "data", *RESULTS, *RATIOS, "seconds")
+    columns = ("name", "status", *LISTS, "epochs", "data", "accuracy", *SPARSITIES, *RATIOS, "seconds")
     text = io.StringIO()
     table = csv.DictWriter(text, columns, restval="")
     table.writeheader()
@@ -234,15 +243,17 @@ def gather(members: Sequence[Member], folder: Path) -> None:
         row |= {n: settings[n] for n in LISTS if n == "seed" or member.point != FULL_PRECISION}
         if history:
             found = results(history)
-            seconds = sum(epoch["seconds"] for epoch in history["epochs"])
-            row |= found | {"status": "done", "data": history["data"]["name"], "seconds": seconds}
+            seconds = sum(epoch.seconds for epoch in history.epochs)
+            row |= found | {"status": "done", "data": history.data.name, "seconds": seconds}
             points.setdefault(member.point, []).append(found)
-            data.add(history["data"]["name"])
+            data.add(history.data.name)
         table.writerow({"status": "missing"} | row)
     write_whole(folder / CSV, text.getvalue().encode())
     full = points.pop(FULL_PRECISION, [])
-    what = f"ResNet-20 on {', '.join(sorted(data)) or 'nothing yet'}, {members[0].settings.epochs} epochs"
-    plots.save_figure(plots.trade_off_figure(points, full, f"Accuracy over BOPs: {what}"), folder / PICTURE)
+    common = members[0].settings
+    what = f"ResNet-20 on {', '.join(sorted(data)) or 'nothing yet'}, {common.epochs} epochs"
+    title = f"Accuracy over BOPs: {what}\npreset {common.described(but=LISTS)}"
+    plots.save_figure(plots.trade_off_figure(points, full, title), folder / PICTURE)
 
 
 if __name__ == "__main__":

@@ -34,22 +34,22 @@ class EpochLosses:
     cross_entropy: float
 
 
-def logit_pace(settings: Settings, steps: int) -> float:
-    """What the logits' learning rates are multiplied by in a run of so many steps.
+def logit_pace(logit_steps: int, steps: int) -> float:
+    """What the logits' learning rates are multiplied by in a run of `steps` optimizer steps.
 
     AdamW moves a logit by about its learning rate a step, whatever the gradient's size, and decays it by rate
-    times decay. So in a run of more than `settings.logit_steps` steps both logits' rates shrink in
-    proportion: they travel the same way, only slower.
+    times decay. So in a run of more than `logit_steps` steps (0: of any length) both logits' rates shrink in
+    proportion: the logits travel the same way, only slower.
     """
-    return settings.logit_steps / steps if 0 < settings.logit_steps < steps else 1.0
+    return logit_steps / steps if 0 < logit_steps < steps else 1.0
 
 
 def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torch.optim.AdamW:
     """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits.
 
-    `steps` is the length of the whole run, on which the logits' pace depends; 0 where it does not matter.
+    `steps` is the number of optimizer steps in the whole run, on which the logits' pace depends.
     """
-    pace = logit_pace(settings, steps)
+    pace = logit_pace(settings.logit_steps, steps)
     bit = [q.logit_bit for q in quantizers(model).values() if q.logit_bit.requires_grad]
     deadzone = [q.logit_dz for q in quantizers(model).values() if q.logit_dz.requires_grad]
     logits = {id(p) for p in bit + deadzone}
@@ -68,7 +68,7 @@ def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torc
 def _group(
     name: str, params: list[nn.Parameter], lr: float, decay: float, device: torch.device
 ) -> dict[str, Any]:
-    """On CUDA the learning rate is a tensor on the device, so that a captured step sees it change."""
+    """A parameter group. On CUDA its rate is a tensor there, so that a captured step sees the rate change."""
     now = torch.tensor(lr, device=device) if device.type == "cuda" else lr
     return {"name": name, "params": params, "lr": now, "peak_lr": lr, "weight_decay": decay}
 
@@ -88,7 +88,7 @@ class TrainingStep:
     A ResNet-20's step is thousands of small kernels, which take the host longer to launch than the device to
     run; a graph launches them all at once. Nothing here makes the host wait for an accelerator.
 
-    With several processes each takes the step on its share of the batch, and nothing is captured.
+    With several ranks each takes the step on its shard of the batch, and no graph is captured.
     """
 
     EAGER_STEPS = 3  # before a graph is captured: cuDNN and the optimizer set up their state in them
@@ -105,21 +105,22 @@ class TrainingStep:
         self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision
         self.keep_dead, self.processes = keep_dead, processes
         self.device = next(model.parameters()).device
-        self.sparsity_weight = torch.zeros((), device=self.device)
+        self.coefficient = torch.zeros((), device=self.device)  # of the penalty
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
 
     def __call__(
-        self, images: Tensor, labels: Tensor, sparsity_weight: float, batch_size: int | None = None
+        self, images: Tensor, labels: Tensor, coefficient: float, batch_size: int | None = None
     ) -> Tensor:
         """Take the step; returns (2,): the loss trained on, and its cross-entropy part, of the whole batch.
 
-        `batch_size` is the whole batch's, where the images are this process's share of it.
+        `coefficient` is the penalty's in this step. `batch_size` is the number of images in the whole batch,
+        where `images` are this rank's shard of it.
         Raises: on the CPU FloatingPointError where the loss is not finite, before the optimizer moves.
         """
-        # At weight 0 the penalty's gradient is 0: it is not worth its time.
-        penalised = sparsity_weight != 0
-        self.sparsity_weight.fill_(sparsity_weight)
+        # With a coefficient of 0 the penalty adds no gradient, so it is not computed.
+        penalised = coefficient != 0
+        self.coefficient.fill_(coefficient)
         if self.device.type != "cuda" or self.processes.count > 1:
             return self._run(images, labels, penalised, batch_size)
         key = (penalised, len(labels))
@@ -131,14 +132,14 @@ class TrainingStep:
         return self.graphs[key].replay(images, labels)
 
     def _run(self, images: Tensor, labels: Tensor, penalised: bool, batch_size: int | None = None) -> Tensor:
-        # A captured graph writes its gradients where they were at its capture: keep them there.
+        # A CUDA graph writes gradients to fixed addresses: once one exists, zero them in place.
         self.optimizer.zero_grad(set_to_none=not self.graphs)
-        with parametrize.cached():  # each quantizer once a step, for the forward pass and the penalty
+        with parametrize.cached():  # so that each quantizer runs once, for the forward pass and the penalty
             with autocast(self.device, self.precision):
                 logits = self.model(images)
             cross_entropy = self._cross_entropy(logits.float(), labels, batch_size)
             loss = (
-                cross_entropy + self.sparsity_weight * self.penalty(self.model) / self.processes.count
+                cross_entropy + self.coefficient * self.penalty(self.model) / self.processes.count
                 if penalised
                 else cross_entropy
             )
@@ -156,7 +157,7 @@ class TrainingStep:
         return losses
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, batch_size: int | None) -> Tensor:
-        """The mean over the batch, or this process's part of it."""
+        """The mean over the batch; with several ranks, this rank's part of that mean."""
         if self.processes.count == 1:
             return F.cross_entropy(logits, labels)
         assert batch_size is not None
@@ -196,20 +197,21 @@ def train_epoch(
     step: TrainingStep,
     batches: TrainBatches,
     epoch: int,
-    sparsity_weight: float,
+    coefficient: float,
     progress: Progress | None = None,
 ) -> EpochLosses:
-    """One pass over the training set; the gradients of its last step stay in place.
+    """Train on each batch of one epoch (from 0); the gradients of its last step stay in place.
 
-    Raises: NotFiniteError with the step (from 1) and the first layer concerned. On the CPU, where each loss
-        is looked at, the weights are then those before that step; on other devices they are not.
+    Raises: NotFiniteError with the step (from 1) and the first layer concerned. On the CPU every loss is
+        read before the optimizer moves, so the weights are those before that step; on other devices reading
+        it would make the host wait, and the weights have moved on.
     """
     step.model.train()
     losses = torch.zeros(len(batches), 2, device=step.device)
     started = time.perf_counter()
     for i, (images, labels) in enumerate(batches.epoch(epoch)):
         try:
-            losses[i] = step(images, labels, sparsity_weight, batches.sizes[i])
+            losses[i] = step(images, labels, coefficient, batches.sizes[i])
         except (FloatingPointError, NotFiniteWeightError) as error:
             raise NotFiniteError(_not_finite(step, images, i)) from error
         if progress:
@@ -243,7 +245,8 @@ def _first_layer_not_finite(step: TrainingStep, images: Tensor) -> str | None:
 
     leaves = [(n, m) for n, m in step.model.named_modules() if isinstance(m, LAYERS)]
     hooks = [module.register_forward_hook(look(f"the output of {name}")) for name, module in leaves]
-    if step.processes.count > 1:  # not every process need come here: no batch norm may wait for the others
+    # Other ranks may not get here, and a global batch norm in train mode would wait for them forever.
+    if step.processes.count > 1:
         step.model.eval()
     try:
         with autocast(step.device, step.precision):
@@ -258,10 +261,10 @@ def _first_layer_not_finite(step: TrainingStep, images: Tensor) -> str | None:
 def renew_batch_norms(
     model: nn.Module, batches: TrainBatches, epoch: int, count: int, precision: str = "float32"
 ) -> None:
-    """Take every batch norm's running statistics afresh: the plain mean over `count` training batches.
+    """Replace every batch norm's running statistics by the plain mean over `count` training batches.
 
     While thresholds flip weights in and out of the dead zone from step to step, the running averages describe
-    networks of some steps ago, not the one that is tested. The weights do not change.
+    the networks of some steps ago, and not the one that is tested. The weights do not change.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -270,7 +273,7 @@ def renew_batch_norms(
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
+            norm.momentum = None  # asks batch norm for the plain mean over the batches it sees
         with parametrize.cached(), autocast(device, precision):
             for images, _ in itertools.islice(batches.epoch(epoch), min(count, len(batches))):
                 model(images)
@@ -280,16 +283,24 @@ def renew_batch_norms(
 
 
 @torch.inference_mode()
+def predict(network: nn.Module, batches: TestBatches, precision: str = "float32") -> tuple[Tensor, Tensor]:
+    """The network's logits for the test images, and the images' labels, in the mode that it is in.
+
+    Shapes: -> (M, classes), (M,), M the images of this rank's shard.
+    """
+    with parametrize.cached(), autocast(batches.labels.device, precision):
+        logits = [network(images) for images, _ in batches]
+    return torch.cat(logits), batches.labels
+
+
 def measure_accuracy(
     model: nn.Module, batches: TestBatches, precision: str = "float32", processes: Processes = ALONE
 ) -> float:
-    """Share of the test images whose largest logit is their label's; each process tests its own share."""
-    model.eval()
-    device = next(model.parameters()).device
-    hits = torch.zeros(2, dtype=torch.long, device=device)  # right, tested
-    with parametrize.cached(), autocast(device, precision):
-        for images, labels in batches:
-            hits[0] += (model(images).argmax(1) == labels).sum()
-            hits[1] += len(labels)
-    correct, total = processes.sum(hits).tolist()
-    return correct / total
+    """Share of all test images whose largest logit is their label's; each rank tests its own shard.
+
+    The model is left in evaluation mode.
+    """
+    logits, labels = predict(model.eval(), batches, precision)
+    hits = processes.sum(torch.stack([(logits.argmax(1) == labels).sum(), labels.new_tensor(len(labels))]))
+    right, tested = hits.tolist()
+    return right / tested

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from experiments.data import CLASSES, DataError, TestBatches, load_dataset
-from experiments.live import ClosedOutputError, LiveLine, refuse
-from experiments.proofs import counted_macs
+from experiments.data import CLASSES, TestBatches, load_dataset
+from experiments.exit_status import ExitStatus
+from experiments.live import LiveLine
 from experiments.settings import DATA, Parser
-from metrics import count_network
+from experiments.training import predict
+from metrics import count_by_torch, count_network
 from src.encoding import PackingError
 from src.packing import MAX_FILE_BYTES, read_header, unpack_network
 
@@ -40,17 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of cifar-10-batches-py")
     parser.add_argument("--limit-test", type=int, help="use only the first so many test images")
     chosen = parser.parse_args(arguments)
-    try:
-        return verify(chosen.file, chosen.data, chosen.data_dir, chosen.limit_test, live.say)
-    except (ValueError, DataError) as error:
-        return refuse(str(error))
-    except ClosedOutputError as error:
-        live.close()
-        return refuse(str(error))
+    with ExitStatus(live, "the same command starts over") as end:
+        end.status = verify(chosen.file, chosen.data, chosen.data_dir, chosen.limit_test, live.say)
+    return end.status
 
 
 def verify(path: Path, data: str, data_dir: Path, limit_test: int | None, say: Say) -> int:
-    """Raises: ValueError or DataError for what cannot be checked."""
+    """Check a file and tell `say` what was found; the exit status.
+
+    Raises: ValueError or DataError for what cannot be checked.
+    """
     if path.suffix not in ENDINGS:
         raise ValueError(
             f"{path} ends in {path.suffix!r}; expected a file that ends in {' or '.join(ENDINGS)}"
@@ -68,7 +68,7 @@ def verify(path: Path, data: str, data_dir: Path, limit_test: int | None, say: S
     dataset = load_dataset(data, data_dir, None, limit_test, say)
     say(f"Data:     {dataset.name}, {len(dataset.test_labels):,} test images ({dataset.source})")
     try:
-        accuracy, macs = _accuracy(network, TestBatches(dataset, "cpu")), counted_macs(network, "cpu")
+        accuracy, macs = _accuracy(network, TestBatches(dataset, "cpu")), count_by_torch(network)[""]
     except Exception as error:  # an exported network of another kind fails in its own way
         raise ValueError(
             f"{path} holds no network for 3 x 32 x 32 images and {CLASSES} classes ({type(error).__name__})"
@@ -121,15 +121,11 @@ def _load_exported(path: Path, content: bytes) -> nn.Module:
         ) from None
 
 
-@torch.inference_mode()
 def _accuracy(network: nn.Module, batches: TestBatches) -> float:
-    hits: list[Tensor] = []
-    for images, labels in batches:
-        logits = network(images)
-        if logits.shape != (len(labels), CLASSES):
-            raise ValueError(f"logits of shape {tuple(logits.shape)}")
-        hits.append(logits.argmax(1) == labels)
-    return torch.cat(hits).double().mean().item()
+    logits, labels = predict(network, batches)
+    if logits.shape != (len(labels), CLASSES):
+        raise ValueError(f"logits of shape {tuple(logits.shape)}")
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""The compressed network made real, and measured: a smaller network, a packed file, and what both give.
+
+Ratios are claims; here each is held against something that exists: the smaller network's own multiplications,
+the file's own bytes, and the logits of both on the whole test set.
+"""
+
+import copy
+import io
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.data import TestBatches
+from experiments.files import write_whole
+from experiments.history import CompressedRecord
+from experiments.training import predict
+from metrics import NetworkCount, count_by_torch
+from resnet import resnet20
+from src.packing import pack_network, unpack_network
+from src.slim import slim_network
+from src.slim import without_quantizers  # moves
+
+PACKED, SLIM = "compressed.codeq", "slim.pt2"
+LATENCY_BATCHES = (1, 128)
+LATENCY_RUNS = 9
+
+
+def make_compressed(
+    model: nn.Module, count: NetworkCount, batches: TestBatches, folder: Path, settings: dict[str, Any]
+) -> CompressedRecord:
+    """Make both, write them into `folder`, read the packed one back, and run all three on the test set.
+
+    This is done in float32 on the model's device, whatever precision the model was trained in. Nothing of the
+    model changes but that it is in evaluation mode.
+
+    Raises: PackingError if the network cannot be packed, OutputError if a file cannot be written.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    content = pack_network(model, settings, {"structured_macs": count.total("structured_macs")})
+    write_whole(folder / PACKED, content)
+    slim = slim_network(model)
+    write_whole(folder / SLIM, exported(slim))
+    packed = unpack_network((folder / PACKED).read_bytes()).to(device)
+    networks = {"quantized": model, "slim": slim, "packed": packed}
+    logits = {name: predict(network, batches)[0] for name, network in networks.items()}
+    hits = {name: of_network.argmax(1) == batches.labels for name, of_network in logits.items()}
+    accuracy = {name: right.double().mean().item() for name, right in hits.items()}
+    dense = resnet20().to(device)
+    return CompressedRecord(
+        images=len(batches.labels),
+        dense_parameters=_parameters(dense),
+        slim_parameters=_parameters(slim),
+        dense_macs=count.total("dense_macs"),
+        slim_macs=count_by_torch(slim, device=device)[""],
+        structured_macs=count.total("structured_macs"),
+        largest_logit=logits["quantized"].abs().max().item(),
+        largest_difference=(logits["quantized"] - logits["slim"]).abs().max().item(),
+        agreement=(logits["quantized"].argmax(1) == logits["slim"].argmax(1)).double().mean().item(),
+        quantized_accuracy=accuracy["quantized"],
+        slim_accuracy=accuracy["slim"],
+        packed_accuracy=accuracy["packed"],
+        packed_differs=int((logits["quantized"] != logits["packed"]).sum()),
+        packed_bytes=(folder / PACKED).stat().st_size,
+        float32_bytes=_saved_bytes(without_quantizers(model)),
+        slim_bytes=(folder / SLIM).stat().st_size,
+        latency_seconds=measure_latency(
+            {"dense": dense, "fake-quantized": model, "smaller": slim}, next(iter(batches))[0]
+        ),
+    )
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _saved_bytes(network: nn.Module) -> int:
+    content = io.BytesIO()
+    torch.save(network.state_dict(), content)
+    return len(content.getvalue())
+
+
+def exported(network: nn.Module) -> bytes:
+    """The network as torch.export saves it, for any batch size, on the CPU."""
+    on_cpu = copy.deepcopy(network).cpu().eval()
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(on_cpu, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=(batch,))
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getvalue()
+
+
+@torch.inference_mode()
+def measure_latency(networks: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, float]]:
+    """Seconds a forward pass, the networks in turn, at batch 1 and 128."""
+    found = {}
+    for size in LATENCY_BATCHES:
+        batch = images[:size]
+        seconds: dict[str, list[float]] = {name: [] for name in networks}
+        for _ in range(LATENCY_RUNS + 1):
+            for name, network in networks.items():
+                seconds[name].append(_forward_seconds(network, batch))
+        for name, times in seconds.items():
+            kept = times[1:]  # the first one sets up
+            found[f"{name}, batch {len(batch)}"] = {
+                "median": statistics.median(kept),
+                "least": min(kept),
+                "most": max(kept),
+            }
+    return found
+
+
+def _forward_seconds(network: nn.Module, batch: Tensor) -> float:
+    start = time.perf_counter()
+    network(batch)[0, 0].item()  # waits for an accelerator
+    return time.perf_counter() - start

@@ -1,0 +1,311 @@
+"""The schema of history.json: the run as a whole, a record an epoch, a record a layer.
+
+The table, the pictures, the verdict, the checkpoints, the sweep and the benchmark read these records and no
+others, so that what is printed, drawn, judged and resumed cannot disagree. The records are made here alone.
+"""
+
+import dataclasses
+import platform
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from experiments.data import Dataset
+from experiments.device import describe_device
+from experiments.distributed import Processes
+from experiments.evaluator import Compression
+from experiments.settings import PRECISIONS, Settings
+from metrics import TOTALS, LayerCount, NetworkCount
+from utils_quantization import quantizers
+
+T = TypeVar("T")
+PACKAGES = ("torch", "numpy", "matplotlib")
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """A quantized layer before the first epoch."""
+
+    parameters: dict[str, float]  # the quantizer's own trained numbers, by their names in the quantizer
+    learned_bits: float  # before rounding
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A quantized layer after an epoch; gradients are those of the epoch's last step."""
+
+    parameters: dict[str, float]
+    gradients: dict[str, float | None]  # None where no gradient has arrived
+    learned_bits: float
+    bits: int
+    weights: int
+    zero_weights: int
+    filters: int
+    zero_filters: int
+    alive_channels: int
+    constant_channels: int
+    null_channels: int
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch: its training, and the network that it left."""
+
+    epoch: int  # from 1
+    loss: float  # cross-entropy plus coefficient times penalty, the mean over the epoch's images
+    cross_entropy: float
+    penalty: float  # of the network at the epoch's end
+    coefficient: float  # of the penalty in this epoch; `sparsity_weight` in the settings is its peak
+    accuracy: float  # on the test images, 0 to 1
+    unstructured_sparsity: float  # share of the quantized weights that are zero
+    structured_sparsity: float  # share of the quantized filters whose weights are all zero
+    learned_bits: float  # mean over the quantized layers, before rounding
+    bits: float  # the same, as used
+    layers: dict[str, LayerRecord]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The images of a run."""
+
+    name: str
+    source: str  # where they came from, or why they are the stand-in
+    synthetic: bool
+    train_images: int
+    test_images: int
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """One time that the run was resumed."""
+
+    after_epoch: int
+    differences: list[str]  # what was otherwise than before, in words
+
+
+@dataclass(frozen=True)
+class FinalCounts:
+    """The counts of the last finished epoch's network."""
+
+    structured_bops_ratio: float
+    unstructured_bops_ratio: float
+    structured_mac_ratio: float
+    unstructured_mac_ratio: float
+    structured_ceiling: float
+    unstructured_ceiling: float
+    unstructured_sparsity: float
+    structured_sparsity: float
+    learned_bits: float
+    bits: float
+    totals: dict[str, int]
+    layers: list[LayerCount]
+
+    @property
+    def count(self) -> NetworkCount:
+        return NetworkCount(tuple(self.layers))
+
+
+@dataclass(frozen=True)
+class CompressedRecord:
+    """The smaller network and the packed file against the quantized network, over the whole test set."""
+
+    images: int
+    dense_parameters: int
+    slim_parameters: int
+    dense_macs: int
+    slim_macs: int  # counted by torch on the smaller network
+    structured_macs: int  # what the metrics print
+    largest_logit: float
+    largest_difference: float  # between the smaller network's logits and the quantized one's
+    agreement: float  # share of equal predictions
+    quantized_accuracy: float
+    slim_accuracy: float
+    packed_accuracy: float
+    packed_differs: int  # logits of the packed file's network that differ in any bit
+    packed_bytes: int
+    float32_bytes: int  # the same network's state_dict, saved by torch
+    slim_bytes: int
+    latency_seconds: dict[str, dict[str, float]]  # median, least and most a forward pass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the verdict."""
+
+    status: str  # PASS, FAIL or SKIP
+    name: str
+    message: str  # the measured numbers, and the likely cause of a FAIL
+
+    def __str__(self) -> str:
+        return f"{self.status}  {self.name}: {self.message}"
+
+
+@dataclass
+class History:
+    """A run, from its settings to its verdict: the content of history.json."""
+
+    settings: dict[str, Any]  # as `Settings.to_json` has them
+    versions: dict[str, str]
+    device: str
+    precision: str
+    threads: int
+    processes: int
+    data: DataRecord
+    quantized: list[str]  # layers
+    full_precision: list[str]  # layers
+    start: dict[str, LayerStart]
+    epochs: list[EpochRecord] = field(default_factory=list)
+    resumed: list[Resumption] = field(default_factory=list)
+    stopped: str | None = None  # why the run ended before its last epoch
+    not_finite: bool = False  # whether it was stopped by numbers that are not finite
+    final: FinalCounts | None = None
+    compressed: CompressedRecord | None = None
+    verdict: list[Check] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Any) -> "History":
+        """The history that `to_json` or history.json holds. Raises: ValueError naming what is amiss."""
+        return _read(History, values, "the history")
+
+
+def new_history(
+    settings: Settings,
+    dataset: Dataset,
+    device: torch.device,
+    processes: Processes,
+    model: nn.Module,
+    quantized: list[str],
+) -> History:
+    """The history of a run before its first epoch."""
+    where = describe_device(device) + (f", {processes.count} processes" if processes.count > 1 else "")
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return History(
+        settings=settings.to_json(),
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        device=where,
+        precision=PRECISIONS[settings.precision],
+        threads=torch.get_num_threads(),
+        processes=processes.count,
+        data=DataRecord(dataset.name, dataset.source, dataset.synthetic,
+                        len(dataset.train_labels), len(dataset.test_labels)),
+        quantized=quantized,
+        full_precision=[name for name in layers if name not in quantized],
+        start={
+            name: LayerStart(_parameters(quantizer), quantizer.get_learned_bitwidth().item())
+            for name, quantizer in quantizers(model).items()
+        },
+    )  # fmt: skip
+
+
+def epoch_record(
+    epoch: int,
+    model: nn.Module,
+    compression: Compression,
+    *,
+    loss: float,
+    cross_entropy: float,
+    penalty: float,
+    coefficient: float,
+    accuracy: float,
+    seconds: float,
+) -> EpochRecord:
+    """The record of an epoch (from 1) that left this model with these counts."""
+    return EpochRecord(
+        epoch=epoch,
+        loss=loss,
+        cross_entropy=cross_entropy,
+        penalty=penalty,
+        coefficient=coefficient,
+        accuracy=accuracy,
+        **_sparsities(compression.count),
+        layers=layer_records(model, compression.count),
+        seconds=seconds,
+    )
+
+
+def layer_records(model: nn.Module, count: NetworkCount) -> dict[str, LayerRecord]:
+    """A record of each quantized layer, by name."""
+    counts = {layer.name: layer for layer in count.layers}
+    taken = [f.name for f in dataclasses.fields(LayerRecord) if f.name not in ("parameters", "gradients")]
+    return {
+        name: LayerRecord(
+            parameters=_parameters(quantizer),
+            gradients={n: _gradient(p) for n, p in quantizer.named_parameters() if p.requires_grad},
+            **{key: getattr(counts[name], key) for key in taken},
+        )
+        for name, quantizer in quantizers(model).items()
+    }
+
+
+def final_counts(compression: Compression) -> FinalCounts:
+    """The counts of a finished run: the ratios, the totals, a record a layer."""
+    ratios = [f.name for f in dataclasses.fields(FinalCounts) if f.name.endswith(("_ratio", "_ceiling"))]
+    return FinalCounts(
+        **{key: getattr(compression, key) for key in ratios},
+        **_sparsities(compression.count),
+        totals={key: compression.count.total(key) for key in TOTALS},
+        layers=list(compression.count.layers),
+    )
+
+
+def _sparsities(count: NetworkCount) -> dict[str, float]:
+    return {
+        "unstructured_sparsity": count.unstructured_sparsity,
+        "structured_sparsity": count.structured_sparsity,
+        "learned_bits": count.mean_learned_bits,
+        "bits": count.mean_bits,
+    }
+
+
+def _parameters(quantizer: nn.Module) -> dict[str, float]:
+    """A quantizer's trained parameters; of one with several numbers, their mean."""
+    trained = {name: p for name, p in quantizer.named_parameters() if p.requires_grad}
+    return {name: p.detach().mean().item() for name, p in trained.items()}
+
+
+def _gradient(parameter: nn.Parameter) -> float | None:
+    """The gradient of a parameter; of one with several numbers, its norm."""
+    if parameter.grad is None:
+        return None
+    return parameter.grad.item() if parameter.numel() == 1 else parameter.grad.norm().item()
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON, or of a checkpoint, as what a field is declared to hold.
+
+    Raises: ValueError naming the place where something else stands. Files may have been damaged or made by
+    another program, so nothing of them is taken on trust.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _read(inner[0], value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        declared = typing.get_type_hints(kind)
+        if value.keys() != declared.keys():
+            odd = sorted(map(str, value.keys() ^ declared.keys()))
+            raise ValueError(f"{where} has too many or too few fields ({', '.join(odd[:3])})")
+        return kind(**{name: _read(t, value[name], f"{where}, {name}") for name, t in declared.items()})  # type: ignore[operator]
+    if origin is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _read(inner[1], item, f"{where}, {key}") for key, item in value.items()}
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(_read(inner[0], item, where) for item in value)
+    if kind is float and value in ("nan", "inf", "-inf"):  # how strict JSON is given them
+        return float(value)
+    if kind is float and type(value) in (float, int) and not (type(value) is int and abs(value) > 2**53):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    name = getattr(kind, "__name__", str(kind))
+    raise ValueError(f"{where} is {str(value)[:40]!r}; expected {name}")

@@ -1,0 +1,119 @@
+"""What a run tells a person, as text made from its history. Prints nothing."""
+
+from collections.abc import Sequence
+
+from experiments.history import CompressedRecord, DataRecord, EpochRecord, FinalCounts, History
+from experiments.settings import Settings
+from metrics import NetworkCount, format_ratio, ratio
+
+PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png",
+            "channels_over_time.png")  # fmt: skip
+
+
+def first_lines(history: History, settings: Settings, notes: Sequence[str] = ()) -> str:
+    """What runs, on what and with which data; `notes` say what else is out of the ordinary."""
+    data, auto_cpu = history.data, settings.device == "auto" and history.device.startswith("cpu")
+    layers = len(history.quantized) + len(history.full_precision)
+    stand_in = f"*** NOT CIFAR-10: this run uses the {data.name}. {data.source} ***"
+    return "\n".join([
+        *([stand_in] if data.synthetic else []),
+        f"Versions:  {', '.join(f'{k} {v}' for k, v in history.versions.items())}",
+        f"Device:    {history.device}, {history.precision}"
+        + (" (auto: no CUDA or MPS here)" if auto_cpu else ""),
+        f"Preset:    {settings.described()}",
+        f"Training:  {settings.epochs} epochs of batches of {settings.batch_size}, seed {settings.seed}",
+        f"Data:      {data.name}: {data.train_images:,} training and {data.test_images:,} test images "
+        f"({data.source})",
+        f"Quantized: {len(history.quantized)} of {layers} layers; not: "
+        f"{', '.join(history.full_precision) or 'none'}",
+        *notes,
+    ])  # fmt: skip
+
+
+def table_header(data: DataRecord) -> str:
+    """The head of the table; it names the stand-in where the images are not CIFAR-10's."""
+    mark = f"  [{data.name}]" if data.synthetic else ""
+    return (
+        "\nEpoch |     Loss |    Acc |  Unstr | Struct |  Bits |   Time" + mark + "\n"
+        "      | CE + pen |      % |      % |      % |  mean |      s\n"
+        "------+----------+--------+--------+--------+-------+-------"
+    )
+
+
+def table_row(record: EpochRecord) -> str:
+    """One epoch's row of the table."""
+    return (
+        f"{record.epoch:5d} | {record.loss:8.4f} | {100 * record.accuracy:6.2f} | "
+        f"{100 * record.unstructured_sparsity:6.2f} | {100 * record.structured_sparsity:6.2f} | "
+        f"{record.learned_bits:5.2f} | {record.seconds:6.1f}"
+    )
+
+
+def metrics_lines(final: FinalCounts) -> str:
+    """The compression ratios, and the ceiling that the layers in full precision set to them."""
+    quantized = len(final.count.quantized)
+    return "\n".join([
+        "",
+        "--- Final Compression Metrics ---",
+        f"Structured BOPs compression:   {format_ratio(final.structured_bops_ratio)}",
+        f"Unstructured BOPs compression: {format_ratio(final.unstructured_bops_ratio)}",
+        f"Structured MACs compression:   {format_ratio(final.structured_mac_ratio)}",
+        f"Unstructured MACs compression: {format_ratio(final.unstructured_mac_ratio)}",
+        f"Ceiling: {format_ratio(final.structured_ceiling)} structured, "
+        f"{format_ratio(final.unstructured_ceiling)} unstructured, if the {quantized} quantized layers "
+        f"cost nothing (of {final.totals['dense_macs']:,} MACs)",
+    ])  # fmt: skip
+
+
+def compressed_lines(found: CompressedRecord) -> str:
+    """The smaller network and the packed file against the quantized network."""
+    smaller = format_ratio(ratio(found.dense_macs, found.slim_macs))
+    rows = [
+        f"  {name:<26} {1e3 * t['median']:8.2f} ms ({1e3 * t['least']:.2f} to {1e3 * t['most']:.2f})"
+        for name, t in found.latency_seconds.items()
+    ]
+    return "\n".join([
+        "",
+        "--- The Compressed Network ---",
+        f"Smaller network: {found.slim_parameters:,} of {found.dense_parameters:,} parameters, "
+        f"{found.slim_macs:,} of {found.dense_macs:,} MACs ({smaller}), counted on the network itself",
+        f"  against the quantized network on {found.images:,} test images: largest difference "
+        f"{found.largest_difference:.2g} of logits up to {found.largest_logit:.3g}, "
+        f"{100 * found.agreement:.2f} % equal predictions",
+        f"  accuracy {100 * found.slim_accuracy:.2f} % against {100 * found.quantized_accuracy:.2f} %",
+        f"Packed file: {found.packed_bytes:,} bytes, {found.float32_bytes / found.packed_bytes:.1f} times "
+        f"smaller than the float32 state_dict's {found.float32_bytes:,}",
+        f"  read back: {found.packed_differs} logits differ, accuracy {100 * found.packed_accuracy:.2f} %",
+        "Latency, median (spread):",
+        *rows,
+        "  Zero weights and low bits give no speed-up in this runtime; only channels that are gone do.",
+    ])  # fmt: skip
+
+
+def picture_title(history: History, settings: Settings) -> str:
+    """What every picture's title says: network, data set, settings, epoch."""
+    data = history.data
+    name = f"{data.name.upper()}, NOT CIFAR-10" if data.synthetic else data.name
+    return f"ResNet-20 on {name}, preset {settings.described()}, epoch {history.epochs[-1].epoch}"
+
+
+def layer_table(count: NetworkCount) -> str:
+    """The counts of each layer, a row a layer, and the totals below."""
+    header = (
+        f"{'Layer':<16} {'Bits':>4} {'Zero weights':>15} {'Zero filters':>12} "
+        f"{'Alive/Const/Null':>16} {'Dense MACs':>12} {'Struct MACs':>12} {'Unstr MACs':>12}"
+    )
+    rows = [
+        f"{x.name:<16} {x.bits:>4} {x.zero_weights:>7}/{x.weights:<7} {x.zero_filters:>7}/{x.filters:<4} "
+        f"{f'{x.alive_channels}/{x.constant_channels}/{x.null_channels}':>16} "
+        f"{x.dense_macs:>12,} {x.structured_macs:>12,} {x.unstructured_macs:>12,}"
+        for x in count.layers
+    ]
+    total = count.total
+    rows.append(
+        f"{'Total':<16} {'':>4} {total('zero_weights'):>7}/{total('weights'):<7} "
+        f"{total('zero_filters'):>7}/{total('filters'):<4} "
+        f"{'/'.join(str(total(f'{s}_channels')) for s in ('alive', 'constant', 'null')):>16} "
+        f"{total('dense_macs'):>12,} {total('structured_macs'):>12,} {total('unstructured_macs'):>12,}"
+    )
+    return "\n".join([header, *rows])
