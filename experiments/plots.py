@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def save_figure(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_whole(path, content.getvalue())
+
+
+def _wrapped(title: str) -> str:
+    """A title in lines that no picture is too narrow for."""
+    return "\n".join(textwrap.fill(line, 90) for line in title.splitlines())
 
 
 def accuracy_figure(history: History, title: str) -> Figure:
@@ -129,7 +135,7 @@ def trade_off_figure(
     axes.set_xlim(0.9, largest)
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(f"{title}\nmean and range of up to {seeds} seeds", fontsize=10)
+    axes.set_title(_wrapped(f"{title}\nmean and range of up to {seeds} seeds"), fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
@@ -151,7 +157,7 @@ def _over_epochs(history: History, title: str) -> tuple[Figure, Axes]:
     begins, ends = delay + 1, min(delay + 1 + ramp, last)  # epochs count from 1 in the table
     if begins < last:
         axes.axvspan(begins, ends, color="tab:orange", alpha=0.12, label="the penalty's warm-up")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_wrapped(title), fontsize=10)
     axes.set(xlabel="epoch", xlim=(0.5, last + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -180,7 +186,7 @@ def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each 
     axes.tick_params(which="minor", length=0)
     names = [f"{x.name} ({x.alive_channels}/{x.filters})" for x in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=8)
-    axes.set(title=title, xlabel="output channel", ylabel="convolution (alive/all)")
+    axes.set(title=_wrapped(title), xlabel="output channel", ylabel="convolution (alive/all)")
     figure.legend(handles=_state_patches(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
@@ -197,7 +203,7 @@ def channels_over_time_figure(history: History, title: str) -> Figure:
     layers, epochs = list(history.epochs[-1].layers), [r.epoch for r in history.epochs]
     figure = Figure(figsize=(9, 1.8 + 0.27 * len(layers)), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_wrapped(title), fontsize=10)
     axes.set(xlabel="epoch", ylabel="convolution (channels alive at the end)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not layers:
@@ -235,6 +241,6 @@ def per_layer_figure(count: NetworkCount, title: str) -> Figure:
         text = f"{layer.alive_channels}/{layer.filters}\n{layer.bits} bits"
         axes.text(place, layer.filters + 0.5, text, ha="center", va="bottom", fontsize=7)
     axes.set_xticks(places, [layer.name for layer in layers], rotation=60, ha="right", fontsize=8)
-    axes.set(title=title, ylabel="output channels", ylim=(0, 1.18 * max(bottom)))
+    axes.set(title=_wrapped(title), ylabel="output channels", ylim=(0, 1.18 * max(bottom)))
     figure.legend(handles=_state_patches()[:3], loc="outside lower center", ncols=3, fontsize=8)
     return figure
