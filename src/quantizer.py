@@ -8,9 +8,10 @@ For a weight tensor w with b bits:
     b     = round(2 + (max_bits - 2) |tanh(logit_bit)|)
     d     = 2 r (1 - |tanh(logit_dz)|)                width of the dead zone
     Q     = 2^(b-1) - 1                               levels on each side of zero
-    s     = (r - d/2) / (Q - 1/2) + 1e-8              step
-    h     = (d - s) / 2                               shift
-    q     = clip(round(sign(w) max(|w| - h, 0) / s), -Q, Q)
+    s     = (r - d/2) / (Q - 1/2) + 1e-8              step size
+    h     = (d - s) / 2                               shift of the levels away from zero
+    u     = sign(w) max(|w| - h, 0) / s
+    q     = clip(round(u), -Q, Q)                     code
     w_hat = s q + h sign(q)
 
 so that |w| <= d/2 becomes exactly 0. Round, clip and max are straight-through: their gradient is 1.
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-RANGE_QUANTILE = 0.99
-MIN_BITS = 2
-MAX_BITS = 16
-STEP_EPS = 1e-8
+RANGE_QUANTILE = 0.99  # as in the published implementation
+STEP_EPS = 1e-8  # as there; it keeps s above 0 for a tensor whose range is 0
+MIN_BITS = 2  # 1 bit would leave no level but zero: Q = 0
+MAX_BITS = 16  # the limit of this implementation; `max_bits` is 8 by default
 
 
 class NotFiniteWeightError(ValueError):
@@ -34,17 +35,17 @@ class NotFiniteWeightError(ValueError):
 
 
 def range_quantile(w: Tensor, q: float = RANGE_QUANTILE) -> Tensor:
-    """The q quantile of |w|, linear between order statistics; NaN where a weight is not finite.
+    """The q quantile of |w|, linear between order statistics; NaN if a weight is not finite.
 
     Shapes: any -> (1,), weight units. Gradient: none.
-    `topk` of the upper tail gives the two order statistics several times faster than `torch.quantile`.
     """
+    # `topk` of the upper tail finds the two order statistics several times faster than `torch.quantile`.
     magnitude = w.detach().abs().flatten()
     position = q * (magnitude.numel() - 1)
     lower = math.floor(position)
-    tail = magnitude.topk(magnitude.numel() - lower).values  # descending, ends at order statistic `lower`
+    tail = magnitude.topk(magnitude.numel() - lower).values  # descending, down to order statistic `lower`
     below, above = tail[-1:], tail[-2:-1] if tail.numel() > 1 else tail[-1:]
-    # 0 * the largest: one infinite or NaN weight far out in the tail must poison r, not pass unseen.
+    # The largest magnitude is added zero times, so that r is NaN if any weight is infinite or NaN.
     return torch.lerp(below, above, position - lower) + 0 * tail[:1]
 
 
@@ -61,20 +62,25 @@ class _RoundStraightThrough(torch.autograd.Function):
         return grad
 
 
+def _coded(w: Tensor, s: Tensor, h: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sign(w), u and the code q, each of the shape of w; the symbols are those at the head of this file."""
+    sign = w.sign()
+    u = sign * (w.abs() - h).clamp_min(0) / s
+    return sign, u, u.round().clamp(-Q, Q)
+
+
 class _DeadZoneRound(torch.autograd.Function):
-    """Forward: w_hat from (w, s, h, Q). Gradient, by hand, with m = max(|w| - h, 0), g the incoming one:
+    """Forward: w_hat from (w, s, h, Q). Gradient, derived by hand, with g the incoming gradient:
 
     dL/dw = g where w != 0, else 0        (w enters through sign(w) |w|)
-    dL/ds = sum g (q - sign(w) m / s)
+    dL/ds = sum g (q - u)
     dL/dh = sum g (sign(q) - sign(w))
     dL/dQ = 0                             (Q acts through s; the clip is straight-through)
     """
 
     @staticmethod
     def forward(ctx, w: Tensor, s: Tensor, h: Tensor, Q: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        sign = w.sign()
-        u = sign * (w.abs() - h).clamp_min(0) / s
-        q = u.round().clamp(-Q, Q)
+        sign, u, q = _coded(w, s, h, Q)
         sign_q = q.sign()
         ctx.save_for_backward(sign, q - u, sign_q - sign)
         return (s * q + h * sign_q).to(w.dtype).reshape(w.shape)
@@ -82,14 +88,14 @@ class _DeadZoneRound(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        sign, by_step, by_shift = ctx.saved_tensors
-        grad_step = (grad * by_step).sum().reshape(1)
-        grad_shift = (grad * by_shift).sum().reshape(1)
-        return grad * sign.abs(), grad_step, grad_shift, None
+        sign, by_s, by_h = ctx.saved_tensors  # by_s, by_h: derivatives of w_hat with respect to s and h
+        grad_s = (grad * by_s).sum().reshape(1)
+        grad_h = (grad * by_h).sum().reshape(1)
+        return grad * sign.abs(), grad_s, grad_h, None
 
 
 class Codes(NamedTuple):
-    """A quantized tensor as integers: w_hat = step_size q + shift sign(q)."""
+    """A quantized tensor as integers, such that w_hat = step_size q + shift sign(q)."""
 
     q: Tensor  # the shape of w, whole numbers in [-Q, Q], in w's dtype
     step_size: Tensor  # (1,), weight units
@@ -103,10 +109,15 @@ class DeadZoneLDZCompander(nn.Module):
     >>> quantizer.get_bitwidth().item()
     8.0
 
+    `max_bits` bounds the learned bit-width; a quantizer that does not learn it uses `fixed_bit_val` bits.
+    tanh of the magnitude of `init_bit_logit` sets the first bit-width, from 2 to `max_bits`, and that of
+    `init_deadzone_logit` the first dead zone, from all of the range to none of it.
+
     Shapes: forward, any floating -> the same. `logit_bit` and `logit_dz` are (1,).
-    Errors: ValueError if w is empty or is not floating point; NotFiniteWeightError, which is one, if on the
-        CPU it holds a number that is not finite. On other devices that check would make the host wait at
-        every step, so w_hat is NaN throughout instead.
+    Raises: ValueError for bits outside 2 to 16 and a logit that is not finite in float32. In forward,
+        ValueError if w is empty or is not floating point, and NotFiniteWeightError if w, on the CPU, holds a
+        number that is not finite. On other devices this check would make the host wait for the device at
+        every call, so there w_hat is NaN throughout instead.
     Source: see the head of this file.
     """
 
@@ -138,7 +149,7 @@ class DeadZoneLDZCompander(nn.Module):
         )
 
     def get_learned_bitwidth(self) -> Tensor:
-        """The bit-width before rounding, (1,), bits; `fixed_bit_val` where it is not learnable."""
+        """The bit-width before rounding, (1,), bits; `fixed_bit_val` if it is not learnable."""
         if not self.learnable_bit:
             return torch.full_like(self.logit_bit, self.fixed_bit_val)
         return MIN_BITS + (self.max_bits - MIN_BITS) * self.logit_bit.tanh().abs()
@@ -148,17 +159,18 @@ class DeadZoneLDZCompander(nn.Module):
         return _RoundStraightThrough.apply(self.get_learned_bitwidth())
 
     def forward(self, w: Tensor) -> Tensor:
+        """The quantized weights w_hat, of the shape of w, with gradients to w and to both logits."""
         return _DeadZoneRound.apply(w, *self._grid(w))
 
     @torch.no_grad()
     def codes(self, w: Tensor) -> Codes:
-        """The integers behind `forward`: q, s and h, with s q + h sign(q) equal to it bit for bit."""
+        """The codes of w, with step size and shift: they give the result of `forward` bit for bit."""
         s, h, Q = self._grid(w)
-        u = w.sign() * (w.abs() - h).clamp_min(0) / s
-        return Codes(u.round().clamp(-Q, Q), s, h)
+        _, _, q = _coded(w, s, h, Q)
+        return Codes(q, s, h)
 
     def _grid(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step s, shift h and level count Q for this tensor, each (1,), with gradients to both logits."""
+        """Step size s, shift h and level count Q for w, each (1,), with gradients to both logits."""
         if not w.is_floating_point():
             raise ValueError(f"cannot quantize a tensor of {w.dtype}; expected a floating-point type")
         if w.numel() == 0:

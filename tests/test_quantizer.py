@@ -1,4 +1,4 @@
-"""The quantizer against NumPy, plain autograd with straight-through steps, and hand numbers."""
+"""The quantizer against NumPy, autograd with straight-through rounding, and numbers worked out by hand."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 class Oracle(NamedTuple):
-    """What section 3 of the issue says, in NumPy float64. u is what gets rounded."""
+    """The formulas of the quantizer, in NumPy float64; u is the value that is rounded to the code."""
 
     w_hat: np.ndarray
     q: np.ndarray
@@ -57,7 +57,7 @@ class Reference(NamedTuple):
 
 
 def reference(w: Tensor, logit_bit: Tensor, logit_dz: Tensor, max_bits: int, fixed: int | None) -> Reference:
-    """The same with autograd through every operation, but for the round, the clip and the max."""
+    """The same formulas in torch: autograd goes through every operation except the round, clip and max."""
     r = torch.quantile(w.detach().abs(), 0.99)
     if fixed is None:
         learned = 2 + (max_bits - 2) * torch.tanh(logit_bit).abs()
@@ -82,7 +82,7 @@ class Case(NamedTuple):
     n: int
     scale: float
     max_bits: int
-    rounding: float  # how far the learned bits lie from the whole number
+    rounding: float  # distance of the learned bits from a whole number
     bit_sign: float
     logit_dz: float
 
@@ -90,7 +90,7 @@ class Case(NamedTuple):
         rng = np.random.default_rng(self.seed)
         w = rng.standard_normal(self.n) * self.scale
         w[rng.random(self.n) < 0.1] = 0
-        w[: self.n // 20] *= 3  # beyond the range, so that something is clipped
+        w[: self.n // 20] *= 3  # weights beyond the range, which are clipped
         return torch.from_numpy(w).to(dtype)
 
     def gradient(self, dtype: torch.dtype) -> Tensor:
@@ -119,7 +119,7 @@ def cases(draw: st.DrawFn, bits: int) -> Case:
 
 def make(case: Case, bits: int, learnable_bit: bool, learnable_deadzone: bool = True) -> DeadZoneLDZCompander:
     return DeadZoneLDZCompander(
-        fixed_bit_val=4 if learnable_bit else bits,  # the other one must not matter
+        fixed_bit_val=4 if learnable_bit else bits,  # must not matter where the bits are learned
         max_bits=case.max_bits,
         init_bit_logit=case.logit_bit(bits),
         init_deadzone_logit=case.logit_dz,
@@ -137,7 +137,7 @@ def rounding_error(expected: Oracle, w: np.ndarray, logit_dz: float, eps: float)
 
 
 def away_from_ties(expected: Oracle, error: np.ndarray) -> np.ndarray:
-    """Where no rounding error can carry u over to another integer."""
+    """Whether no rounding error can carry u over to another integer, for each weight."""
     return np.abs(np.abs(expected.u - np.trunc(expected.u)) - 0.5) > error
 
 
@@ -168,7 +168,7 @@ def test_values_are_those_of_the_formulas_in_numpy(bits, learnable, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_all_three_gradients_are_those_of_plain_autograd_with_straight_through_steps(bits, learnable, dtype):
+def test_all_three_gradients_are_those_of_plain_autograd_with_straight_through_rounding(bits, learnable, dtype):
     @quick
     @given(cases(bits))
     def check(case):
@@ -190,8 +190,8 @@ def test_all_three_gradients_are_those_of_plain_autograd_with_straight_through_s
         # How rounding adds up on the way to a logit t:
         # dL/dt = ds/dt sum g (q - u) + dh/dt sum g (sign q - sign w)
         size = np.abs(g.numpy()).astype(np.float64)
-        by_step = (size * (error + 64 * eps * np.abs(expected.q - expected.u))).sum()
-        by_shift = (size * 64 * eps * np.abs(np.sign(expected.q) - np.sign(w64.detach().numpy()))).sum()
+        by_s = (size * (error + 64 * eps * np.abs(expected.q - expected.u))).sum()
+        by_h = (size * 64 * eps * np.abs(np.sign(expected.q) - np.sign(w64.detach().numpy()))).sum()
         for mine, theirs in zip((quantizer.logit_bit, quantizer.logit_dz), logits, strict=True):
             if not mine.requires_grad:
                 assert mine.grad is None and not learnable
@@ -201,14 +201,14 @@ def test_all_three_gradients_are_those_of_plain_autograd_with_straight_through_s
                 for x in (ref.s, ref.h)
             )
             cancelling = 1 / abs(math.tanh(dz)) + 1 / max(1 - math.tanh(theirs.item()) ** 2, eps)
-            atol = (abs(ds.item()) * by_step + abs(dh.item()) * by_shift) * cancelling + 1e-30
+            atol = (abs(ds.item()) * by_s + abs(dh.item()) * by_h) * cancelling + 1e-30
             assert mine.grad.shape == (1,)
             assert abs(mine.grad.item() - theirs.grad.item()) <= atol + 64 * eps * abs(theirs.grad.item())
 
     check()
 
 
-def test_a_worked_example_of_three_weights_gives_the_hand_numbers():
+def test_a_worked_example_of_three_weights_gives_the_numbers_worked_out_by_hand():
     # |w| in order: 0.3, 0.51, 1.01. The 0.99 quantile lies 0.98 of the way from 0.51 to 1.01:  r = 1
     # tanh(logit_bit) = -1/5, max_bits 8:   learned 2 + 6/5 = 3.2, so b = 3 and Q = 3
     # tanh(logit_dz) = 1/2:                 d = 2 (1 - 1/2) = 1
@@ -248,7 +248,7 @@ def test_a_worked_example_of_three_weights_gives_the_hand_numbers():
     torch.testing.assert_close(quantizer.logit_bit.grad, w.new_tensor([by_bit]), rtol=0, atol=3e-6)
 
 
-def test_a_clipped_weight_of_the_worked_kind_moves_the_step_by_what_is_cut_off():
+def test_the_gradient_of_the_step_size_at_a_clipped_weight_is_what_the_clip_cuts_off():
     # 100 weights of 1 and a last one of 9: position 99 of 0..100 is still a 1, so r = 1.  2 bits: Q = 1.
     # tanh(logit_dz) = 1/2: d = 1, s = (1/2)/(1/2) = 1, h = 0.  The last: u = 9, q = 1, w_hat = 1, q - u = -8.
     # dL/ds, h held = -8, dL/dh = 0, ds/dd = -1, dd/dlogit = -2 (3/4): dL/dlogit_dz = -8 (-1) (-1.5) = -12
@@ -268,8 +268,8 @@ def test_a_clipped_weight_of_the_worked_kind_moves_the_step_by_what_is_cut_off()
     assert w.grad[-1] == 1  # the clip is straight-through
 
 
-def test_the_term_that_keeps_the_step_from_zero_is_1e_minus_8():
-    # logit_dz = 0: d = 2 r, so r - d/2 = 0 and the step is that term alone.
+def test_the_term_that_keeps_the_step_size_from_zero_is_1e_minus_8():
+    # logit_dz = 0: d = 2 r, so r - d/2 = 0 and the step size is that term alone.
     quantizer = DeadZoneLDZCompander(init_deadzone_logit=0.0).double()
     codes = quantizer.codes(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
     assert codes.step_size.item() == 1e-8
@@ -352,13 +352,13 @@ def test_weights_inside_the_dead_zone_become_exactly_zero_and_those_outside_do_n
     w_hat = quantizer(torch.from_numpy(w)).detach().numpy()
     margin = 16 * np.finfo(np.float32).eps * (expected.r + 1e-8)
     assert (w_hat[magnitude < expected.d / 2 - margin] == 0).all()
-    if expected.r > 1e-3:  # far above the 1e-8
+    if expected.r > 1e-3:  # far above the 1e-8 in s
         assert (w_hat[magnitude > expected.d / 2 + margin + 1e-8] != 0).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_edge_of_the_dead_zone_itself_is_zero(bits):
-    # r = 1 and tanh = 1/2 give d/2 = 1/2 to the last digit but one; a hair to either side decides.
+    # r = 1 and tanh = 1/2 give d/2 = 1/2 but for the last digit. The weights lie just below and above it.
     quantizer = DeadZoneLDZCompander(fixed_bit_val=bits, learnable_bit=False).double()
     with torch.no_grad():
         quantizer.logit_dz.fill_(math.atanh(0.5))
@@ -382,7 +382,7 @@ def test_quantized_weights_keep_their_sign_and_order_lie_in_the_range_and_take_2
 
 @thorough
 @given(finite_weights, st.sampled_from(BITS), st.floats(-4, 4))
-def test_between_the_dead_zone_and_the_range_the_error_is_at_most_half_a_step(w, bits, dz):
+def test_between_the_dead_zone_and_the_range_the_error_is_at_most_half_a_step_size(w, bits, dz):
     quantizer = DeadZoneLDZCompander(fixed_bit_val=bits, init_deadzone_logit=dz, learnable_bit=False)
     expected = oracle(w, bits, quantizer.logit_dz.item())
     magnitude = np.abs(w)
@@ -412,22 +412,22 @@ def test_codes_are_whole_numbers_that_give_the_forward_value_bit_for_bit(w, bits
         fixed_bit_val=bits, init_bit_logit=bit, init_deadzone_logit=dz, learnable_bit=learnable
     )
     weights = torch.from_numpy(w)
-    q, step, shift = quantizer.codes(weights)
-    assert torch.equal(step * q + shift * q.sign(), quantizer(weights))
+    q, step_size, shift = quantizer.codes(weights)
+    assert torch.equal(step_size * q + shift * q.sign(), quantizer(weights))
     assert torch.equal(q, q.round())
     assert q.abs().max() <= 2 ** (quantizer.get_bitwidth().item() - 1) - 1
-    assert q.shape == weights.shape and step.shape == shift.shape == (1,)
-    assert not (q.requires_grad or step.requires_grad or shift.requires_grad)
+    assert q.shape == weights.shape and step_size.shape == shift.shape == (1,)
+    assert not (q.requires_grad or step_size.requires_grad or shift.requires_grad)
 
 
-def test_codes_of_known_weights_are_the_hand_numbers():
+def test_codes_of_known_weights_are_those_worked_out_by_hand():
     # The worked example above, in 3 bits: q = 0, -1, 3; s = 0.2, h = 0.4.
     quantizer = DeadZoneLDZCompander(
         fixed_bit_val=3, init_deadzone_logit=math.atanh(0.5), learnable_bit=False
     )
-    q, step, shift = quantizer.codes(torch.tensor([0.3, -0.51, 1.01]))
+    q, step_size, shift = quantizer.codes(torch.tensor([0.3, -0.51, 1.01]))
     assert q.tolist() == [0, -1, 3]
-    assert step.item() == pytest.approx(0.2, abs=1e-6)
+    assert step_size.item() == pytest.approx(0.2, abs=1e-6)
     assert shift.item() == pytest.approx(0.4, abs=1e-6)
 
 
