@@ -66,6 +66,7 @@ from experiments.settings import Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import (
     NotFiniteError,
+    Pipeline,
     Progress,
     TrainingStep,
     make_optimizer,
@@ -114,6 +115,15 @@ def main(arguments: list[str] | None = None) -> int:
         keep_dead = keep_dead_slices(model) if settings.keep_dead else None
         optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
         step = TrainingStep(model, optimizer, penalty, settings.precision, keep_dead, processes)
+        pipeline = Pipeline(
+            settings,
+            step,
+            train_batches,
+            test_batches,
+            evaluator,
+            rate_schedule=cosine_anneal(0),
+            sparsity_schedule=linear_warmup(settings.sparsity_delay, settings.sparsity_ramp),
+        )
 
         history = new_history(settings, dataset, device, processes, model, quantized)
         notes = resume(checkpoint, history, model, optimizer) if checkpoint else begin(settings, processes)
@@ -126,9 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         try:
             for epoch in range(len(history.epochs), settings.epochs):
-                record, compression = one_epoch(
-                    step, train_batches, test_batches, evaluator, settings, epoch, live.steps(epoch)
-                )
+                record, compression = one_epoch(pipeline, epoch, live.steps(epoch))
                 # Defer signals: an epoch must reach history, checkpoint and table together or not at all.
                 with end.signals.held():
                     history.epochs.append(record)
@@ -144,26 +152,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def one_epoch(
-    step: TrainingStep,
-    train_batches: TrainBatches,
-    test_batches: TestBatches,
-    evaluator: Evaluator,
-    settings: Settings,
-    epoch: int,
-    progress: Progress | None = None,
+    pipeline: Pipeline, epoch: int, progress: Progress | None = None
 ) -> tuple[EpochRecord, Compression]:
     """Train, test and count once; the epoch's record and its network's counts. Epochs count from 0."""
-    began, model = time.perf_counter(), step.model
-    set_learning_rates(step.optimizer, cosine_anneal(0)(epoch, settings.epochs))
-    warmup = linear_warmup(settings.sparsity_delay, settings.sparsity_ramp)
-    coefficient = settings.sparsity_weight * warmup(epoch, settings.epochs)
-    losses = train_epoch(step, train_batches, epoch, coefficient, progress)
+    began, settings, step, model = time.perf_counter(), pipeline.settings, pipeline.step, pipeline.model
+    set_learning_rates(step.optimizer, pipeline.rate_schedule(epoch, settings.epochs))
+    coefficient = settings.sparsity_weight * pipeline.sparsity_schedule(epoch, settings.epochs)
+    losses = train_epoch(step, pipeline.train_batches, epoch, coefficient, progress)
     if settings.batch_norm_batches:
-        renew_batch_norms(model, train_batches, epoch, settings.batch_norm_batches, settings.precision)
-    accuracy = measure_accuracy(model, test_batches, settings.precision, step.processes)
+        renew_batch_norms(
+            model, pipeline.train_batches, epoch, settings.batch_norm_batches, settings.precision
+        )
+    accuracy = measure_accuracy(model, pipeline.test_batches, settings.precision, step.processes)
     with torch.no_grad():
         penalty = step.penalty(model).item()
-    compression = evaluator.evaluate(model)
+    compression = pipeline.evaluator.evaluate(model)
     record = epoch_record(
         epoch + 1,
         model,

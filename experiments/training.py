@@ -14,11 +14,14 @@ from torch.nn.utils import parametrize
 
 from experiments.data import TestBatches, TrainBatches
 from experiments.distributed import ALONE, Processes, sum_gradients
+from experiments.evaluator import Evaluator
+from experiments.schedules import Schedule
 from experiments.settings import Settings
 from src.quantizer import NotFiniteWeightError
 from utils_quantization import quantizers
 
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+Penalty = Callable[[nn.Module], Tensor]  # a model's penalty, a scalar
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, seconds since the epoch began
 
 
@@ -97,7 +100,7 @@ class TrainingStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        penalty: Callable[[nn.Module], Tensor],
+        penalty: Penalty,
         precision: str = "float32",
         keep_dead: Callable[[nn.Module], list[tuple[Tensor, Tensor]]] | None = None,
         processes: Processes = ALONE,
@@ -170,6 +173,23 @@ class TrainingStep:
         with torch.cuda.graph(graph):
             losses = self._run(images, labels, penalised)
         return _Graph(graph, images, labels, losses)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """All that an epoch is made of: what trains, on what, at which rates, and what tests and counts."""
+
+    settings: Settings
+    step: TrainingStep  # holds model, optimizer and penalty
+    train_batches: TrainBatches
+    test_batches: TestBatches
+    evaluator: Evaluator
+    rate_schedule: Schedule  # factor of every group's learning rate
+    sparsity_schedule: Schedule  # factor of the penalty's coefficient
+
+    @property
+    def model(self) -> nn.Module:
+        return self.step.model
 
 
 @dataclass(frozen=True)
