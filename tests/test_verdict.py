@@ -1,32 +1,32 @@
-"""The verdict: each line on records made by hand, good and bad, with its numbers and its cause."""
+"""The verdict: each line on a history made by hand, good and bad, with its numbers and its cause."""
 
 import copy
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import EPOCHS, LAYERS, LOGITS, WEIGHTS, changed, good_run, in_every_epoch, in_layer
 
-from experiments import checks
-from experiments.checks import (
+from experiments import verdict
+from experiments.history import Check, History
+from experiments.verdict import (
     FAIL,
     PASS,
     SKIP,
-    Check,
+    compressed_agrees,
     counts_add_up,
     early_warnings,
+    new_warnings,
     pictures_exist,
-    proofs_hold,
-    verdict,
 )
-from experiments.proofs import Proof
-from experiments.settings import Settings
 from metrics import NetworkCount, count_network
 from resnet import ResNet, resnet20
+from src.encoding import PackingError
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import (
     attach_weight_quantizers,
@@ -35,71 +35,16 @@ from utils_quantization import (
     weight_quantization,
 )
 
-Record = dict[str, Any]
-EPOCHS = 20
-LAYERS = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")
 
-
-def layer(epoch: int) -> Record:
-    """One quantized layer whose two logits learn."""
-    return {
-        "bit_logit": 3.0 - 0.1 * epoch,
-        "bit_logit_start": 3.0,
-        "bit_gradient": 1e-4,
-        "deadzone_logit": 3.0 - 0.12 * epoch,
-        "deadzone_logit_start": 3.0,
-        "deadzone_gradient": -1e-5,
-        "learned_bits": 8.0 - 0.2 * epoch,
-        "learned_bits_start": 8.0,
-        "weights": 2304,
-        "zero_weights": 50 * epoch,
-    }
-
-
-def record(epoch: int) -> Record:
-    """An epoch (from 1) of a run that goes as expected: delay 5, ramp 5, filters die from epoch 12 on."""
-    weight = 0.01 * min(max(epoch - 6, 0) / 5, 1)
-    penalty = 500.0 - (20 * (epoch - 6) if epoch > 6 else -epoch)
-    return {
-        "epoch": epoch,
-        "loss": 1 + 1 / epoch + weight * penalty,
-        "cross_entropy": 1 + 1 / epoch,
-        "penalty": penalty,
-        "sparsity_weight": weight,
-        "accuracy": 0.30 + 0.02 * epoch,
-        "unstructured_sparsity": 0.03 * epoch,
-        "structured_sparsity": max(epoch - 11, 0) * 0.01,
-        "learned_bits": 8.0 - 0.2 * epoch,
-        "layers": {name: layer(epoch) for name in LAYERS},
-    }
-
-
-def good_run(epochs: int = EPOCHS) -> list[Record]:
-    return [record(epoch) for epoch in range(1, epochs + 1)]
-
-
-def changed(records: list[Record], values: dict[int, Record]) -> list[Record]:
-    """The records with other numbers in some epochs."""
-    return [r | values.get(r["epoch"], {}) for r in records]
-
-
-def in_layer(records: list[Record], name: str, epochs: list[int], **numbers: object) -> list[Record]:
-    records = copy.deepcopy(records)
-    for r in records:
-        if r["epoch"] in epochs:
-            r["layers"][name] |= numbers
-    return records
-
-
-def check(check: Check, status: str, *numbers: str, cause: str = "") -> None:
-    assert check.status == status, check
+def check(line: Check, status: str, *numbers: str, cause: str = "") -> None:
+    assert line.status == status, line
     for number in numbers:
-        assert number in check.message, f"{number!r} is not in {check.message!r}"
-    said = check.message.partition("Likely cause: ")[2]
-    assert bool(said) == (status == FAIL), check
+        assert number in line.message, f"{number!r} is not in {line.message!r}"
+    said = line.message.partition("Likely cause: ")[2]
+    assert bool(said) == (status == FAIL), line
     assert cause in said
-    assert str(check) == f"{status}  {check.name}: {check.message}"
-    assert "\n" not in str(check)
+    assert str(line) == f"{status}  {line.name}: {line.message}"
+    assert "\n" not in str(line)
 
 
 def quantized_network() -> ResNet:
@@ -131,22 +76,17 @@ def pictures(tmp_path) -> list[Path]:
     return paths
 
 
-def good_proof(**changes: object) -> Proof:
-    values = {field.name: 1 for field in fields(Proof)} | {"largest_difference": 1e-6, "packed_differs": 0}
-    return Proof(**(values | changes))
-
-
 # All of it
 
 
 def test_a_run_that_goes_as_expected_passes_every_line(model, count, pictures):
-    lines = verdict(good_run(), Settings(), count, model, pictures, proof=good_proof())
+    lines = verdict.verdict(good_run(), count, model, pictures, runs.compressed())
     assert [line.status for line in lines] == [PASS] * 13
     assert len({line.name for line in lines}) == 13
 
 
-def test_the_lines_are_those_of_the_issue_in_its_order(model, count, pictures):
-    names = " | ".join(line.name for line in verdict(good_run(), Settings(), count, model, pictures))
+def test_the_lines_come_in_the_order_of_the_report(model, count, pictures):
+    names = " | ".join(line.name for line in verdict.verdict(good_run(), count, model, pictures))
     words = ["loss", "accuracy", "bit logits", "deadzone logits", "unstructured", "structured sparsity f"]
     words += ["penalty", "bits fall", "counts", "pictures"]
     assert [names.find(word) for word in words] == sorted(names.find(word) for word in words)
@@ -154,17 +94,18 @@ def test_the_lines_are_those_of_the_issue_in_its_order(model, count, pictures):
 
 
 def test_a_run_of_one_epoch_fails_no_line_for_its_shortness(model, count, pictures):
-    lines = verdict(good_run(1), Settings(epochs=1), count, model, pictures)
+    lines = verdict.verdict(good_run(1), count, model, pictures)
     assert FAIL not in [line.status for line in lines]
     skipped = [line.name for line in lines if line.status == SKIP]
-    assert len(skipped) == 8, skipped  # accuracy, both sparsities, the penalty, bits, and the proofs
+    assert len(skipped) == 8, (
+        skipped
+    )  # accuracy, both sparsities, the penalty, bits, and the compressed network's three
 
 
 def test_a_long_run_without_a_quantized_layer_fails_no_line_about_quantizers(model, pictures):
     plain = resnet20()
-    nothing = {"layers": {}, "learned_bits": 32.0, "penalty": 0.0}
-    nothing |= {"unstructured_sparsity": 0.0, "structured_sparsity": 0.0}
-    lines = verdict([r | nothing for r in good_run()], Settings(), count_network(plain), plain, pictures)
+    history = runs.without_quantized_layers(good_run())
+    lines = verdict.verdict(history, count_network(plain), plain, pictures)
     passed = [line.name for line in lines if line.status == PASS]
     assert passed == ["loss is finite", "accuracy climbs", "counts add up", "pictures exist"]
     assert [line for line in lines if line.status == FAIL] == []
@@ -174,23 +115,29 @@ def test_a_long_run_without_a_quantized_layer_fails_no_line_about_quantizers(mod
 
 
 def test_a_finite_loss_passes_with_its_way():
-    check(checks.loss_is_finite(good_run()), PASS, "2.000 -> 3.250")  # 1 + 1 / 20 + 0.01 * 220
-    check(checks.loss_is_finite(changed(good_run(), {20: {"loss": 0.125}})), PASS, "2.000 -> 0.125")
+    check(verdict.loss_is_finite(good_run()), PASS, "2.000 -> 3.250")  # 1 + 1 / 20 + 0.01 * 220
+    check(verdict.loss_is_finite(changed(good_run(), {20: {"loss": 0.125}})), PASS, "2.000 -> 0.125")
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_fails_with_its_epochs(number):
-    records = changed(good_run(), {3: {"loss": number}, 7: {"loss": number}})
-    check(checks.loss_is_finite(records), FAIL, "[3, 7]", cause="learning rate")
+    history = changed(good_run(), {3: {"loss": number}, 7: {"loss": number}})
+    check(verdict.loss_is_finite(history), FAIL, "[3, 7]", cause="learning rate")
 
 
 def test_a_run_that_a_loss_stopped_fails_though_every_finished_epochs_is_finite():
-    line = checks.loss_is_finite(good_run(), "stopped in epoch 21: the loss is not finite at step 3")
-    check(line, FAIL, "epoch 21", "step 3", cause="learning rate")
+    why = "stopped in epoch 21: the loss is not finite at step 3"
+    history = replace(good_run(), stopped=why, not_finite=True)
+    check(verdict.loss_is_finite(history), FAIL, "epoch 21", "step 3", cause="learning rate")
+
+
+def test_a_run_that_a_signal_stopped_has_a_finite_loss():
+    history = replace(good_run(), stopped="stopped by Ctrl-C in epoch 21")
+    check(verdict.loss_is_finite(history), PASS, "2.000 -> 3.250")
 
 
 def test_accuracy_that_climbs_passes_with_first_last_and_chance():
-    check(checks.accuracy_climbs(good_run()), PASS, "32.0 % -> 70.0 %", "best 70.0 %", "chance 10 %")
+    check(verdict.accuracy_climbs(good_run().epochs), PASS, "32.0 % -> 70.0 %", "best 70.0 %", "chance 10 %")
 
 
 @pytest.mark.parametrize(
@@ -202,17 +149,17 @@ def test_accuracy_that_climbs_passes_with_first_last_and_chance():
     ],
 )
 def test_accuracy_that_falls_stays_or_stays_near_chance_fails(accuracies, numbers):
-    records = changed(good_run(), {epoch: {"accuracy": a} for epoch, a in accuracies.items()})
-    check(checks.accuracy_climbs(records), FAIL, numbers, cause="penalty")
+    history = changed(good_run(), {epoch: {"accuracy": a} for epoch, a in accuracies.items()})
+    check(verdict.accuracy_climbs(history.epochs), FAIL, numbers, cause="penalty")
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_a_few_epochs_tell_nothing_about_accuracy(epochs):
-    check(checks.accuracy_climbs(good_run(epochs)), SKIP, f"{32 + 2 * (epochs - 1)}.0 %")
+    check(verdict.accuracy_climbs(good_run(epochs).epochs), SKIP, f"{32 + 2 * (epochs - 1)}.0 %")
 
 
 def test_five_epochs_do():
-    assert checks.accuracy_climbs(good_run(5)).status == PASS
+    assert verdict.accuracy_climbs(good_run(5).epochs).status == PASS
 
 
 # Logits
@@ -223,8 +170,8 @@ KINDS = pytest.mark.parametrize("kind", ["bit", "deadzone"])
 @KINDS
 def test_logits_that_learn_pass_with_how_far_they_moved(kind):
     far = {"bit": "2", "deadzone": "2.4"}[kind]
-    records = in_layer(good_run(), LAYERS[2], [EPOCHS], **{f"{kind}_logit": 3.5})
-    check(checks.logits_live(records, kind), PASS, f"4 logits moved by 0.5 to {far}")
+    history = in_layer(good_run(), LAYERS[2], [EPOCHS], parameters={LOGITS[kind]: 3.5})
+    check(verdict.logits_live(history, kind), PASS, f"4 logits moved by 0.5 to {far}")
 
 
 @KINDS
@@ -232,138 +179,159 @@ def test_logits_that_learn_pass_with_how_far_they_moved(kind):
 def test_a_logit_without_a_finite_gradient_that_is_not_zero_fails_and_is_named_even_if_only_once(
     kind, gradient
 ):
-    records = in_layer(good_run(), LAYERS[1], [9], **{f"{kind}_gradient": gradient})
+    history = in_layer(good_run(), LAYERS[1], [9], gradients={LOGITS[kind]: gradient})
     said = "gradient 0" if gradient == 0 else f"gradient {gradient}"
-    check(checks.logits_live(records, kind), FAIL, f"{LAYERS[1]} ({said})", cause="layer of zeros")
+    check(verdict.logits_live(history, kind), FAIL, f"{LAYERS[1]} ({said})", cause="layer of zeros")
 
 
 @KINDS
 def test_a_logit_that_ends_where_it_began_fails_and_is_named(kind):
-    records = in_layer(good_run(), LAYERS[3], [EPOCHS], **{f"{kind}_logit": 3.0})
+    history = in_layer(good_run(), LAYERS[3], [EPOCHS], parameters={LOGITS[kind]: 3.0})
     check(
-        checks.logits_live(records, kind), FAIL, "moved by 0 to", f"not moved: {LAYERS[3]}", cause="rate of 0"
+        verdict.logits_live(history, kind),
+        FAIL,
+        "moved by 0 to",
+        f"not moved: {LAYERS[3]}",
+        cause="rate of 0",
     )
 
 
 @KINDS
 def test_one_kinds_fault_is_not_the_others(kind):
     other = {"bit": "deadzone", "deadzone": "bit"}[kind]
-    records = in_layer(good_run(), LAYERS[0], [EPOCHS], **{f"{kind}_gradient": 0.0, f"{kind}_logit": 3.0})
-    assert checks.logits_live(records, kind).status == FAIL
-    assert checks.logits_live(records, other).status == PASS
+    history = in_layer(good_run(), LAYERS[0], [EPOCHS], {LOGITS[kind]: 3.0}, {LOGITS[kind]: 0.0})
+    assert verdict.logits_live(history, kind).status == FAIL
+    assert verdict.logits_live(history, other).status == PASS
 
 
 @KINDS
 def test_a_layer_of_zeros_may_have_a_gradient_of_zero(kind):
-    records = in_layer(good_run(), LAYERS[0], [19, 20], zero_weights=2304, **{f"{kind}_gradient": 0.0})
-    assert checks.logits_live(records, kind).status == PASS
+    history = in_layer(good_run(), LAYERS[0], [19, 20], gradients={LOGITS[kind]: 0.0}, zero_weights=WEIGHTS)
+    assert verdict.logits_live(history, kind).status == PASS
+
+
+@KINDS
+def test_quantizers_without_such_a_logit_to_learn_are_neither_judged_nor_warned_of(kind):
+    logit, history = LOGITS[kind], copy.deepcopy(good_run())
+    for layers in (history.start, *(r.layers for r in history.epochs)):
+        for layer in layers.values():
+            layer.parameters.pop(logit)
+            getattr(layer, "gradients", layer.parameters).pop(logit, None)
+    check(verdict.logits_live(history, kind), SKIP, "trained")
+    (other,) = set(LOGITS) - {kind}
+    assert verdict.logits_live(history, other).status == PASS
+    assert warnings_of(history) == []
 
 
 def test_many_names_are_cut_short_and_counted():
-    records = good_run()
+    history = good_run()
     for name in LAYERS:
-        records = in_layer(records, name, [20], bit_logit=3.0)
-    check(checks.logits_live(records, "bit"), FAIL, f"{', '.join(LAYERS[:3])} and 1 more")
+        history = in_layer(history, name, [20], parameters={"logit_bit": 3.0})
+    check(verdict.logits_live(history, "bit"), FAIL, f"{', '.join(LAYERS[:3])} and 1 more")
 
 
 # Sparsity
 
 
 def test_unstructured_sparsity_that_grows_passes():
-    check(checks.unstructured_grows(good_run()), PASS, "3.0 % -> 60.0 %")
+    check(verdict.unstructured_grows(good_run().epochs), PASS, "3.0 % -> 60.0 %")
 
 
 @pytest.mark.parametrize("last", [0.03, 0.01])
 def test_unstructured_sparsity_that_does_not_grow_fails(last):
-    records = changed(good_run(), {20: {"unstructured_sparsity": last}})
-    check(checks.unstructured_grows(records), FAIL, f"3.0 % -> {100 * last:.1f} %", cause="--deadzone-decay")
+    history = changed(good_run(), {20: {"unstructured_sparsity": last}})
+    check(
+        verdict.unstructured_grows(history.epochs),
+        FAIL,
+        f"3.0 % -> {100 * last:.1f} %",
+        cause="--deadzone-decay",
+    )
 
 
 def test_one_epoch_shows_no_growth():
-    check(checks.unstructured_grows(good_run(1)), SKIP, "3.0 %")
+    check(verdict.unstructured_grows(good_run(1).epochs), SKIP, "3.0 %")
 
 
-def with_filters(first: int | None, epochs: int = EPOCHS) -> list[Record]:
+def with_filters(first: int | None, epochs: int = EPOCHS, **chosen: float) -> History:
+    """A run whose filters die in epoch `first`, or never."""
     dead = {e: {"structured_sparsity": 0.061 if first and e >= first else 0.0} for e in range(1, epochs + 1)}
-    return changed(good_run(epochs), dead)
+    return changed(good_run(epochs, **chosen), dead)
 
 
 def test_filters_that_die_after_the_warmup_began_pass_with_their_share_and_epoch():
-    line = checks.structured_follows_warmup(with_filters(18), Settings())
+    line = verdict.structured_follows_warmup(with_filters(18))
     check(line, PASS, "6.1 %", "epoch 18")
 
 
 @pytest.mark.parametrize("first", [1, 5, 6])
 def test_filters_that_die_while_the_coefficient_is_still_zero_fail(first):
-    """With a delay of 5 epochs it is 0 in the first six, which end the warm-up's first moment."""
-    assert with_filters(first)[5]["sparsity_weight"] == 0 < with_filters(first)[6]["sparsity_weight"]
-    line = checks.structured_follows_warmup(with_filters(first), Settings())
+    """With a delay of 5 epochs the coefficient is 0 in the first six epochs, and leaves 0 in the seventh."""
+    history = with_filters(first)
+    assert history.epochs[5].coefficient == 0 < history.epochs[6].coefficient
+    line = verdict.structured_follows_warmup(history)
     check(line, FAIL, f"epoch {first}", cause="--deadzone-decay")
 
 
 def test_filters_that_die_in_the_first_epoch_with_a_penalty_pass():
-    assert checks.structured_follows_warmup(with_filters(7), Settings()).status == PASS
+    assert verdict.structured_follows_warmup(with_filters(7)).status == PASS
 
 
 def test_a_warmup_without_delay_lets_filters_die_from_the_start():
-    records = [r | {"sparsity_weight": 0.01} for r in with_filters(1)]
-    chosen = Settings(sparsity_delay=0.0, sparsity_ramp=0.0)
-    assert checks.structured_follows_warmup(records, chosen).status == PASS
+    history = in_every_epoch(with_filters(1, sparsity_delay=0.0, sparsity_ramp=0.0), coefficient=0.01)
+    assert verdict.structured_follows_warmup(history).status == PASS
 
 
 def test_no_dead_filter_at_the_end_of_a_long_run_fails():
-    line = checks.structured_follows_warmup(with_filters(None), Settings())
+    line = verdict.structured_follows_warmup(with_filters(None))
     check(line, FAIL, "0.0 %", cause="--sparsity-weight")
 
 
 def test_filters_that_die_and_come_back_fail():
-    records = changed(with_filters(8), {20: {"structured_sparsity": 0.0}})
-    check(checks.structured_follows_warmup(records, Settings()), FAIL, "0.0 %", cause="--sparsity-weight")
+    history = changed(with_filters(8), {20: {"structured_sparsity": 0.0}})
+    check(verdict.structured_follows_warmup(history), FAIL, "0.0 %", cause="--sparsity-weight")
 
 
-@pytest.mark.parametrize(("epochs", "chosen"), [(9, Settings()), (20, Settings(sparsity_weight=0.0))])
+@pytest.mark.parametrize(("epochs", "chosen"), [(9, {}), (20, {"sparsity_weight": 0.0})])
 def test_a_run_without_a_whole_warmup_is_skipped(epochs, chosen):
-    check(checks.structured_follows_warmup(with_filters(None, epochs), chosen), SKIP, "0.0 %")
+    check(verdict.structured_follows_warmup(with_filters(None, epochs, **chosen)), SKIP, "0.0 %")
 
 
 def test_an_early_death_fails_a_short_run_too():
-    assert checks.structured_follows_warmup(with_filters(2, 4), Settings()).status == FAIL
+    assert verdict.structured_follows_warmup(with_filters(2, 4)).status == FAIL
 
 
 def test_a_penalty_that_falls_passes_from_the_last_epoch_before_the_warmup():
-    check(checks.penalty_falls(good_run(), Settings()), PASS, "506.0", "220.0")
+    check(verdict.penalty_falls(good_run()), PASS, "506.0", "220.0")
 
 
 @pytest.mark.parametrize("last", [506.0, 900.0, math.inf, math.nan])
 def test_a_penalty_that_does_not_fall_fails(last):
-    records = changed(good_run(), {20: {"penalty": last}})
-    check(checks.penalty_falls(records, Settings()), FAIL, "506.0", f"{last:.1f}", cause="--sparsity-weight")
+    history = changed(good_run(), {20: {"penalty": last}})
+    check(verdict.penalty_falls(history), FAIL, "506.0", f"{last:.1f}", cause="--sparsity-weight")
 
 
 @pytest.mark.parametrize("kind", ["no warm-up yet", "no epoch before it", "no penalty"])
 def test_a_penalty_without_epochs_on_both_sides_is_skipped(kind):
-    records, chosen = good_run(), Settings()
-    if kind == "no warm-up yet":
-        records = good_run(6)
-    elif kind == "no epoch before it":
-        records = [r | {"sparsity_weight": 0.01} for r in records]
-    else:
-        records, chosen = [r | {"sparsity_weight": 0.0} for r in records], Settings(sparsity_weight=0.0)
-    check(checks.penalty_falls(records, chosen), SKIP, f"{records[-1]['penalty']:.1f}")
+    history = {
+        "no warm-up yet": good_run(6),
+        "no epoch before it": in_every_epoch(good_run(), coefficient=0.01),
+        "no penalty": in_every_epoch(good_run(sparsity_weight=0.0), coefficient=0.0),
+    }[kind]
+    check(verdict.penalty_falls(history), SKIP, f"{history.epochs[-1].penalty:.1f}")
 
 
 def test_bits_that_fall_pass():
-    check(checks.bits_fall(good_run()), PASS, "8.00 -> 4.00")
+    check(verdict.bits_fall(good_run()), PASS, "8.00 -> 4.00")
 
 
 @pytest.mark.parametrize("last", [8.0, 8.3, 7.99])
 def test_bits_that_stay_fail(last):
-    records = changed(good_run(), {20: {"learned_bits": last}})
-    check(checks.bits_fall(records), FAIL, f"8.00 -> {last:.2f}", cause="--bit-lr")
+    history = changed(good_run(), {20: {"learned_bits": last}})
+    check(verdict.bits_fall(history), FAIL, f"8.00 -> {last:.2f}", cause="--bit-lr")
 
 
 def test_bits_of_a_few_epochs_are_skipped_with_their_numbers():
-    check(checks.bits_fall(good_run(4)), SKIP, "8.00 -> 7.20")
+    check(verdict.bits_fall(good_run(4)), SKIP, "8.00 -> 7.20")
 
 
 # Counts
@@ -446,34 +414,48 @@ def test_weights_that_are_not_finite_can_still_be_counted():
     assert counts_add_up(count, model).status == PASS
 
 
-# Pictures
+# The compressed network
 
 
-# The proofs
-
-
-def test_proofs_that_hold_pass():
-    assert [line.status for line in proofs_hold(good_proof())] == [PASS] * 3
+def test_a_compressed_network_that_agrees_passes_with_its_numbers():
+    logits, macs, packed = compressed_agrees(runs.compressed())
+    check(logits, PASS, "8.0e-07 of the largest logit on 10,000 images", "100.00 % equal predictions")
+    check(macs, PASS, "torch counts 20,275,520, printed 20,275,520")
+    check(packed, PASS, "0 logits differ, 54,321 bytes")
 
 
 @pytest.mark.parametrize(
     ("line", "changes"),
     [
-        (0, {"largest_difference": 2e-4}),
+        (0, {"largest_difference": 2e-3}),
         (0, {"largest_difference": math.nan}),
         (0, {"agreement": 0.99}),
         (1, {"slim_macs": 2}),
         (2, {"packed_differs": 1}),
     ],
 )
-def test_a_proof_that_does_not_hold_fails_its_own_line_with_its_likely_cause(line, changes):
-    lines = proofs_hold(good_proof(**changes))
-    assert [i for i, check in enumerate(lines) if check.status == FAIL] == [line]
-    assert "defect in src/" in lines[line].message
+def test_a_disagreement_fails_its_own_line_with_its_likely_cause(line, changes):
+    lines = compressed_agrees(runs.compressed(**changes))
+    assert [i for i, each in enumerate(lines) if each.status == FAIL] == [line]
+    check(lines[line], FAIL, cause="defect in src/")
 
 
-def test_a_stopped_run_has_no_proofs_to_judge():
-    assert [line.status for line in proofs_hold(None)] == [SKIP] * 3
+def test_logits_that_are_all_zero_and_equal_agree():
+    lines = compressed_agrees(runs.compressed(largest_logit=0.0, largest_difference=0.0))
+    assert [line.status for line in lines] == [PASS] * 3
+
+
+def test_a_stopped_run_has_no_compressed_network_to_judge():
+    for line in compressed_agrees(None):
+        check(line, SKIP, "the run was stopped")
+
+
+def test_a_network_that_cannot_be_packed_fails_all_three_lines_with_the_reason():
+    for line in compressed_agrees(PackingError("a batch norm holds nan")):
+        check(line, FAIL, "a batch norm holds nan", cause="overflowed")
+
+
+# Pictures
 
 
 def test_four_pictures_pass(pictures):
@@ -493,8 +475,8 @@ def test_a_picture_that_is_not_there_is_named(pictures, how):
 # Early warnings
 
 
-def warnings_of(records: list[Record]) -> list[str]:
-    return [sentence for _, sentence in early_warnings(records)]
+def warnings_of(history: History) -> list[str]:
+    return [sentence for _, sentence in early_warnings(history.start, history.epochs)]
 
 
 def test_a_run_that_goes_as_expected_gives_no_warning_in_any_epoch():
@@ -504,27 +486,26 @@ def test_a_run_that_goes_as_expected_gives_no_warning_in_any_epoch():
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"bit_gradient": None}, ["bit logits", "gradient None"]),
-        ({"bit_gradient": math.nan}, ["bit logits", "gradient nan"]),
-        ({"deadzone_gradient": 0.0}, ["deadzone logits", "gradient 0"]),
-        ({"deadzone_gradient": math.inf}, ["deadzone logits", "gradient inf"]),
-        ({"bit_logit": 3.0}, ["bit logits", "not moved"]),
-        ({"deadzone_logit": 3.0}, ["deadzone logits", "not moved"]),
-        ({"zero_weights": 2304}, ["every weight", "zero"]),
+        ({"gradients": {"logit_bit": None}}, ["bit logits", "gradient None"]),
+        ({"gradients": {"logit_bit": math.nan}}, ["bit logits", "gradient nan"]),
+        ({"gradients": {"logit_dz": 0.0}}, ["deadzone logits", "gradient 0"]),
+        ({"gradients": {"logit_dz": math.inf}}, ["deadzone logits", "gradient inf"]),
+        ({"parameters": {"logit_bit": 3.0}}, ["bit logits", "not moved"]),
+        ({"parameters": {"logit_dz": 3.0}}, ["deadzone logits", "not moved"]),
+        ({"zero_weights": WEIGHTS}, ["every weight", "zero"]),
     ],
 )
 def test_a_layers_fault_is_said_in_one_sentence_that_names_it(numbers, words):
-    records = in_layer(good_run(2), LAYERS[1], [2], **numbers)
-    (sentence,) = warnings_of(records)
+    history = in_layer(good_run(2), LAYERS[1], [2], **numbers)
+    (sentence,) = warnings_of(history)
     assert all(word in sentence for word in [*words, LAYERS[1]]), sentence
     assert "\n" not in sentence
 
 
 def test_a_dead_layer_without_a_gradient_is_said_to_be_dead_and_no_more():
-    records = in_layer(
-        good_run(1), LAYERS[1], [1], zero_weights=2304, bit_gradient=0.0, deadzone_gradient=0.0
-    )
-    (sentence,) = warnings_of(records)
+    silent = {"logit_bit": 0.0, "logit_dz": 0.0}
+    history = in_layer(good_run(1), LAYERS[1], [1], gradients=silent, zero_weights=WEIGHTS)
+    (sentence,) = warnings_of(history)
     assert "every weight of layer1.0.conv2 is zero" in sentence
 
 
@@ -533,34 +514,40 @@ def test_a_dead_layer_without_a_gradient_is_said_to_be_dead_and_no_more():
     [((0.10, 0.11), True), ((0.3, 0.10), False), ((0.10, 0.3), False), ((0.1,), False)],
 )
 def test_chance_is_warned_of_after_two_epochs_running(accuracies, warns):
-    records = [r | {"accuracy": a} for r, a in zip(good_run(2), accuracies, strict=False)]
-    sentences = warnings_of(records)
+    history = changed(good_run(len(accuracies)), {e: {"accuracy": a} for e, a in enumerate(accuracies, 1)})
+    sentences = warnings_of(history)
     assert [("chance" in s and f"{100 * accuracies[-1]:.1f} %" in s) for s in sentences] == [True] * warns
 
 
 @pytest.mark.parametrize(("loss", "warns"), [(10.9, False), (11.1, True), (31.0, True), (math.inf, True)])
 def test_a_penalty_over_ten_times_the_cross_entropy_is_warned_of(loss, warns):
-    records = changed(good_run(8), {8: {"loss": loss, "cross_entropy": 1.0}})
-    sentences = warnings_of(records)
+    history = changed(good_run(8), {8: {"loss": loss, "cross_entropy": 1.0}})
+    sentences = warnings_of(history)
     assert ["outweighs" in s and "--sparsity-weight" in s for s in sentences] == [True] * warns
     assert loss != 31.0 or "30" in sentences[0]
 
 
 def test_a_cross_entropy_of_zero_is_no_division_by_zero():
-    records = changed(good_run(8), {8: {"loss": 1.0, "cross_entropy": 0.0}})
-    (sentence,) = warnings_of(records)
+    history = changed(good_run(8), {8: {"loss": 1.0, "cross_entropy": 0.0}})
+    (sentence,) = warnings_of(history)
     assert "outweighs" in sentence
 
 
 def test_each_warning_has_a_name_of_its_own_so_that_it_is_said_once():
-    records = good_run(2)
+    history = in_every_epoch(good_run(2), accuracy=0.1, loss=100.0)
     for name in LAYERS:
-        records = in_layer(records, name, [2], bit_gradient=None, bit_logit=3.0, zero_weights=2304)
-    records = [r | {"accuracy": 0.1, "loss": 100.0} for r in records]
-    about = [name for name, _ in early_warnings(records)]
-    assert (
-        len(about) == len(set(about)) == 4 + 2 + 2
-    )  # four dead layers, two about bit logits, two of the run
+        history = in_layer(history, name, [2], {"logit_bit": 3.0}, {"logit_bit": None}, zero_weights=WEIGHTS)
+    about = [name for name, _ in early_warnings(history.start, history.epochs)]
+    # Four dead layers, two about bit logits, two of the run.
+    assert len(about) == len(set(about)) == 4 + 2 + 2
+
+
+def test_a_warning_is_given_with_the_epoch_that_brought_it_and_never_again():
+    history = in_layer(good_run(6), LAYERS[1], [2, 3, 5], gradients={"logit_bit": 0.0})
+    history = in_layer(history, LAYERS[2], [5, 6], zero_weights=WEIGHTS)
+    given = [new_warnings(history.start, history.epochs[:end]) for end in range(1, 7)]
+    assert [len(sentences) for sentences in given] == [0, 1, 0, 0, 1, 0]
+    assert "gradient" in given[1][0] and LAYERS[2] in given[4][0]
 
 
 # Any numbers
@@ -572,22 +559,22 @@ def test_each_warning_has_a_name_of_its_own_so_that_it_is_said_once():
         st.fixed_dictionaries(
             {key: st.floats() for key in ("loss", "cross_entropy", "penalty")}
             | {key: st.floats(0, 1) for key in ("accuracy", "unstructured_sparsity", "structured_sparsity")}
-            | {"learned_bits": st.floats(2, 8), "sparsity_weight": st.sampled_from([0.0, 1e-3, 1.0])}
+            | {"learned_bits": st.floats(2, 8), "coefficient": st.sampled_from([0.0, 1e-3, 1.0])}
         ),
         min_size=1,
         max_size=8,
     )
 )
 def test_whatever_the_numbers_each_line_and_warning_is_one_line_and_a_failure_has_a_cause(numbers):
-    records = [record(i) | values for i, values in enumerate(numbers, 1)]
+    history = changed(good_run(len(numbers)), dict(enumerate(numbers, 1)))
     lines = [
-        checks.loss_is_finite(records),
-        checks.accuracy_climbs(records),
-        checks.unstructured_grows(records),
-        checks.structured_follows_warmup(records, Settings()),
-        checks.penalty_falls(records, Settings()),
-        checks.bits_fall(records),
+        verdict.loss_is_finite(history),
+        verdict.accuracy_climbs(history.epochs),
+        verdict.unstructured_grows(history.epochs),
+        verdict.structured_follows_warmup(history),
+        verdict.penalty_falls(history),
+        verdict.bits_fall(history),
     ]
     for line in lines:
         check(line, line.status)
-    assert all("\n" not in sentence for sentence in warnings_of(records))
+    assert all("\n" not in sentence for sentence in warnings_of(history))

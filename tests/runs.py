@@ -1,0 +1,187 @@
+"""The history of a run that goes as expected, made by hand, and the same with some numbers changed."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from experiments.history import (
+    CompressedRecord,
+    DataRecord,
+    EpochRecord,
+    FinalCounts,
+    History,
+    LayerRecord,
+    LayerStart,
+)
+from experiments.settings import Settings
+from metrics import TOTALS, LayerCount, NetworkCount
+from src.channels import ChannelState
+
+EPOCHS = 20
+LAYERS = ("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")
+LOGITS = {"bit": "logit_bit", "deadzone": "logit_dz"}  # by the kind that the verdict speaks of
+WEIGHTS = 2304  # of each layer
+
+
+def layer_record(epoch: int) -> LayerRecord:
+    """Return a quantized layer whose two logits learn and whose channels die one by one from epoch 12 on."""
+    dead = max(epoch - 11, 0)
+    return LayerRecord(
+        parameters={"logit_bit": 3.0 - 0.1 * epoch, "logit_dz": 3.0 - 0.12 * epoch},
+        gradients={"logit_bit": 1e-4, "logit_dz": -1e-5},
+        learned_bits=8.0 - 0.2 * epoch,
+        bits=round(8.0 - 0.2 * epoch),
+        weights=WEIGHTS,
+        zero_weights=50 * epoch,
+        filters=16,
+        zero_filters=dead,
+        alive_channels=16 - dead,
+        constant_channels=dead,
+        null_channels=0,
+    )
+
+
+def epoch_record(epoch: int) -> EpochRecord:
+    """Return an epoch (from 1) with delay 5 and ramp 5: the penalty acts from epoch 7 on."""
+    coefficient = 0.01 * min(max(epoch - 6, 0) / 5, 1)
+    penalty = 500.0 - (20 * (epoch - 6) if epoch > 6 else -epoch)
+    return EpochRecord(
+        epoch=epoch,
+        loss=1 + 1 / epoch + coefficient * penalty,
+        cross_entropy=1 + 1 / epoch,
+        penalty=penalty,
+        coefficient=coefficient,
+        accuracy=0.30 + 0.02 * epoch,
+        unstructured_sparsity=0.03 * epoch,
+        structured_sparsity=max(epoch - 11, 0) * 0.01,
+        learned_bits=8.0 - 0.2 * epoch,
+        bits=float(round(8.0 - 0.2 * epoch)),
+        layers={name: layer_record(epoch) for name in LAYERS},
+        seconds=30.0 + epoch,
+    )
+
+
+def good_run(epochs: int = EPOCHS, **settings: Any) -> History:
+    """Return a run that passes the verdict's lines about its epochs; `settings` are those it was given."""
+    return History(
+        settings=Settings(**({"epochs": epochs} | settings)).to_json(),
+        versions={"python": "3.11.7", "torch": "2.9.0"},
+        device="cpu (2 threads)",
+        precision="float32",
+        threads=2,
+        processes=1,
+        data=DataRecord("CIFAR-10", "data/cifar-10-batches-py", False, 50_000, 10_000),
+        quantized=list(LAYERS),
+        full_precision=["conv1", "linear"],
+        start={name: LayerStart({"logit_bit": 3.0, "logit_dz": 3.0}, 8.0) for name in LAYERS},
+        epochs=[epoch_record(epoch) for epoch in range(1, epochs + 1)],
+    )
+
+
+def changed(history: History, values: dict[int, dict[str, Any]]) -> History:
+    """Return the history with other numbers in some epochs (from 1)."""
+    return replace(history, epochs=[replace(r, **values.get(r.epoch, {})) for r in history.epochs])
+
+
+def in_every_epoch(history: History, **numbers: Any) -> History:
+    return changed(history, {r.epoch: numbers for r in history.epochs})
+
+
+def in_layer(
+    history: History,
+    name: str,
+    epochs: list[int],
+    parameters: dict[str, float] | None = None,
+    gradients: dict[str, float | None] | None = None,
+    **numbers: Any,
+) -> History:
+    """Return the history with other numbers of one layer in some epochs (from 1)."""
+    history = copy.deepcopy(history)
+    for r in history.epochs:
+        if r.epoch in epochs:
+            layer = r.layers[name]
+            r.layers[name] = replace(
+                layer,
+                parameters=layer.parameters | (parameters or {}),
+                gradients=layer.gradients | (gradients or {}),
+                **numbers,
+            )
+    return history
+
+
+def without_quantized_layers(history: History) -> History:
+    """Return the run of a network that has no quantizer."""
+    nothing = {"layers": {}, "learned_bits": 32.0, "bits": 32.0, "penalty": 0.0}
+    nothing |= {"unstructured_sparsity": 0.0, "structured_sparsity": 0.0}
+    left = [*history.full_precision, *history.quantized]
+    return replace(in_every_epoch(history, **nothing), quantized=[], full_precision=left, start={})
+
+
+def layer_count(
+    name: str, states: list[ChannelState], bits: int = 4, quantized: bool = True, **counts: int
+) -> LayerCount:
+    """Return the counts of a layer of 9 weights a filter whose output channels have these states."""
+    weights = 9 * len(states)
+    values = {"zero_weights": 0, "zero_filters": 0, "dense_macs": weights, "structured_macs": weights}
+    return LayerCount(
+        name=name, quantized=quantized, bits=bits, learned_bits=float(bits), weights=weights,
+        filters=len(states), states=tuple(int(s) for s in states),
+        **({"unstructured_macs": weights} | values | counts))  # fmt: skip
+
+
+ALIVE, CONSTANT, NULL = ChannelState.ALIVE, ChannelState.CONSTANT, ChannelState.NULL
+COUNT = NetworkCount(
+    (
+        layer_count("conv1", [ALIVE, ALIVE], bits=32, quantized=False),
+        layer_count("layer1.0.conv1", [ALIVE, NULL, CONSTANT, NULL], bits=5),
+        layer_count("layer1.0.conv2", [NULL, NULL, NULL], bits=2),
+        layer_count("linear", [ALIVE] * 10, bits=32, quantized=False),
+    )
+)
+
+
+def final(**changes: Any) -> FinalCounts:
+    """Return the counts of a finished run, with ratios that were never computed from `COUNT`."""
+    values: dict[str, Any] = {
+        "structured_bops_ratio": 7.125,
+        "unstructured_bops_ratio": 20.5,
+        "structured_mac_ratio": 1.5,
+        "unstructured_mac_ratio": 4.25,
+        "structured_ceiling": 91.625,
+        "unstructured_ceiling": 91.5,
+        "unstructured_sparsity": 0.6,
+        "structured_sparsity": 0.09,
+        "learned_bits": 4.0,
+        "bits": 4.0,
+        "totals": {key: COUNT.total(key) for key in TOTALS},
+        "layers": list(COUNT.layers),
+    }
+    return FinalCounts(**(values | changes))
+
+
+def compressed(**changes: Any) -> CompressedRecord:
+    """Return what is measured of a smaller network and a packed file that are as they should be."""
+    values: dict[str, Any] = {
+        "images": 10_000,
+        "dense_parameters": 269_722,
+        "slim_parameters": 101_234,
+        "dense_macs": 40_551_040,
+        "slim_macs": 20_275_520,
+        "structured_macs": 20_275_520,
+        "largest_logit": 12.5,
+        "largest_difference": 1e-5,
+        "agreement": 1.0,
+        "quantized_accuracy": 0.8125,
+        "slim_accuracy": 0.8125,
+        "packed_accuracy": 0.8125,
+        "packed_differs": 0,
+        "packed_bytes": 54_321,
+        "float32_bytes": 1_086_420,
+        "slim_bytes": 500_000,
+        "latency_seconds": {
+            f"{network}, batch {batch}": {"median": 0.004 * batch, "least": 0.003 * batch, "most": 0.5}
+            for batch in (1, 128)
+            for network in ("dense", "fake-quantized", "smaller")
+        },
+    }
+    return CompressedRecord(**(values | changes))
