@@ -88,7 +88,7 @@ def logits_live(history: History, kind: str) -> Check:
         if logit in r.parameters
     }
     if not moved:
-        return Check(SKIP, name, "no layer is quantized")
+        return Check(SKIP, name, "no layer has one that is trained")
     measured = f"{len(moved)} logits moved by {min(moved.values()):.3g} to {max(moved.values()):.3g}"
     if dead:
         measured += f"; gradient at fault in {_some(dead)}"
