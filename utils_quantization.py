@@ -1,5 +1,6 @@
-"""Attach weight quantizers to a model, switch them on and off, and find them again."""
+"""Attach weight quantizers to a model, find them, switch them on and off, and take them off again."""
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-FULL_PRECISION_BITS = 32
+FULL_PRECISION_BITS = 32  # of a weight without a quantizer
 
 
 class WeightQuantization(nn.Module):
-    """The parametrization that stands between a layer's stored weight and the weight it computes with."""
+    """The parametrization that turns a layer's stored weight into the weight that the layer computes with.
+
+    That is the quantized weight, or the stored weight itself while `enabled` is False.
+    """
 
     def __init__(self, quantizer: nn.Module, enabled: bool = True) -> None:
         super().__init__()
@@ -30,15 +34,17 @@ def attach_weight_quantizers(
     quantizer_kwargs: Mapping[str, Any],
     enabled: bool = True,
 ) -> list[str]:
-    """Give every convolution and linear layer that no pattern excludes a quantizer of its own.
+    """Attach a quantizer of its own to every convolution and linear layer that no pattern excludes.
 
-    `exclude_layers` are regular expressions looked for anywhere in a layer's name, so that a plain word
-    matches as a substring ("conv1" also hits layer1.0.conv1) and "^conv1$" means the stem alone.
-    Layer m's quantizer is then `m.parametrizations.weight[0].quantizer`.
+    `exclude_layers` are regular expressions that are searched for anywhere in a layer's name: "conv1" also
+    excludes layer1.0.conv1, and "^conv1$" excludes the stem alone. A layer's quantizer is made by
+    `quantizer(**quantizer_kwargs)`, starts switched on unless `enabled` is False, and is found again as
+    `layer.parametrizations.weight[0].quantizer`.
 
-    Returns: the names of the layers quantized, in the model's order.
-    Raises: ValueError for a pattern that is no regular expression or matches no module, for a layer that has
-        a quantizer already, and for a weight that its quantizer refuses. The model is then left as it was.
+    Returns: the names of the layers that were given a quantizer, in the model's order.
+    Raises: ValueError for a pattern that is not a regular expression or matches no module, for a layer whose
+        weight is parametrized already, and for a weight that its quantizer refuses. The model is unchanged
+        then.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     excluded = _matching(exclude_layers, [name for name, _ in model.named_modules() if name])
@@ -50,13 +56,10 @@ def attach_weight_quantizers(
             )
     quantizations = {}
     for name, layer in chosen.items():
-        quantizations[name] = WeightQuantization(quantizer(**quantizer_kwargs), enabled).to(
-            layer.weight.device
-        )
+        quantization = WeightQuantization(quantizer(**quantizer_kwargs), enabled).to(layer.weight.device)
         with torch.no_grad():
-            quantizations[name](
-                layer.weight
-            )  # a weight that it refuses is found before any layer has changed
+            quantization(layer.weight)  # raises for a bad weight now, while no layer has been changed yet
+        quantizations[name] = quantization
     for name, layer in chosen.items():
         parametrize.register_parametrization(layer, "weight", quantizations[name])
         layer.parametrizations.train(layer.training)  # type: ignore[union-attr]
@@ -64,6 +67,7 @@ def attach_weight_quantizers(
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The names in which any of the patterns is found. Raises: ValueError, as `attach_weight_quantizers`."""
     if isinstance(patterns, str):
         raise ValueError(f"exclude_layers is the string {patterns!r}; expected a list of patterns")
     matching: set[str] = set()
@@ -84,7 +88,7 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 
 
 def weight_quantization(layer: nn.Module) -> WeightQuantization | None:
-    """The quantization of a layer's weight, switched on or off; None where it has none."""
+    """Find the quantization of a layer's weight, switched on or off; None if the layer has none."""
     if parametrize.is_parametrized(layer, "weight"):
         for parametrization in layer.parametrizations.weight:  # type: ignore[union-attr]
             if isinstance(parametrization, WeightQuantization):
@@ -93,24 +97,51 @@ def weight_quantization(layer: nn.Module) -> WeightQuantization | None:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have a quantizer, by name, in the model's order."""
+    """The layers that have a quantizer, switched on or off, by name, in the model's order."""
     return {name: m for name, m in model.named_modules() if weight_quantization(m) is not None}
 
 
 def quantizers(model: nn.Module) -> dict[str, Any]:
-    """The quantizers themselves, by the name of their layer."""
+    """The quantizers of the model, switched on or off, by the name of their layer, in the model's order."""
     found = {name: weight_quantization(m) for name, m in model.named_modules()}
     return {name: q.quantizer for name, q in found.items() if q is not None}
 
 
 def toggle_quantization(model: nn.Module, enabled: bool) -> None:
-    """Switch every quantizer of the model on or off; a layer switched off computes in full precision."""
+    """Switch all quantizers of the model on, or off: its layers then compute in full precision."""
     for layer in quantized_layers(model).values():
         weight_quantization(layer).enabled = enabled  # type: ignore[union-attr]
 
 
+@torch.no_grad()
+def without_quantizers(model: nn.Module) -> nn.Module:
+    """Copy the model into one that stores the weights which its layers compute with, and has no quantizer.
+
+    Where a quantizer is switched on these are the quantized weights, so that the outputs are the same.
+    """
+    plain = {id(layer): _plain_layer(layer) for layer in quantized_layers(model).values()}
+    return copy.deepcopy(model, plain)  # the copy takes its layers from `plain` where they are there
+
+
+def _plain_layer(layer: Any) -> nn.Module:
+    """Copy a quantized layer into one of the class that it had before, with the weight it computes with.
+
+    `remove_parametrizations` on a deep copy would break the original: both share the parametrized class, and
+    the removal deletes `weight` from that class.
+    """
+    plain: Any = nn.Module.__new__(type(layer).__bases__[0])
+    plain.__dict__ = copy.deepcopy(layer.__dict__)
+    del plain.parametrizations
+    # `layer.weight` would put a tensor without a gradient into an open `parametrize.cached()`.
+    plain.weight = nn.Parameter(layer.parametrizations.weight().clone())
+    return plain
+
+
 def weight_bits(layer: nn.Module) -> tuple[int, float]:
-    """Bits a weight, as (rounded, learned before rounding); 32 in both where no quantizer is at work."""
+    """Bits of a weight of the layer, as (in use, learned before rounding); 32 and 32 without a quantizer.
+
+    A quantizer that is switched off counts as none.
+    """
     quantization = weight_quantization(layer)
     if quantization is None or not quantization.enabled:
         return FULL_PRECISION_BITS, float(FULL_PRECISION_BITS)

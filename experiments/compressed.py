@@ -22,7 +22,7 @@ from metrics import NetworkCount, count_by_torch
 from resnet import resnet20
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
-from src.slim import without_quantizers  # moves
+from utils_quantization import without_quantizers
 
 PACKED, SLIM = "compressed.codeq", "slim.pt2"
 LATENCY_BATCHES = (1, 128)

@@ -38,8 +38,7 @@ from src.encoding import (
     unpack_numbers,
 )
 from src.quantizer import MAX_BITS, MIN_BITS, Codes, DeadZoneLDZCompander
-from src.slim import without_quantizers
-from utils_quantization import quantized_layers, weight_bits, weight_quantization
+from utils_quantization import quantized_layers, weight_bits, weight_quantization, without_quantizers
 
 VERSION = 1
 MAGIC = b"\x89CoDeQ\r\n"

@@ -12,18 +12,16 @@ src/channels.py:
 Weights are (O, I, kh, kw), activations (N, C, H, W). Layers keep the names that they have in `resnet.py`.
 """
 
-import copy
 from collections import OrderedDict
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet import BasicBlock
-from src.channels import read_weights, trace_channels
-from utils_quantization import quantized_layers
+from src.channels import trace_channels
+from utils_quantization import without_quantizers
 
 
 @torch.no_grad()
@@ -38,26 +36,6 @@ def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32
     like = next(model.parameters(), torch.empty(0))  # what has no parameters is refused below
     builder = _Builder(without_quantizers(model), input_size, like.dtype)
     return builder.network().to(like.device).eval()
-
-
-@torch.no_grad()
-def without_quantizers(model: nn.Module) -> nn.Module:
-    """A copy of the model that stores the weights which its layers compute with."""
-    weights = read_weights(model)
-    layers = quantized_layers(model)
-    return copy.deepcopy(model, {id(layer): _plain_layer(layer, weights[n]) for n, layer in layers.items()})
-
-
-def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy of the layer as it was before it got its quantizer, with this weight.
-
-    `remove_parametrizations` on a copy would take the weight from the original too: they share a class.
-    """
-    plain: Any = nn.Module.__new__(type(layer).__bases__[0])
-    plain.__dict__ = copy.deepcopy(layer.__dict__)
-    del plain.parametrizations
-    plain.weight = nn.Parameter(weight.clone())
-    return plain
 
 
 class ChannelSelection(nn.Module):

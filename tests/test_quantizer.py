@@ -168,7 +168,7 @@ def test_values_are_those_of_the_formulas_in_numpy(bits, learnable, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_all_three_gradients_are_those_of_plain_autograd_with_straight_through_rounding(bits, learnable, dtype):
+def test_all_gradients_are_those_of_autograd_with_straight_through_rounding(bits, learnable, dtype):
     @quick
     @given(cases(bits))
     def check(case):

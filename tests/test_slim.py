@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import (
-    BLOCKS,
     PLANTED,
     SMALL,
     Deaths,
@@ -28,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metrics import count_network
 from resnet import ResNet, resnet20
 from src.quantizer import DeadZoneLDZCompander
-from src.slim import ConstantLogits, DeadBlock, SlimBlock, SlimResNet, slim_network, without_quantizers
+from src.slim import ConstantLogits, DeadBlock, SlimBlock, SlimResNet, slim_network
 from utils_quantization import attach_weight_quantizers, quantizers, toggle_quantization
 
 CIFAR = (3, 32, 32)
@@ -337,20 +336,6 @@ def test_a_quantizer_that_is_switched_off_is_not_folded_in():
     toggle_quantization(model, True)
     with torch.no_grad():
         assert not torch.allclose(model(images(2)), small(images(2)))
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_without_quantizers_the_logits_are_the_same_bit_for_bit(enabled):
-    model = quantized(network())
-    toggle_quantization(model, enabled)
-    plain = without_quantizers(model)
-    assert type(plain.layer1[0].conv1) is nn.Conv2d
-    assert set(plain.state_dict()) == set(ResNet(BLOCKS).state_dict())
-    with torch.no_grad():
-        assert torch.equal(model(images(2)), plain(images(2)))
-        plain.layer1[0].conv1.weight.zero_()
-        plain.conv1.weight.zero_()
-    assert model.layer1[0].conv1.weight.any() and model.conv1.weight.any()
 
 
 def test_the_images_are_not_written_into():

@@ -17,6 +17,7 @@ from utils_quantization import (
     toggle_quantization,
     weight_bits,
     weight_quantization,
+    without_quantizers,
 )
 
 PLAN = ["conv1", "bn", "linear"]
@@ -345,6 +346,42 @@ def test_toggling_one_model_leaves_its_copy_alone():
     toggle_quantization(model, False)
     assert not any(weight_quantization(m).enabled for m in quantized_layers(model).values())
     assert all(weight_quantization(m).enabled for m in quantized_layers(other).values())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@torch.no_grad()
+def test_a_copy_without_quantizers_gives_the_same_outputs_bit_for_bit_and_shares_no_weight(enabled):
+    model = resnet20().eval()
+    attach(model, STEM_AND_CLASSIFIER, enabled=enabled, **COARSE)
+    state, expected = copy.deepcopy(model.state_dict()), model(image())
+    plain = without_quantizers(model)
+    assert all(
+        type(m) in (nn.Conv2d, nn.Linear) for m in (plain.get_submodule(n) for n in layer_names(plain))
+    )
+    assert set(plain.state_dict()) == set(resnet20().state_dict())
+    assert torch.equal(plain(image()), expected)
+    for parameter in plain.parameters():
+        parameter.zero_()
+    assert torch.equal(model(image()), expected)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+def test_a_copy_without_quantizers_leaves_no_weight_without_a_gradient_in_an_open_cache():
+    model = resnet20()
+    attach(model, STEM_AND_CLASSIFIER)
+    with parametrize.cached():
+        without_quantizers(model)
+        model(image()).sum().backward()
+    assert all(q.logit_dz.grad is not None for q in quantizers(model).values())
+
+
+def test_a_foreign_parametrization_stays_on_a_copy_without_quantizers():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    attach_weight_quantizers(model, ["0"], Doubling, {})
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    plain = without_quantizers(model)
+    assert parametrize.is_parametrized(plain[0]) and not parametrize.is_parametrized(plain[1])
+    assert torch.equal(plain(torch.ones(1, 3)), model(torch.ones(1, 3)))
 
 
 def test_gradients_reach_the_stored_weights_and_both_logits_of_every_layer():
