@@ -10,7 +10,8 @@ Source: He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 15
 | resnet56  |     56 |    853,018 |                       125,485,696 |
 | resnet110 |    110 |  1,727,962 |                       252,887,680 |
 
-Images are (N, 3, 32, 32), weights (O, I, kh, kw). The tests count this table anew.
+Images are (N, 3, 32, 32), weights (O, I, kh, kw). The multiply-accumulates are those of the convolutions and
+the classifier. A test counts every number of this table in the networks themselves.
 """
 
 import torch.nn.functional as F
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 
 __all__ = ["BasicBlock", "PadShortcut", "ResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 
-STAGE_WIDTHS = (16, 32, 64)
+STAGE_WIDTHS = (16, 32, 64)  # channels
 
 
 class PadShortcut(nn.Module):
-    """Option A: every second pixel, and channels of zeros on both sides.
+    """The option A shortcut: takes every second pixel, and pads with channels of zeros on both sides.
 
-    Channel i of the input is channel i + pad of the output, with pad a quarter of the output's width.
+    Channel i of the input becomes channel i + pad of the output, where pad is (out - in) / 2 channels: a
+    quarter of the output's, between two stages.
+
+    Shapes: (N, in, H, W) -> (N, out, H / 2, W / 2).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -36,7 +40,10 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; ReLU after the first batch norm and after the sum."""
+    """Two 3x3 convolutions with batch norms, plus a shortcut; ReLU after the first norm and after the sum.
+
+    Shapes: (N, in, H, W) -> (N, channels, H / stride, W / stride).
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -55,7 +62,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, three stages of `blocks_per_stage` blocks (16, 32, 64 channels), average pool, classifier."""
+    """Stem, three stages of `blocks_per_stage` blocks (16, 32, 64 channels), average pool, classifier.
+
+    Weights of convolutions and the classifier are drawn by `kaiming_normal_` from torch's global generator.
+    """
 
     def __init__(self, blocks_per_stage: int, num_classes: int = 10) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where the run computes: the device, the threads, the memory allocator."""
+"""The machine that a run computes on: choose the device, set the threads and the memory allocator."""
 
 import ctypes
 import os
@@ -9,11 +9,14 @@ import torch
 from experiments.distributed import ALONE, Processes
 from experiments.settings import Settings
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
-    """Raises: ValueError naming --device where this machine has no such device."""
+    """The device of this name; for "auto" the first of cuda, mps and cpu that this machine has.
+
+    Raises: ValueError naming --device if this machine has no such device.
+    """
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in found.items() if there))
@@ -24,9 +27,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.device:
-    """Set up the process for the run: threads, allocator, and arithmetic that repeats digit for digit.
+    """Set the threads, the allocator and deterministic arithmetic of this process. Returns: its device.
 
-    Raises: ValueError naming the setting that this machine or this number of processes does not allow.
+    Of several processes on GPUs, each takes the GPU of its local rank.
+
+    Raises: ValueError naming the setting that this machine, or this number of processes, does not allow.
     """
     device = choose_device(settings.device)
     if processes.count > settings.batch_size:
@@ -49,7 +54,7 @@ def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.de
         keep_freed_memory()
     if settings.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"--precision is 'tf32', which needs CUDA; this run is on {device.type}")
-    # Of the algorithms that repeat digit for digit, the fastest one.
+    # cuDNN times its deterministic algorithms and takes the fastest: a run repeats digit for digit.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
@@ -58,31 +63,33 @@ def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.de
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, and no more than torch would take (OMP_NUM_THREADS is kept)."""
+    """Count the cores that this process may use; OMP_NUM_THREADS and torch's own default limit them."""
     try:
         allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
+    except AttributeError:  # macOS and Windows have no such function
         allowed = os.cpu_count() or 1
     return max(1, min(allowed, torch.get_num_threads()))
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks for the next step instead of giving them back; True where it took hold.
+    """Have glibc keep freed memory for the next training step instead of returning it to the system.
 
-    A stage-1 activation at batch 512 is exactly 32 MiB, the ceiling of glibc's mmap threshold, so by default
-    each is mapped, faulted in page by page and unmapped again at every step.
+    An activation of the first stage at batch size 512 has exactly 32 MiB, the ceiling of glibc's mmap
+    threshold: by default each one is mapped, faulted in page by page and unmapped in every training step.
+
+    Returns: whether glibc accepted the setting; False on other systems.
     """
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # a C library without it (musl)
+    except (AttributeError, OSError):  # musl, another C library of Linux, has no mallopt
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def describe_device(device: torch.device) -> str:
-    """For the run's first lines, e.g. "cpu, 2 threads" or "cuda, NVIDIA H100"."""
+    """Describe the device for a run's first lines, such as "cpu, 2 threads" or "cuda, NVIDIA H100"."""
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
     return f"{device.type}, {torch.get_num_threads()} threads"

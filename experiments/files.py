@@ -1,4 +1,4 @@
-"""Output files, written whole or not at all, in a folder that one run holds at a time."""
+"""Output files, each written completely or not at all, in a folder that one run at a time has locked."""
 
 import contextlib
 import errno
@@ -15,36 +15,41 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PART = re.compile(r"\..+\.\d+\.part")  # what `write_whole` writes beside its file
+PART = re.compile(r"\..+\.\d+\.part")  # names of the temporary files of `write_whole`
 
 
 class OutputError(Exception):
-    """One sentence for the user about a file or folder that cannot be written."""
+    """One sentence for the user: which file or folder cannot be written, why, and what to do."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside, then rename: whoever reads `path` sees the old file or the new one, never a half.
+    """Write a file atomically: a reader of `path` sees the old file or the new one, never a part of either.
 
-    Raises: OutputError naming the file. What was written beside is removed.
+    The content goes into a temporary file in the same folder, which is then renamed to `path`.
+
+    Raises: OutputError naming the file if it cannot be written; the temporary file is removed.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
-        beside.replace(path)
+            os.fsync(file.fileno())  # without this, a power cut could leave an empty file under the name
+        temporary.replace(path)
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror}; free the space or name another --output-dir"
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON: a number that is not finite is written as the string "inf", "-inf" or "nan"."""
+    """Write `value` as strict JSON, atomically; a number that is not finite as "inf", "-inf" or "nan".
+
+    Raises: OutputError as `write_whole` does.
+    """
     write_whole(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -58,12 +63,13 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the output folder, try it out before hours are spent on what should go there, and hold it.
+    """Make the output folder, and keep it locked against other runs for as long as the context is open.
 
-    Litter of a run that was killed while it wrote is removed; so is, at the end, a folder that was made here
-    and is still empty.
+    A file is written there for a test, so that a run learns now, not hours later, if it cannot write its
+    results. Temporary files of a killed run are removed. At the end, a folder that was made here is removed
+    if it is still empty. `say` is called with a line if this system or the folder's disk has no locks.
 
-    Raises: OutputError naming it where it cannot be written or another run holds it.
+    Raises: OutputError naming the folder if it cannot be written or another run has locked it.
     """
     made: list[Path] = []
     try:
@@ -90,19 +96,22 @@ def lock_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """Those that `mkdir` would have to make for it, itself first."""
+    """List the folder and its parents that do not exist yet, the innermost first."""
     return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Those that are there and empty, each before the one that holds it."""
+    """Remove those of the folders that exist and are empty; inner folders must come before outer ones."""
     for path in folders:
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
 def _lock(folder: Path, say: Callable[[str], None]) -> int | None:
-    """A descriptor that holds the folder until it is closed or the process ends, however it ends."""
+    """Lock the folder. Returns: an open descriptor of it; None if there are no locks.
+
+    The lock lasts until the descriptor is closed or the process ends, also if it is killed.
+    """
     if fcntl is None:
         say(f"this system has no file locks: nothing keeps a second run out of {folder}")
         return None
@@ -122,23 +131,24 @@ def _lock(folder: Path, say: Callable[[str], None]) -> int | None:
 
 
 def archive_files(folder: Path, files: Iterable[Path]) -> Path | None:
-    """Move those that are there into a folder of their own, earlier-1 or the next free number; None if none.
+    """Move the files that exist into an archive: a new folder earlier-1 in `folder`, or the next free number.
 
-    Raises: OutputError naming the file that could not be moved.
+    Returns: the archive's path; None if none of the files exists.
+    Raises: OutputError naming the archive if a file could not be moved.
     """
     files = [path for path in files if path.is_file()]
     if not files:
         return None
     number = 1
-    while os.path.lexists(aside := folder / f"earlier-{number}"):
+    while os.path.lexists(archive := folder / f"earlier-{number}"):
         number += 1
     try:
-        aside.mkdir()
+        archive.mkdir()
         for path in files:
-            path.rename(aside / path.name)
+            path.rename(archive / path.name)
     except OSError as error:
-        remove_empty([aside])
+        remove_empty([archive])
         raise OutputError(
-            f"cannot move an earlier run's files to {aside}: {error.strerror}; name another --output-dir"
+            f"cannot move an earlier run's files to {archive}: {error.strerror}; name another --output-dir"
         ) from None
-    return aside
+    return archive

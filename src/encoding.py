@@ -1,9 +1,11 @@
-"""Integer codes and float32 numbers as bytes, and bytes made small with what Python ships; both ways.
+"""Integer codes and float32 numbers to bytes, bytes compressed by Python's own library, and all of it back.
 
-A code takes its layer's bits. Codes share a byte where several fit, but none lies across two bytes that would
-fit in one: compressors, which look at bytes, then need up to a quarter less than where codes leave no gap.
+Codes of b bits are packed 8 // b to a byte, with zero bits left over, so that none is split between two
+bytes. (Codes of more than 8 bits take whole bytes, one code at a time.) Compressors work on bytes: without
+splits they need up to a quarter less than for codes packed without gaps.
 
-What is decoded may come from a stranger, so nothing here makes more bytes than the caller expects.
+The bytes to decode may come from an untrusted file, so that no function here produces more bytes than its
+caller asked for.
 """
 
 import bz2
@@ -16,16 +18,16 @@ import numpy as np
 
 
 class PackingError(ValueError):
-    """One sentence about a network that cannot be packed, or a file that is not a packed network."""
+    """One sentence that says why a network cannot be packed, or why a file is not a packed network."""
 
 
 def code_bytes(count: int, bits: int) -> int:
-    """The bytes of so many codes."""
+    """The number of bytes that `pack_codes` makes of `count` codes of so many bits."""
     return -(-count // _row(bits)) * -(-_row(bits) * bits // 8)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> bytes:
-    """Codes 0 to 2^bits - 1, (n,), from the most significant bit.
+    """Pack codes (n,), each from 0 to 2^bits - 1, into bytes; the most significant bit comes first.
 
     >>> pack_codes(np.array([1, 2, 3]), bits=3).hex()  # 001 010 00, 011 000 00
     '2860'
@@ -36,7 +38,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> bytes:
 
 
 def unpack_codes(content: bytes, count: int, bits: int) -> np.ndarray:
-    """Back from `code_bytes(count, bits)` bytes to (count,) int64.
+    """Unpack what `pack_codes` made: `code_bytes(count, bits)` bytes -> (count,) int64.
 
     >>> unpack_codes(bytes.fromhex("2860"), count=3, bits=3)
     array([1, 2, 3])
@@ -47,25 +49,26 @@ def unpack_codes(content: bytes, count: int, bits: int) -> np.ndarray:
 
 
 def _row(bits: int) -> int:
-    """Codes that share a byte; 1 where a code takes more than a byte."""
+    """How many codes share a byte; 1 if a code takes more than a byte."""
     return max(1, 8 // bits)
 
 
 def pack_numbers(numbers: np.ndarray) -> bytes:
-    """float32, (n,), little-endian, in byte planes: the first byte of each, the second of each ...
+    """Pack numbers (n,) as little-endian float32 in byte planes: byte 0 of every number, then byte 1, ...
 
-    Exponents then stand side by side, which compresses better.
+    In the planes the exponents of all numbers are adjacent, which compresses better.
     """
     return numbers.astype("<f4").view(np.uint8).reshape(-1, 4).T.tobytes()
 
 
 def unpack_numbers(content: bytes) -> np.ndarray:
-    """Back from 4 n bytes to (n,) float32."""
+    """Unpack what `pack_numbers` made: 4 n bytes -> (n,) float32."""
     planes = np.frombuffer(content, np.uint8).reshape(4, -1)
     return np.ascontiguousarray(planes.T).view("<f4").ravel().astype(np.float32)
 
 
-# LZMA takes each byte without context, since neighbouring codes say little of each other.
+# With lc, lp and pb 0, LZMA predicts a byte from no neighbour and no position: neighbouring codes are almost
+# independent of each other.
 _LZMA: Any = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0, "nice_len": 273}]
 
 COMPRESSIONS: dict[str, tuple[Callable[[bytes], bytes], Callable[[], Any]]] = {
@@ -79,15 +82,15 @@ COMPRESSIONS: dict[str, tuple[Callable[[bytes], bytes], Callable[[], Any]]] = {
 
 
 def compress(content: bytes) -> tuple[str, bytes]:
-    """The name of the compression that makes the fewest bytes, and these."""
+    """Compress with the one of `COMPRESSIONS` that makes the fewest bytes. Returns: its name, these bytes."""
     made = {name: encode(content) for name, (encode, _) in COMPRESSIONS.items()}
     return min(made.items(), key=lambda item: len(item[1]))
 
 
 def decompress(compressed: bytes, compression: str, size: int) -> bytes:
-    """Back to exactly `size` bytes, 1 or more; it stops at one byte beyond them.
+    """Decompress what `compress` made of `size` bytes, 1 or more; stops after one byte more than these.
 
-    Raises: PackingError for anything that `compress` does not make of so many bytes.
+    Raises: PackingError if the content is not exactly `size` bytes, compressed in this way.
     """
     decoder = COMPRESSIONS[compression][1]()
     try:

@@ -1,17 +1,18 @@
-"""A trained network in one small file, and back: weights as integer codes, the rest as float32. No pickle.
+"""A trained network as one small file, and back: weights as integer codes, the rest as float32. No pickle.
 
     8 bytes      magic
     4            format version
     4            bytes of the header
     4            bytes of the body
-    32           SHA-256 of everything else
+    32           SHA-256 of all other bytes of the file
     header       JSON: architecture, bits of each coded layer, settings of the run, metrics
     body         compressed: all float32 numbers, then all codes (see src/encoding.py)
 
-Integers are little-endian. The numbers are each tensor in the order of the network's state and, in place of a
-coded weight, its step and shift. A code is q + Q in its layer's bits.
+Integers are little-endian. The numbers are the tensors of the network's state, in its order; a coded weight
+contributes its step size and shift instead of its elements. A code is stored as q + Q, in its layer's bits.
 
-What is read may come from a stranger: the architecture bounds every size before anything is made of it.
+A file may come from an untrusted source. The architecture in its header is limited, and limits all other
+sizes, before any memory is taken for them.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ from utils_quantization import quantized_layers, weight_bits, weight_quantizatio
 
 VERSION = 1
 MAGIC = b"\x89CoDeQ\r\n"
-MAX_FILE_BYTES = 1 << 23  # more than ResNet-110 takes in float32: no need to read on
+MAX_FILE_BYTES = 1 << 23  # more than the largest network, ResNet-110, takes in float32
 MAX_HEADER_BYTES = 1 << 18
 MAX_BLOCKS_PER_STAGE = 18  # ResNet-110
 MAX_CLASSES = 1000
@@ -53,26 +54,27 @@ _HEADER_START = _PREFIX.size + hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class PackedHeader:
-    """What a packed network says of itself."""
+    """The header of a packed network."""
 
     blocks_per_stage: int
     num_classes: int
-    channels_last: bool  # the weights' memory layout, on which the last bits of the logits depend
-    bits: dict[str, int]  # of a weight, by the name of each coded layer
-    settings: dict[str, Any]  # of the run
-    metrics: dict[str, Any]  # what the run claims of the network
-    compression: str  # of the body
+    channels_last: bool  # memory layout of the weights: the last bits of the logits depend on it
+    bits: dict[str, int]  # bits of a weight, by the name of each coded layer
+    settings: dict[str, Any]  # of the run that trained the network
+    metrics: dict[str, Any]  # that this run measured on the network
+    compression: str  # of the body, one of `COMPRESSIONS`
 
 
 def pack_network(
     model: nn.Module, run_settings: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
 ) -> bytes:
-    """The content of a file from which `unpack_network` makes a network with the same logits, bit for bit.
+    """Pack the model into the bytes of a file, from which `unpack_network` restores the logits to the bit.
 
-    A layer is coded where its quantizer is at work, and float32 elsewhere. Nothing of the model changes.
+    The weights of a layer whose quantizer is switched on are stored as codes, all else as float32. The model
+    is not changed. Settings and metrics go into the header as they are.
 
-    Raises: PackingError if `resnet.py` does not build the model, if it is not float32 or holds a number that
-        is not finite, and if settings or metrics are not strict JSON.
+    Raises: PackingError if the model is not a ResNet of `resnet.py`, is not float32 or holds a number that is
+        not finite, and if the settings or metrics are not strict JSON.
     """
     plain = without_quantizers(model).cpu()
     blank, state, coded = _blank_like(plain), plain.state_dict(), _read_codes(model)
@@ -101,7 +103,7 @@ def pack_network(
 
 
 def unpack_network(content: bytes) -> ResNet:
-    """The plain ResNet of a packed file, in evaluation mode, on the CPU.
+    """Restore the network of a packed file: a plain ResNet, in evaluation mode, on the CPU.
 
     Raises: PackingError if the content is not what `pack_network` makes.
     """
@@ -124,19 +126,19 @@ def unpack_network(content: bytes) -> ResNet:
 
 
 def read_header(content: bytes) -> PackedHeader:
-    """The header of a packed file.
+    """Read the header of a packed file, without decompressing the body.
 
-    Raises: PackingError as `unpack_network` does, but for what only the body shows.
+    Raises: PackingError if the file or its header is not what `pack_network` makes; its body is not checked.
     """
     return _open(content)[0]
 
 
 class _Slot(NamedTuple):
-    """A tensor of the network's state as the file has it: in codes of so many bits, or in float32."""
+    """How the file stores one tensor of the network's state: as codes, or as float32 numbers."""
 
     name: str
     shape: torch.Size
-    bits: int | None
+    bits: int | None  # of a code; None for a tensor stored as float32
 
     @property
     def layer(self) -> str:
@@ -144,6 +146,7 @@ class _Slot(NamedTuple):
 
     @property
     def numbers(self) -> int:
+        """How many float32 numbers: a coded weight has its step size and its shift."""
         return 2 if self.bits else self.shape.numel()
 
     @property
@@ -152,7 +155,10 @@ class _Slot(NamedTuple):
 
 
 def _slots(network: nn.Module, bits: Mapping[str, int]) -> list[_Slot]:
-    """All that the logits depend on, in the order of the state: not the count of batches seen."""
+    """The tensors that the logits depend on, in the order of the state.
+
+    Batch norms also have `num_batches_tracked`, an integer; the logits do not depend on it.
+    """
     return [
         _Slot(name, t.shape, bits.get(name.removesuffix(".weight")))
         for name, t in network.state_dict().items()
@@ -161,7 +167,7 @@ def _slots(network: nn.Module, bits: Mapping[str, int]) -> list[_Slot]:
 
 
 def _blank(blocks_per_stage: int, num_classes: int) -> ResNet:
-    """The architecture, without memory for its weights."""
+    """Build the architecture without memory for its weights. Raises: PackingError if it is too large."""
     if not 1 <= blocks_per_stage <= MAX_BLOCKS_PER_STAGE:
         raise PackingError(f"{blocks_per_stage!r:.60} blocks a stage; expected 1 to {MAX_BLOCKS_PER_STAGE}")
     if not 1 <= num_classes <= MAX_CLASSES:
@@ -171,16 +177,17 @@ def _blank(blocks_per_stage: int, num_classes: int) -> ResNet:
 
 
 def _blank_like(plain: nn.Module) -> ResNet:
+    """Build the architecture of `plain`. Raises: PackingError if it is not a ResNet of `resnet.py`."""
     if not isinstance(plain, ResNet):
         raise PackingError(f"only the ResNets of resnet.py can be packed; got {type(plain).__name__}")
     blank = _blank(len(plain.layer1), plain.linear.out_features)
-    if str(blank) != str(plain):  # the type, stride, epsilon ... of each module
+    if str(blank) != str(plain):  # their text has the type, stride, epsilon and so on of each module
         raise PackingError("only the ResNets of resnet.py can be packed; this one has another module in it")
     return blank
 
 
 def _read_codes(model: nn.Module) -> dict[str, Codes]:
-    """The codes of each layer whose quantizer is at work, on the CPU."""
+    """The codes of each layer whose quantizer is switched on, by the layer's name, on the CPU."""
     coded = {}
     for name, layer in quantized_layers(model).items():
         quantization: Any = weight_quantization(layer)
@@ -191,7 +198,7 @@ def _read_codes(model: nn.Module) -> dict[str, Codes]:
 
 
 def _weight(codes: Codes) -> Tensor:
-    """The quantized weight, by the operations of the quantizer's forward pass."""
+    """Compute the quantized weight, with the operations of the quantizer's forward pass, in their order."""
     return codes.step_size * codes.q + codes.shift * codes.q.sign()
 
 
@@ -201,6 +208,7 @@ def _levels(bits: int) -> int:
 
 
 def _checked_q(slot: _Slot, codes: np.ndarray) -> Tensor:
+    """Turn stored codes into q. Raises: PackingError if one lies outside -Q to Q."""
     assert slot.bits
     q = codes - _levels(slot.bits)
     if q.max() > _levels(slot.bits):
@@ -255,7 +263,10 @@ def _seal(header: bytes, body: bytes) -> bytes:
 
 
 def _open(content: bytes) -> tuple[PackedHeader, bytes]:
-    """Header and compressed body; checks magic, version, length, checksum and header, in this order."""
+    """Split a file into its header and its compressed body.
+
+    Raises: PackingError for the first of these that is wrong: magic, version, length, checksum, header.
+    """
     if content[: len(MAGIC)] != MAGIC[: len(content)]:
         raise PackingError("this is no packed network: it begins with other bytes")
     if len(content) < _HEADER_START:
