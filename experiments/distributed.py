@@ -1,10 +1,10 @@
-"""Data-parallel training in the processes that torchrun starts, on torch.distributed: NCCL or Gloo.
+"""Data-parallel training in the processes that torchrun starts, with torch.distributed on NCCL or Gloo.
 
-Every process has the whole network and takes its share of each batch. What would differ from one process
-is summed over all of them: gradients, losses, the test set's hits, and the sums inside each batch norm, so
-that its mean and variance are those of the whole batch. A step on N processes is then the step on one, to
-rounding. (Over many steps roundings grow, as they do between any two machines: a weight on the edge between
-two of its quantizer's levels falls to one side or the other.)
+Every process holds the whole network and computes on its shard of each batch. Gradients, losses and the
+count of correct predictions are summed over all ranks. So are the sums inside each batch norm, which thereby
+uses the mean and variance of the whole batch. An optimizer step on N processes then equals the step on one,
+to rounding. (Over many optimizer steps rounding differences grow, as they do between any two machines: a
+weight at the border between two levels of its quantizer is rounded to the one or to the other.)
 """
 
 import os
@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 
 class LostProcessError(Exception):
-    """Another process of the run has gone; the message says so."""
+    """Another process of this run ended or cannot be reached; the message is a sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """The rank of this process, and how many processes the run has."""
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0  # among those on this machine: its GPU
+    local_rank: int = 0  # rank among the processes on this machine, and the number of its GPU
 
     @property
     def first(self) -> bool:
@@ -65,18 +65,19 @@ ALONE = Processes()
 
 
 def _guarded(collective: Any, *arguments: Any) -> None:
+    """Call a function of torch.distributed. Raises: LostProcessError where it raises another error."""
     try:
         collective(*arguments)
     except (RuntimeError, ValueError) as error:
-        # Less the place in torch's source that it begins with.
+        # torch's message begins with a place in its own source, in brackets; the user's sentence leaves it out.
         why = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])
         raise LostProcessError(f"another process of this run has gone ({why})") from None
 
 
 def join_processes() -> Processes:
-    """The processes that torchrun started, connected to each other; `ALONE` without torchrun.
+    """Connect this process to the others that torchrun started; without torchrun, return `ALONE`.
 
-    Raises: LostProcessError if they do not find each other.
+    Raises: LostProcessError if the processes do not find each other.
     """
     if not dist.is_torchelastic_launched():
         return ALONE
@@ -86,12 +87,16 @@ def join_processes() -> Processes:
 
 
 def leave_processes(processes: Processes) -> None:
+    """Close the connection to the other processes; without torchrun there is none, and nothing happens."""
     if processes.count > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sum_gradients(processes: Processes, parameters: Iterable[nn.Parameter], losses: Tensor) -> Tensor:
-    """Sum the gradients over all processes, in one message with the (2,) losses; returns the losses' sum."""
+    """Sum the gradients over all ranks, in place, and the losses, all in one message.
+
+    Shapes: losses (n,) -> their sums (n,). Parameters without a gradient are skipped.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = processes.sum(torch.cat([losses, *(g.reshape(-1) for g in gradients)]))
     total, *parts = flat.split([len(losses), *(g.numel() for g in gradients)])
@@ -101,15 +106,15 @@ def sum_gradients(processes: Processes, parameters: Iterable[nn.Parameter], loss
 
 
 def use_global_batch_norms(model: nn.Module, processes: Processes) -> None:
-    """Have every batch norm take its statistics over the whole batch, not over this process's share."""
+    """Have every batch norm use the statistics of the whole batch instead of those of this rank's shard."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = GlobalBatchNorm  # its parameters and statistics stay where they are
+            module.__class__ = GlobalBatchNorm  # keeps its parameters and its running statistics
             module.processes = processes  # type: ignore[assignment]
 
 
 def use_local_batch_norms(model: nn.Module) -> None:
-    """The plain network again, for one process."""
+    """Undo `use_global_batch_norms`: the network then works in one process alone."""
     for module in model.modules():
         if isinstance(module, GlobalBatchNorm):
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
@@ -117,9 +122,9 @@ def use_local_batch_norms(model: nn.Module) -> None:
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """A batch norm over the shares of all processes.
+    """A batch norm whose training mode uses the statistics of the whole batch, over the shards of all ranks.
 
-    torch's own SyncBatchNorm is for GPUs alone, and this must be the same on the CPU.
+    torch's SyncBatchNorm does the same, but on GPUs only. This one also runs on the CPU.
     """
 
     processes: Processes
@@ -127,35 +132,42 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, var, places = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.processes)
+        y, mean, var, positions = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.processes)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            # A momentum of None asks for the plain mean over batches.
-            plain = self.momentum is None
-            pace: Any = 1 / self.num_batches_tracked.item() if plain else self.momentum  # type: ignore[union-attr]
-            self.running_mean.lerp_(mean, pace)  # type: ignore[union-attr]
-            self.running_var.lerp_(var * places / (places - 1), pace)  # type: ignore[union-attr]
+            # As in torch, momentum None asks for the mean over all batches so far.
+            cumulative = self.momentum is None
+            momentum: Any = 1 / self.num_batches_tracked.item() if cumulative else self.momentum  # type: ignore[union-attr]
+            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
+            self.running_var.lerp_(var * positions / (positions - 1), momentum)  # type: ignore[union-attr]
         return y
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Batch norm of x (B, C, H, W), this process's share; N places a channel in all processes together.
+    """Batch norm of x (B, C, H, W), the shard of this rank. All ranks together have N positions a channel.
 
-    With x_hat = (x - mean) / sqrt(var + eps), g the incoming gradient and sums over all N places:
+    With x_hat = (x - mean) / sqrt(var + eps), g the incoming gradient and sums over all N positions:
 
     dL/dx    = weight / sqrt(var + eps) (g - sum(g) / N - x_hat sum(g x_hat) / N)
-    dL/dbias = sum g, dL/dweight = sum g x_hat, over this process's places: gradients are summed later.
 
+    The gradients of bias and weight, sum g and sum g x_hat, are those of this rank's positions alone:
+    `sum_gradients` later sums them over all ranks.
+
+    Forward: (y, mean, var, N) with y of the shape of x and the others (C,).
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), section 3.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, processes: Processes):  # type: ignore[no-untyped-def]
-        places = x.numel() // x.shape[1]
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0) if places else (weight * 0, weight * 0)
+        positions = x.numel() // x.shape[1]  # of this rank; 0 for an empty shard
+        var, mean = (
+            torch.var_mean(x.float(), (0, 2, 3), correction=0) if positions else (weight * 0, weight * 0)
+        )
+        # float64, because the variance of the whole batch is computed as a difference of two large numbers.
         mean, var = mean.double(), var.double()
-        # In float64 the variance loses nothing as a difference of mean squares.
-        sums = torch.stack([mean * places, (var + mean.square()) * places, torch.full_like(mean, places)])
+        sums = torch.stack(
+            [mean * positions, (var + mean.square()) * positions, torch.full_like(mean, positions)]
+        )
         total, squares, counts = processes.sum(sums)
         mean = total / counts
         var = (squares / counts - mean.square()).clamp_min(0)

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from experiments.evaluator import Evaluator
 from experiments.schedules import Schedule
 from experiments.settings import Settings
 from src.quantizer import NotFiniteWeightError
-from utils_quantization import quantizers
+from utils_quantization import PARAMETER_GROUPS, parameter_groups, quantizers
 
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 Penalty = Callable[[nn.Module], Tensor]  # a model's penalty, a scalar
@@ -35,6 +35,7 @@ class EpochLosses:
 
     loss: float
     cross_entropy: float
+    steps: list[list[float]] = field(compare=False)  # loss, cross-entropy and penalty of each step
 
 
 def logit_pace(logit_steps: int, steps: int) -> float:
@@ -50,19 +51,24 @@ def logit_pace(logit_steps: int, steps: int) -> float:
 def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torch.optim.AdamW:
     """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits.
 
+    A quantizer says in which group each of its parameters is (see `utils_quantization.Quantizer`).
     `steps` is the number of optimizer steps in the whole run, on which the logits' pace depends.
     """
     pace = logit_pace(settings.logit_steps, steps)
-    bit = [q.logit_bit for q in quantizers(model).values() if q.logit_bit.requires_grad]
-    deadzone = [q.logit_dz for q in quantizers(model).values() if q.logit_dz.requires_grad]
-    logits = {id(p) for p in bit + deadzone}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in logits]
-    assert len(weights) + len(bit) + len(deadzone) == sum(p.requires_grad for p in model.parameters())
-    device = weights[0].device
+    group_of = {
+        id(quantizer.get_parameter(name)): group
+        for quantizer in quantizers(model).values()
+        for name, group in parameter_groups(quantizer).items()
+    }
+    params: dict[str, list[nn.Parameter]] = {name: [] for name in PARAMETER_GROUPS}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            params[group_of.get(id(parameter), "weights")].append(parameter)
+    device = next(model.parameters()).device
     groups: list[dict[str, Any]] = [
-        _group("weights", weights, settings.weights_lr, settings.weights_decay, device),
-        _group("bit", bit, pace * settings.bit_lr, settings.bit_decay, device),
-        _group("deadzone", deadzone, pace * settings.deadzone_lr, settings.deadzone_decay, device),
+        _group("weights", params["weights"], settings.weights_lr, settings.weights_decay, device),
+        _group("bit", params["bit"], pace * settings.bit_lr, settings.bit_decay, device),
+        _group("deadzone", params["deadzone"], pace * settings.deadzone_lr, settings.deadzone_decay, device),
     ]
     betas = (0.9, settings.beta2)
     return torch.optim.AdamW(groups, betas=betas, fused=True, capturable=device.type == "cuda")
@@ -115,8 +121,10 @@ class TrainingStep:
     def __call__(
         self, images: Tensor, labels: Tensor, coefficient: float, batch_size: int | None = None
     ) -> Tensor:
-        """Take the step; returns (2,): the loss trained on, and its cross-entropy part, of the whole batch.
+        """Take the step; returns (3,): the loss trained on, its cross-entropy, and the penalty, unweighted.
 
+        All are those of the whole batch, from before the optimizer moves. The penalty is 0 where the
+        coefficient is, since it is not computed then.
         `coefficient` is the penalty's in this step. `batch_size` is the number of images in the whole batch,
         where `images` are this rank's shard of it.
         Raises: on the CPU FloatingPointError where the loss is not finite, before the optimizer moves.
@@ -141,14 +149,15 @@ class TrainingStep:
             with autocast(self.device, self.precision):
                 logits = self.model(images)
             cross_entropy = self._cross_entropy(logits.float(), labels, batch_size)
+            penalty = self.penalty(self.model) if penalised else torch.zeros_like(cross_entropy)
             loss = (
-                cross_entropy + self.coefficient * self.penalty(self.model) / self.processes.count
+                cross_entropy + self.coefficient * penalty / self.processes.count
                 if penalised
                 else cross_entropy
             )
             kept = self.keep_dead(self.model) if self.keep_dead and penalised else []
         loss.backward()
-        losses = torch.stack((loss.detach(), cross_entropy.detach()))
+        losses = torch.stack((loss, cross_entropy, penalty / self.processes.count)).detach()
         if self.processes.count > 1:
             losses = sum_gradients(self.processes, self.model.parameters(), losses)
         if self.device.type == "cpu" and not math.isfinite(losses[0].item()):
@@ -227,7 +236,7 @@ def train_epoch(
         it would make the host wait, and the weights have moved on.
     """
     step.model.train()
-    losses = torch.zeros(len(batches), 2, device=step.device)
+    losses = torch.zeros(len(batches), 3, device=step.device)
     started = time.perf_counter()
     for i, (images, labels) in enumerate(batches.epoch(epoch)):
         try:
@@ -242,8 +251,8 @@ def train_epoch(
     if not torch.stack([p.isfinite().all() for p in step.model.parameters()]).all():
         raise NotFiniteError(_not_finite(step, images, len(batches) - 1))
     sizes = torch.tensor(batches.sizes, dtype=torch.double)[:, None]
-    loss, cross_entropy = ((sums * sizes).sum(0) / sizes.sum()).tolist()
-    return EpochLosses(loss, cross_entropy)
+    loss, cross_entropy, _ = ((sums * sizes).sum(0) / sizes.sum()).tolist()
+    return EpochLosses(loss, cross_entropy, sums.tolist())
 
 
 @torch.no_grad()
