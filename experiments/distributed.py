@@ -69,7 +69,7 @@ def _guarded(collective: Any, *arguments: Any) -> None:
     try:
         collective(*arguments)
     except (RuntimeError, ValueError) as error:
-        # torch's message begins with a place in its own source, in brackets; the user's sentence leaves it out.
+        # torch's message begins with a place in torch's source, in brackets: leave that out.
         why = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])
         raise LostProcessError(f"another process of this run has gone ({why})") from None
 
