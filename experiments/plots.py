@@ -61,8 +61,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def _wrapped(title: str) -> str:
-    """A title in lines that no picture is too narrow for."""
-    return "\n".join(textwrap.fill(line, 90) for line in title.splitlines())
+    """A title in lines that no picture is too narrow for; flags are not broken at their hyphens."""
+    return "\n".join(textwrap.fill(line, 90, break_on_hyphens=False) for line in title.splitlines())
 
 
 def accuracy_figure(history: History, title: str) -> Figure:
@@ -201,7 +201,7 @@ def _state_patches() -> list[Patch]:
 def channels_over_time_figure(history: History, title: str) -> Figure:
     """Channels alive over the epochs as a share of the layer's: a row a quantized convolution."""
     layers, epochs = list(history.epochs[-1].layers), [r.epoch for r in history.epochs]
-    figure = Figure(figsize=(9, 1.8 + 0.27 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(9, max(4.5, 1.8 + 0.27 * len(layers))), layout="constrained")
     axes = figure.subplots()
     axes.set_title(_wrapped(title), fontsize=10)
     axes.set(xlabel="epoch", ylabel="convolution (channels alive at the end)")
@@ -219,9 +219,9 @@ def channels_over_time_figure(history: History, title: str) -> Figure:
         f"{n} ({row[-1].alive_channels}/{row[-1].filters})" for n, row in zip(layers, records, strict=True)
     ]
     axes.set_yticks(range(len(layers)), names, fontsize=8)
-    begins = history.settings["sparsity_delay"] + 0.5
-    if epochs[0] < begins < epochs[-1]:
-        axes.axvline(begins, color="tab:orange", label="the penalty sets in")
+    begins = next((r.epoch for r in history.epochs if r.coefficient > 0), epochs[0])
+    if begins > epochs[0]:
+        axes.axvline(begins - 0.5, color="tab:orange", label="the penalty sets in")
         figure.legend(loc="outside lower center", fontsize=8)
     figure.colorbar(image, label="output channels alive (%)")
     return figure
