@@ -1,14 +1,16 @@
 """The pictures: what is drawn, in which units, and that every word of it lies inside the picture."""
 
 import io
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import runs
 from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from runs import ALIVE, CONSTANT, COUNT, LAYERS, NULL, changed, good_run, in_every_epoch, in_layer
 
 from experiments.files import OutputError
 from experiments.plots import (
@@ -16,54 +18,31 @@ from experiments.plots import (
     STATE_COLOURS,
     accuracy_figure,
     channel_liveness_figure,
+    channels_over_time_figure,
+    draw,
     per_layer_figure,
     save_figure,
     sparsity_figure,
 )
-from metrics import LayerCount, NetworkCount
-from src.channels import ChannelState
+from experiments.report import PICTURES
+from metrics import NetworkCount
 
-ALIVE, CONSTANT, NULL = ChannelState.ALIVE, ChannelState.CONSTANT, ChannelState.NULL
 WHITE, BLACK = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
-WARMUP = (5.0, 5.0)
-WHAT = "ResNet-20 on SYNTHETIC STAND-IN, NOT CIFAR-10, preset debug, epoch 20"  # as long as titles become
-
-
-def records(epochs: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "epoch": e,
-            "accuracy": 0.1 + 0.03 * e,
-            "cross_entropy": 2.3 - 0.1 * e,
-            "unstructured_sparsity": 0.04 * e,
-            "structured_sparsity": 0.005 * max(e - 10, 0),
-            "learned_bits": 8 - 0.2 * e,
-        }
-        for e in range(1, epochs + 1)
-    ]
-
-
-def layer(name: str, states: list[ChannelState], bits: int = 4, quantized: bool = True) -> LayerCount:
-    return LayerCount(
-        name=name, quantized=quantized, bits=bits, learned_bits=float(bits), weights=9 * len(states),
-        zero_weights=0, filters=len(states), zero_filters=0, states=tuple(int(s) for s in states),
-        dense_macs=1, structured_macs=1, unstructured_macs=1)  # fmt: skip
-
-
-COUNT = NetworkCount(
-    (
-        layer("conv1", [ALIVE, ALIVE], bits=32, quantized=False),
-        layer("layer1.0.conv1", [ALIVE, NULL, CONSTANT, NULL], bits=5),
-        layer("layer1.0.conv2", [NULL, NULL, NULL], bits=2),
-        layer("linear", [ALIVE] * 10, bits=32, quantized=False),
-    )
+# As long as titles become.
+WHAT = (
+    "ResNet-20 on SYNTHETIC STAND-IN, NOT CIFAR-10, preset debug, with --batch-size 64 --precision bf16 "
+    "--limit-train 5000 --exclude-layers '^conv1$' '^linear$' layer3 --sparsity-weight 0.01 "
+    "--sparsity-delay 2.5 --sparsity-ramp 1.5 --no-keep-dead --weights-lr 0.001 --bit-lr 0.001 "
+    "--deadzone-lr 0.001 --bit-decay 0.01 --deadzone-decay 0.01 --beta2 0.999 --logit-steps 0, epoch 20"
 )
 
+
 FIGURES = {
-    "accuracy": lambda: accuracy_figure(records(20), f"Accuracy: {WHAT}", WARMUP),
-    "sparsity": lambda: sparsity_figure(records(20), f"Sparsity and bits: {WHAT}", WARMUP),
+    "accuracy": lambda: accuracy_figure(good_run(), f"Accuracy: {WHAT}"),
+    "sparsity": lambda: sparsity_figure(good_run(), f"Sparsity and bits: {WHAT}"),
     "liveness": lambda: channel_liveness_figure(COUNT, f"Channels: {WHAT}"),
     "per layer": lambda: per_layer_figure(COUNT, f"Channels and bits a layer: {WHAT}"),
+    "over time": lambda: channels_over_time_figure(good_run(), f"Channels alive: {WHAT}"),
 }
 every_figure = pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES.keys())
 over_epochs = pytest.mark.parametrize("make", [accuracy_figure, sparsity_figure])
@@ -78,35 +57,44 @@ def curves(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def test_the_accuracy_curve_shows_percent_and_the_cross_entropy_beside_chance():
-    drawn = curves(accuracy_figure(records(20), "t", WARMUP))
+    drawn = curves(accuracy_figure(good_run(), "t"))
     epochs = list(range(1, 21))
-    assert drawn["test accuracy"] == (epochs, pytest.approx([10 + 3 * e for e in epochs]))
-    assert drawn["training cross-entropy"] == (epochs, pytest.approx([2.3 - 0.1 * e for e in epochs]))
+    assert drawn["test accuracy"] == (epochs, pytest.approx([30 + 2 * e for e in epochs]))
+    assert drawn["training cross-entropy"] == (epochs, pytest.approx([1 + 1 / e for e in epochs]))
     assert set(drawn["chance"][1]) == {10}
 
 
-def test_the_sparsity_curves_show_both_sparsities_in_percent_and_the_learned_bits():
-    drawn = curves(sparsity_figure(records(20), "t", WARMUP))
+def test_the_sparsity_curves_show_both_sparsities_in_percent_the_learned_bits_and_the_coefficient():
+    drawn = curves(sparsity_figure(good_run(), "t"))
     by_word = {label.split(":")[0]: values for label, values in drawn.items()}
     epochs = list(range(1, 21))
-    assert by_word["unstructured"] == (epochs, pytest.approx([4 * e for e in epochs]))
-    assert by_word["structured"] == (epochs, pytest.approx([0.5 * max(e - 10, 0) for e in epochs]))
+    assert by_word["unstructured"] == (epochs, pytest.approx([3 * e for e in epochs]))
+    assert by_word["structured"] == (epochs, pytest.approx([max(e - 11, 0) for e in epochs]))
     assert by_word["mean learned bits"] == (epochs, pytest.approx([8 - 0.2 * e for e in epochs]))
+    climb = [0] * 6 + [0.002, 0.004, 0.006, 0.008] + [0.01] * 10
+    assert by_word["the penalty's coefficient"] == (epochs, pytest.approx(climb))
 
 
 @over_epochs
 def test_percent_runs_from_0_to_100_and_whole_epochs_from_the_first_to_the_last(make):
-    left, right = make(records(20), "t", WARMUP).axes
+    left, *others = make(good_run(), "t").axes
     assert left.get_ylim() == (0, 100)
     assert left.get_xlim() == (0.5, 20.5)
     assert all(tick == int(tick) for tick in left.get_xticks())
-    assert right.get_ylim()[0] == 0
+    assert others and all(axes.get_ylim()[0] == 0 for axes in others)
 
 
 def test_the_bits_axis_holds_every_width_that_is_drawn():
-    wide = [r | {"learned_bits": 16.0} for r in records(3)]
-    assert sparsity_figure(wide, "t", WARMUP).axes[1].get_ylim()[1] > 16
-    assert sparsity_figure(records(3), "t", WARMUP).axes[1].get_ylim()[1] > 8
+    wide = in_every_epoch(good_run(3), learned_bits=16.0)
+    assert sparsity_figure(wide, "t").axes[1].get_ylim()[1] > 16
+    assert sparsity_figure(good_run(3), "t").axes[1].get_ylim()[1] > 8
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1e-9, 4e-3, 1e30])
+def test_the_coefficients_axis_holds_it_whatever_its_size(coefficient):
+    drawn = sparsity_figure(in_every_epoch(good_run(3), coefficient=coefficient), "t")
+    low, high = drawn.axes[2].get_ylim()
+    assert low == 0 and coefficient < high <= max(1, 2 * coefficient)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +103,18 @@ def test_the_bits_axis_holds_every_width_that_is_drawn():
         (accuracy_figure, ["epoch", "test accuracy (%)", "training cross-entropy (nats)"]),
         (
             sparsity_figure,
-            ["epoch", "sparsity of the quantized layers (%)", "bits a weight (before rounding)"],
+            [
+                "epoch",
+                "sparsity of the quantized layers (%)",
+                "bits a weight (before rounding)",
+                "the penalty's coefficient",
+            ],
         ),
     ],
 )
 def test_the_axes_say_what_they_measure_and_in_which_unit(make, labels):
-    left, right = make(records(20), "t", WARMUP).axes
-    assert [left.get_xlabel(), left.get_ylabel(), right.get_ylabel()] == labels
+    axes = make(good_run(), "t").axes
+    assert [axes[0].get_xlabel(), *(a.get_ylabel() for a in axes)] == labels
 
 
 def shaded(figure: Figure) -> list[tuple[float, float]]:
@@ -143,19 +136,20 @@ def shaded(figure: Figure) -> list[tuple[float, float]]:
     ],
 )
 def test_the_warmup_is_shaded_where_the_coefficient_climbs(make, epochs, warmup, span):
-    assert shaded(make(records(epochs), "t", warmup)) == span
+    delay, ramp = warmup
+    assert shaded(make(good_run(epochs, sparsity_delay=delay, sparsity_ramp=ramp), "t")) == span
 
 
 @over_epochs
 def test_the_legend_names_every_curve_and_the_shade(make):
-    figure = make(records(20), "t", WARMUP)
+    figure = make(good_run(), "t")
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert sorted(legend) == sorted([*curves(figure), "the penalty's warm-up"])
 
 
 @over_epochs
 def test_one_epoch_can_be_drawn_and_its_points_are_seen(make):
-    figure = make(records(1), "t", WARMUP)
+    figure = make(good_run(1), "t")
     lines = [line for axes in figure.axes for line in axes.get_lines() if line.get_label() != "chance"]
     assert all(line.get_marker() not in ("", "None", None) for line in lines)
     save_figure_to_memory(figure)
@@ -165,7 +159,7 @@ def test_one_epoch_can_be_drawn_and_its_points_are_seen(make):
 
 
 def cells(figure: Figure) -> np.ndarray:
-    """The colour of each cell of the liveness picture. Shapes: -> (rows, columns, 3)."""
+    """The colour of each cell of a picture made of cells. Shapes: -> (rows, columns, 3)."""
     (shown,) = figure.axes[0].images
     return shown.cmap(shown.norm(shown.get_array()))[..., :3]
 
@@ -233,9 +227,61 @@ def test_each_bar_tells_its_layer_its_alive_channels_and_its_bits():
 
 def test_every_convolution_of_a_deep_network_gets_its_row_and_its_bar():
     names = [f"layer{stage}.{i}.conv{j}" for stage in (1, 2, 3) for i in range(18) for j in (1, 2)]
-    count = NetworkCount(tuple(layer(name, [ALIVE] * 64) for name in names))
+    count = NetworkCount(tuple(runs.layer_count(name, [ALIVE] * 64) for name in names))
     assert cells(channel_liveness_figure(count)).shape == (108, 64, 3)
     assert len(per_layer_figure(count, "t").axes[0].get_xticks()) == 108
+
+
+# Channels over the epochs
+
+
+def shares(figure: Figure) -> np.ndarray:
+    """What each cell of the picture over the epochs stands for, in percent. Shapes: -> (layers, epochs)."""
+    (shown,) = figure.axes[0].images
+    return np.asarray(shown.get_array())
+
+
+def test_over_time_there_is_a_row_a_layer_and_a_cell_an_epoch_with_the_share_that_is_alive():
+    history = in_layer(good_run(), LAYERS[2], [20], alive_channels=4)
+    expected = np.array([[100 * (16 - max(e - 11, 0)) / 16 for e in range(1, 21)]] * 4)
+    expected[2, 19] = 25
+    figure = channels_over_time_figure(history, "t")
+    np.testing.assert_allclose(shares(figure), expected)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        f"{name} ({4 if name == LAYERS[2] else 7}/16)" for name in LAYERS
+    ]
+
+
+def test_over_time_the_colours_run_from_0_to_100_percent_whatever_is_alive():
+    (shown,) = channels_over_time_figure(good_run(3), "t").axes[0].images
+    assert (shown.norm.vmin, shown.norm.vmax) == (0, 100)
+    figure = channels_over_time_figure(good_run(), "t")
+    assert figure.axes[1].get_ylabel() == "output channels alive (%)"
+    assert figure.axes[0].get_xlabel() == "epoch"
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 20])
+def test_over_time_each_cell_lies_over_its_epoch_and_beside_its_layer(epochs):
+    figure = channels_over_time_figure(good_run(epochs), "t")
+    (shown,) = figure.axes[0].images
+    left, right, bottom, top = shown.get_extent()
+    assert (left, right) == (0.5, epochs + 0.5)
+    assert (top, bottom) == (-0.5, 3.5) and list(figure.axes[0].get_yticks()) == [0, 1, 2, 3]
+    save_figure_to_memory(figure)
+
+
+@pytest.mark.parametrize(("first", "marks"), [(7, [6.5]), (20, [19.5]), (2, [1.5]), (1, []), (21, [])])
+def test_over_time_a_line_stands_before_the_first_epoch_with_a_penalty(first, marks):
+    coefficients = {e: {"coefficient": 0.01 if e >= first else 0.0} for e in range(1, 21)}
+    figure = channels_over_time_figure(changed(good_run(), coefficients), "t")
+    assert [line.get_xdata()[0] for line in figure.axes[0].get_lines()] == marks
+    assert len(figure.legends) == len(marks)
+
+
+def test_over_time_a_network_without_quantizers_is_told_in_words():
+    figure = channels_over_time_figure(runs.without_quantized_layers(good_run()), "t")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no layer is quantized"]
+    save_figure_to_memory(figure)
 
 
 # All of them
@@ -247,14 +293,32 @@ def test_the_title_is_the_one_given(make):
     assert " ".join(" ".join(titles).split()).endswith(f": {WHAT}")
 
 
-@every_figure
-def test_every_word_lies_inside_the_picture_however_long_the_title(make):
-    figure = make()
+def assert_every_word_lies_inside(figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     box = figure.get_tightbbox(canvas.get_renderer())  # around all that is drawn, inches
     width, height = figure.get_size_inches()
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, box
+
+
+@every_figure
+def test_every_word_lies_inside_the_picture_however_long_the_title(make):
+    assert_every_word_lies_inside(make())
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 18])
+def test_every_word_lies_inside_the_picture_over_time_however_many_layers_it_shows(layers):
+    """--exclude-layers leaves any number of them quantized."""
+    history = good_run()
+    rows = {f"layer{i // 6 + 1}.{i // 2 % 3}.conv{i % 2 + 1}": history.epochs[-1].layers[LAYERS[0]]
+            for i in range(layers)}  # fmt: skip
+    assert_every_word_lies_inside(channels_over_time_figure(in_every_epoch(history, layers=rows), WHAT))
+
+
+@every_figure
+def test_no_flag_in_a_title_is_broken_in_two(make):
+    titles = "\n".join([axes.get_title() for axes in make().axes])
+    assert all(flag in titles for flag in ("--batch-size", "--no-keep-dead", "--deadzone-decay"))
 
 
 def save_figure_to_memory(figure: Figure) -> np.ndarray:
@@ -284,6 +348,25 @@ def test_the_same_records_give_the_same_picture_byte_for_byte(make, tmp_path):
 def test_a_picture_that_cannot_be_written_is_an_output_error_that_names_it(tmp_path):
     with pytest.raises(OutputError, match=r"a\.png"):
         save_figure(FIGURES["accuracy"](), tmp_path / "nowhere" / "a.png")
+
+
+def test_every_picture_is_drawn_under_its_name_with_what_it_shows_in_front_of_the_title(
+    tmp_path, monkeypatch
+):
+    drawn = {}
+    monkeypatch.setattr("experiments.plots.save_figure", lambda figure, path: drawn.update({path: figure}))
+    history = replace(good_run(), final=runs.final())
+    paths = draw(history, "ResNet-20", tmp_path)
+    assert paths == list(drawn) == [tmp_path / name for name in PICTURES]
+    titles = [figure.axes[0].get_title() for figure in drawn.values()]
+    assert all(title.endswith(": ResNet-20") for title in titles) and len(set(titles)) == len(PICTURES)
+
+
+def test_numbers_that_are_not_finite_are_drawn_as_gaps(tmp_path):
+    """A run whose loss overflowed still gets its pictures."""
+    bad = {e: {"cross_entropy": float("nan"), "penalty": float("inf")} for e in (2, 3)}
+    draw(replace(changed(good_run(3), bad), final=runs.final()), "t", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(PICTURES)
 
 
 def test_drawing_needs_no_screen_and_leaves_no_figure_open():
