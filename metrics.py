@@ -1,14 +1,14 @@
-"""MACs, BOPs and sparsity of a CIFAR ResNet, a layer and in total. Counts; prints nothing.
+"""Count the MACs, BOPs and zeros of a CIFAR ResNet, for each layer and in total.
 
 For a convolution with weights (O, I, kh, kw) and H x W output positions:
 
     dense MACs         O I kh kw H W
-    structured MACs    the same over the channels that are left (see src/channels.py)
+    structured MACs    the same product over the channels that are left (see src/channels.py)
     unstructured MACs  nonzero weights x H W
-    BOPs               MACs x weight bits x 32, activations being full precision; 32 bits without a quantizer
+    BOPs               MACs x bits of a weight x 32 bits of an activation
 
-The classifier counts as a convolution with one position. Batch norms, ReLUs and additions are not counted, as
-torch.utils.flop_counter does not count them (it counts 2 per MAC).
+A weight without a quantizer has 32 bits. The classifier counts as a convolution with one position. Batch
+norms, ReLUs and additions are not counted; torch.utils.flop_counter does not count them either.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
 from utils_quantization import FULL_PRECISION_BITS, quantized_layers, weight_bits
 
-ACTIVATION_BITS = 32
+ACTIVATION_BITS = 32  # activations are never quantized
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LayerCount:
     name: str
     quantized: bool
     bits: int  # of a weight, as the forward pass uses them
-    learned_bits: float  # before rounding
+    learned_bits: float  # of a weight, before rounding
     weights: int
     zero_weights: int
     filters: int  # output channels
@@ -79,7 +79,7 @@ TOTALS = tuple(
 
 @dataclass(frozen=True)
 class NetworkCount:
-    """The layers' counts, and what they add up to."""
+    """The counts of all layers of a network, with their totals and means."""
 
     layers: tuple[LayerCount, ...]
 
@@ -123,7 +123,7 @@ def _mean(bits: list[float]) -> float:
 
 
 def count_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> NetworkCount:
-    """Count a ResNet of `resnet.py` as it stands, quantized or not. Nothing of the model changes.
+    """Count a ResNet of `resnet.py`, with its quantizers switched on or off as they are; it is not changed.
 
     Raises: ValueError if the model is not a ResNet of `resnet.py`.
     """
@@ -134,9 +134,9 @@ def count_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 3
 
 @torch.no_grad()
 def count_ceiling(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> NetworkCount:
-    """The counts if every weight of every quantized layer were zero: no compression can go below them.
+    """Count the network as if all weights of its quantized layers were zero: compression cannot do better.
 
-    No quantizer runs, so that this works on weights that are not finite too. The bits are all 32.
+    No quantizer is evaluated, so that the weights may be NaN or infinite. Bits are 32 in every layer.
     """
     quantized = quantized_layers(model)
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -154,7 +154,7 @@ def _count(
     bits: Mapping[str, tuple[int, float]],
     account: ChannelAccount,
 ) -> NetworkCount:
-    """`bits` are a weight's in each layer, as `weight_bits` gives them."""
+    """Count by the weights and the `weight_bits` of each layer, both by the layer's name."""
     quantized = quantized_layers(model)
     layers = [
         _count_layer(name, name in quantized, weights[name], bits[name], channels)
@@ -186,12 +186,12 @@ def _count_layer(
 
 
 def ratio(dense: int, compressed: int) -> float:
-    """How many times smaller; infinite for a network with nothing left."""
+    """The compression ratio of two counts; infinite if nothing is left of the compressed network."""
     return dense / compressed if compressed else math.inf
 
 
 def format_ratio(value: float) -> str:
-    """A compression ratio for a person: two decimals, or the words for a network with nothing left."""
+    """Format a compression ratio with two decimals, or say in words that nothing is left of the network."""
     return "infinite (nothing is left)" if math.isinf(value) else f"{value:.2f}x"
 
 
@@ -199,13 +199,15 @@ def format_ratio(value: float) -> str:
 def count_by_torch(
     network: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), device: torch.device | str = "cpu"
 ) -> dict[str, int]:
-    """Multiply-accumulates for one image by torch's own counter, by module name; "" is the whole network.
+    """Count multiply-accumulates for one image with torch's counter, as a check on the counts of this file.
 
-    The second opinion on this file's counts. torch.utils.flop_counter counts 2 operations for each
-    multiply-accumulate. The network runs as it stands, so that a batch norm in training mode would learn.
+    torch.utils.flop_counter counts 2 operations for each multiply-accumulate. It runs the network once: a
+    batch norm in training mode would update its running statistics.
+
+    Returns: the counts by module name; "" is the whole network.
     """
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, *input_size, device=device))
-    # Its keys are "Global", the network's class, and below it "Class.module.name".
+    # The counter's keys are "Global", the name of the network's class, and "Class.module.name" for a module.
     by_module = {key.partition(".")[2]: sum(f.values()) // 2 for key, f in counter.get_flop_counts().items()}
     return by_module | {"": counter.get_total_flops() // 2}
