@@ -60,9 +60,13 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_whole(path, content.getvalue())
 
 
-def _wrapped(title: str) -> str:
-    """A title in lines that no picture is too narrow for; flags are not broken at their hyphens."""
-    return "\n".join(textwrap.fill(line, 90, break_on_hyphens=False) for line in title.splitlines())
+def _set_title(axes: Axes, title: str) -> None:
+    """Break the title into lines that no picture is too narrow for, but no flag at its hyphens.
+
+    The patterns of --exclude-layers may hold dollar signs, between which matplotlib would read a formula.
+    """
+    lines = [textwrap.fill(line, 90, break_on_hyphens=False) for line in title.splitlines()]
+    axes.set_title("\n".join(lines), fontsize=10, parse_math=False)
 
 
 def accuracy_figure(history: History, title: str) -> Figure:
@@ -135,7 +139,7 @@ def trade_off_figure(
     axes.set_xlim(0.9, largest)
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(_wrapped(f"{title}\nmean and range of up to {seeds} seeds"), fontsize=10)
+    _set_title(axes, f"{title}\nmean and range of up to {seeds} seeds")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
@@ -157,7 +161,7 @@ def _over_epochs(history: History, title: str) -> tuple[Figure, Axes]:
     begins, ends = delay + 1, min(delay + 1 + ramp, last)  # epochs count from 1 in the table
     if begins < last:
         axes.axvspan(begins, ends, color="tab:orange", alpha=0.12, label="the penalty's warm-up")
-    axes.set_title(_wrapped(title), fontsize=10)
+    _set_title(axes, title)
     axes.set(xlabel="epoch", xlim=(0.5, last + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -186,7 +190,8 @@ def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each 
     axes.tick_params(which="minor", length=0)
     names = [f"{x.name} ({x.alive_channels}/{x.filters})" for x in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=8)
-    axes.set(title=_wrapped(title), xlabel="output channel", ylabel="convolution (alive/all)")
+    axes.set(xlabel="output channel", ylabel="convolution (alive/all)")
+    _set_title(axes, title)
     figure.legend(handles=_state_patches(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
@@ -203,7 +208,7 @@ def channels_over_time_figure(history: History, title: str) -> Figure:
     layers, epochs = list(history.epochs[-1].layers), [r.epoch for r in history.epochs]
     figure = Figure(figsize=(9, max(4.5, 1.8 + 0.27 * len(layers))), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(_wrapped(title), fontsize=10)
+    _set_title(axes, title)
     axes.set(xlabel="epoch", ylabel="convolution (channels alive at the end)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not layers:
@@ -241,6 +246,7 @@ def per_layer_figure(count: NetworkCount, title: str) -> Figure:
         text = f"{layer.alive_channels}/{layer.filters}\n{layer.bits} bits"
         axes.text(place, layer.filters + 0.5, text, ha="center", va="bottom", fontsize=7)
     axes.set_xticks(places, [layer.name for layer in layers], rotation=60, ha="right", fontsize=8)
-    axes.set(title=_wrapped(title), ylabel="output channels", ylim=(0, 1.18 * max(bottom)))
+    axes.set(ylabel="output channels", ylim=(0, 1.18 * max(bottom)))
+    _set_title(axes, title)
     figure.legend(handles=_state_patches()[:3], loc="outside lower center", ncols=3, fontsize=8)
     return figure

@@ -23,6 +23,7 @@ from experiments.plots import (
     per_layer_figure,
     save_figure,
     sparsity_figure,
+    trade_off_figure,
 )
 from experiments.report import PICTURES
 from metrics import NetworkCount
@@ -313,6 +314,21 @@ def test_every_word_lies_inside_the_picture_over_time_however_many_layers_it_sho
     rows = {f"layer{i // 6 + 1}.{i // 2 % 3}.conv{i % 2 + 1}": history.epochs[-1].layers[LAYERS[0]]
             for i in range(layers)}  # fmt: skip
     assert_every_word_lies_inside(channels_over_time_figure(in_every_epoch(history, layers=rows), WHAT))
+
+
+@pytest.mark.parametrize("title", ["'^conv1$' 'layer1\\.0$'", "$", "$$", "${$}"])
+def test_a_title_with_dollar_signs_is_drawn_as_it_is_and_not_as_a_formula(title, tmp_path):
+    drawn = [
+        accuracy_figure(good_run(), title),
+        channel_liveness_figure(COUNT, title),
+        per_layer_figure(COUNT, title),
+        channels_over_time_figure(good_run(), title),
+        trade_off_figure({}, [], title),
+    ]
+    for figure in drawn:
+        save_figure(figure, tmp_path / "a.png")
+        assert figure.axes[0].get_title().splitlines()[0] == title
+        assert not figure.axes[0].title.get_parse_math()
 
 
 @every_figure
