@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import DEADLINE
 
 from experiments import cifar10, data, debug_run, device, plots, training
 from experiments.data import Dataset
@@ -129,7 +130,7 @@ def started(tmp_path_factory):
 
 def finished(started: dict[str, Any], name: str) -> Finished:
     folder, process, _ = started[name]
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=DEADLINE)
     return Finished(folder, process.returncode, out, err)
 
 
@@ -152,7 +153,7 @@ def terminal(started) -> Finished:
             written += block
     except OSError:  # how Linux says that the other end is closed
         pass
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=DEADLINE)
     return Finished(folder, process.returncode, written.decode(), err.decode())
 
 
@@ -177,7 +178,7 @@ def interrupted(tmp_path_factory) -> Finished:
         if ROW.match(line.rstrip("\n")):
             break
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=DEADLINE)
     return Finished(folder, process.returncode, "".join(seen) + out, err)
 
 
@@ -685,7 +686,7 @@ def test_bad_input_gets_one_sentence_and_status_2_before_any_training_and_change
 )
 def test_from_the_command_line_bad_input_is_one_line_on_stderr_and_status_2(tmp_path, arguments, word):
     process = start(tmp_path, arguments, **PIPES)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (2, "")
     assert err.count("\n") == 1 and word in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Where the run computes: which device is taken, how many threads, and an allocator that changes no digit."""
+"""The device that a run takes, its number of threads, and an allocator that changes no digit."""
 
 import ctypes
 import os
@@ -6,23 +6,22 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from programs import DEADLINE, environment
 
 from experiments import device
 from experiments.device import choose_device, describe_device, keep_freed_memory, prepare_device, usable_cores
 from experiments.distributed import Processes
 from experiments.settings import Settings
 
-ROOT = Path(__file__).parent.parent
 ACCELERATORS = ["cuda", "mps"]
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with just these accelerators."""
+    """Return a function that makes this a machine with only the accelerators named."""
 
     def has(*kinds: str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in kinds)
@@ -33,7 +32,7 @@ def machine(monkeypatch):
 
 @pytest.fixture
 def process(monkeypatch):
-    """`prepare_device` sets up the whole process: undone here, and the allocator left alone."""
+    """Undo what `prepare_device` changes in this process, and record whether it asks for the allocator."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     asked: list[str] = []
@@ -123,7 +122,9 @@ def test_the_threads_asked_for_are_used(process, threads):
     assert torch.get_num_threads() == threads
 
 
-def test_without_a_word_the_threads_are_the_cores_that_this_process_may_use_and_no_more(process, monkeypatch):
+def test_without_the_flag_the_threads_are_the_cores_that_this_process_may_use_and_no_more(
+    process, monkeypatch
+):
     torch.set_num_threads(64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert usable_cores() == 3
@@ -132,7 +133,7 @@ def test_without_a_word_the_threads_are_the_cores_that_this_process_may_use_and_
 
 
 def test_fewer_threads_that_the_environment_asks_for_are_kept(process, monkeypatch):
-    torch.set_num_threads(2)  # as OMP_NUM_THREADS=2 leaves it
+    torch.set_num_threads(2)  # OMP_NUM_THREADS=2 has this effect.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert usable_cores() == 2
 
@@ -193,8 +194,9 @@ print(keep_freed_memory(), digits() == without, keep_freed_memory(), digits() ==
 
 def test_keeping_freed_memory_changes_no_bit_of_losses_weights_and_gradients():
     done = subprocess.run(
-        [sys.executable, "-c", WITH_AND_WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", WITH_AND_WITHOUT],
+        env=environment(), capture_output=True, text=True, timeout=DEADLINE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     took_hold, same, again, still_same = done.stdout.split()
     glibc = platform.libc_ver()[0] == "glibc"

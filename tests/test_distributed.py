@@ -1,10 +1,10 @@
-"""Training in several processes is training in one: shares, batch norms, steps, whole runs of torchrun."""
+"""Training in several processes equals training in one: shards, batch norms, steps, runs by torchrun."""
 
 import contextlib
 import copy
 import itertools
-import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import re
@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +23,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from folders import PICTURES, RunFolder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import DEADLINE, environment, wait_until
 from torch import Tensor, nn
 
 from experiments.checkpoint import load_checkpoint
@@ -45,47 +46,66 @@ from resnet import ResNet, resnet20
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
-ROOT = Path(__file__).parent.parent
-PATIENCE = 60  # seconds for whatever could hang
 NAN = float("nan")
 
 
-# Processes that stay, connected by Gloo: a start costs seconds, a question to them milliseconds.
+# A process of the tests costs seconds to start and milliseconds to ask, so each serves all tests.
 
 
 class Team:
-    """`count` processes; `ask` has each call a function of this module and returns what each found."""
+    """`count` processes that Gloo connects; in each of them `ask` calls a function of this module."""
 
-    def __init__(self, count: int, meeting: Path) -> None:
-        # Forked from a server that has imported torch once: as many imports would take seconds each.
+    def __init__(self, count: int, meetings: Path) -> None:
+        self.count, self.meetings, self.starts = count, meetings, itertools.count()
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
+
+    def start(self) -> None:
+        # The processes are forks of a server that imports torch once: an import in each would take seconds.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "hypothesis", "pytest"])
-        self.pipes, self.processes = [], []
-        for rank in range(count):
+        meeting = self.meetings / f"{self.count}-{next(self.starts)}"
+        for rank in range(self.count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, count, meeting, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, self.count, meeting, theirs), daemon=True)
             process.start()
+            theirs.close()  # With no other copy of this end, the pipe closes when the process dies.
             self.pipes.append(ours)
             self.processes.append(process)
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call `function(processes, *arguments)` in each process and return the results by rank.
+
+        After an error in one process the others may wait for it in a collective, so all are killed; the next
+        call starts new ones.
+        """
+        if not self.processes:
+            self.start()
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
-        deadline = time.monotonic() + PATIENCE
-        answers = []
-        for pipe in self.pipes:
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+        results: dict[int, Any] = {}
+        while len(results) < self.count:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, DEADLINE)
+            if not ready:
                 self.kill()
-                pytest.fail(f"{function.__name__} hangs in a process of the team")
-            answers.append(pickle.loads(pipe.recv_bytes()))
-        wrong = [answer for worked, answer in answers if not worked]
-        assert not wrong, "\n".join(wrong)
-        return [answer for _, answer in answers]
+                pytest.fail(f"{function.__name__} hangs in {len(waiting)} of {self.count} processes")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                try:
+                    worked, results[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    worked, results[rank] = False, f"process {rank} died in {function.__name__}"
+                if not worked:
+                    self.kill()
+                    pytest.fail(results[rank])
+        return [results[rank] for rank in range(self.count)]
 
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
+        self.pipes, self.processes = [], []
 
 
 def serve(rank: int, count: int, meeting: Path, pipe: Any) -> None:
@@ -102,61 +122,62 @@ def serve(rank: int, count: int, meeting: Path, pipe: Any) -> None:
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory) -> Iterator[dict[int, Team]]:
-    folder = tmp_path_factory.mktemp("meetings")
-    found = {count: Team(count, folder / f"of_{count}") for count in (2, 3)}
+    """A team of each size, started by the first test that asks it something."""
+    meetings = tmp_path_factory.mktemp("meetings")
+    found = {count: Team(count, meetings) for count in (2, 3)}
     yield found
     for team in found.values():
         team.kill()
 
 
 def exact(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """The program rounds to float32 what bf16 may have made; a comparison in float64 goes without that."""
+    """Have the sums that the program takes in float32 whatever its input taken in float64 for float64."""
     if dtype != torch.double:
         return contextlib.nullcontext()
     return mock.patch.object(Tensor, "float", Tensor.double)
 
 
-# Shares and sums.
+# Shards and sums.
 
 
 @given(st.integers(0, 50), st.integers(0, 300), st.integers(1, 40))
 @settings(deadline=None)
-def test_the_shares_are_the_places_in_order_and_none_is_larger_than_another_by_two(first, size, count):
-    shares = [Processes(rank, count).shard(first, first + size) for rank in range(count)]
-    places = [place for share in shares for place in range(share.start, share.stop)]
-    assert places == list(range(first, first + size))
-    sizes = [share.stop - share.start for share in shares]
+def test_the_shards_cover_the_indices_in_order_and_differ_in_size_by_one_at_most(first, size, count):
+    shards = [Processes(rank, count).shard(first, first + size) for rank in range(count)]
+    indices = [index for shard in shards for index in range(shard.start, shard.stop)]
+    assert indices == list(range(first, first + size))
+    sizes = [shard.stop - shard.start for shard in shards]
     assert max(sizes) - min(sizes) <= 1
 
 
-def sum_and_tell(processes: Processes) -> tuple[Tensor, Any]:
+def sum_and_broadcast(processes: Processes) -> tuple[Tensor, Any]:
     mine = torch.tensor([1.0, 10.0]) * (processes.rank + 1)
     total = processes.sum(mine)
     assert total is mine
-    return total, processes.broadcast({"of": "the first"} if processes.first else None)
+    return total, processes.broadcast({"of": "rank 0"} if processes.first else None)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_sum_and_what_the_first_has_reach_all(teams, count):
+def test_a_sum_and_a_broadcast_reach_every_rank(teams, count):
     together = sum(range(1, count + 1))
-    for total, told in teams[count].ask(sum_and_tell):
+    for total, received in teams[count].ask(sum_and_broadcast):
         assert total.tolist() == [together, 10 * together]
-        assert told == {"of": "the first"}
+        assert received == {"of": "rank 0"}
 
 
-def test_one_process_alone_asks_nobody():
+def test_one_process_alone_sums_and_broadcasts_to_itself():
     tensor = torch.ones(2)
     assert ALONE.sum(tensor) is tensor
     assert tensor.tolist() == [1, 1]
     assert ALONE.broadcast("x") == "x"
 
 
-# Batch norms, against torch's own on the whole batch.
+# Batch norms over shards, against torch's batch norm on the whole batch.
 
-Batches = list[tuple[Tensor, Tensor, tuple[int, ...]]]  # x, the gradient of y, where the shares are cut
+Batches = list[tuple[Tensor, Tensor, tuple[int, ...]]]  # x, the gradient of y, the shards' inner boundaries
 
 
-def normalise_shares(processes: Processes, norm: nn.BatchNorm2d, batches: Batches) -> list[dict[str, Tensor]]:
+def normalise_shards(processes: Processes, norm: nn.BatchNorm2d, batches: Batches) -> list[dict[str, Tensor]]:
     norm = copy.deepcopy(norm)
     if processes.count > 1:
         use_global_batch_norms(nn.Sequential(norm), processes)
@@ -164,11 +185,11 @@ def normalise_shares(processes: Processes, norm: nn.BatchNorm2d, batches: Batche
     with exact(norm.weight.dtype):
         for x, g, cuts in batches:
             ends = (0, *cuts, len(x)) if processes.count > 1 else (0, len(x))
-            share = slice(ends[processes.rank], ends[processes.rank + 1])
-            part = x[share].clone().requires_grad_()
+            shard = slice(ends[processes.rank], ends[processes.rank + 1])
+            part = x[shard].clone().requires_grad_()
             norm.zero_grad()
             y = norm(part)
-            y.backward(g[share])
+            y.backward(g[shard])
             found.append({
                 "y": y.detach(),
                 "dx": part.grad,
@@ -180,8 +201,8 @@ def normalise_shares(processes: Processes, norm: nn.BatchNorm2d, batches: Batche
 
 
 def compare_batch_norms(team: Team, norm: nn.BatchNorm2d, batches: Batches, tolerance: float) -> None:
-    answers = team.ask(normalise_shares, norm, batches)
-    alone = normalise_shares(ALONE, norm, batches)
+    answers = team.ask(normalise_shards, norm, batches)
+    alone = normalise_shards(ALONE, norm, batches)
     for i, expected in enumerate(alone):
         parts = [answer[i] for answer in answers]
         found = (
@@ -191,7 +212,7 @@ def compare_batch_norms(team: Team, norm: nn.BatchNorm2d, batches: Batches, tole
         for name in norm.state_dict():
             assert all(torch.equal(part[name], parts[0][name]) for part in parts), name
             found[name] = parts[0][name]
-        assert list(parts[0]) == list(expected)  # the keys of the state, too
+        assert list(parts[0]) == list(expected)  # This compares the state_dict's keys, too.
         for name, value in expected.items():
             torch.testing.assert_close(
                 found[name],
@@ -214,12 +235,11 @@ def batch_norm(
 
 @given(data=st.data(), count=st.sampled_from([2, 3]), dtype=st.sampled_from([torch.double, torch.float]))
 @settings(max_examples=40, deadline=None)
-def test_a_batch_norm_over_shares_of_any_size_is_torchs_own_over_the_whole_batch(teams, data, count, dtype):
+def test_a_batch_norm_over_shards_of_any_size_is_torchs_own_over_the_whole_batch(teams, data, count, dtype):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     channels = data.draw(st.integers(1, 4))
-    momentum = data.draw(
-        st.sampled_from([0.1, 0.7, None])
-    )  # None: the plain mean, as `renew_batch_norms` asks
+    # With a momentum of None, as `renew_batch_norms` sets it, running statistics are plain means.
+    momentum = data.draw(st.sampled_from([0.1, 0.7, None]))
     norm = batch_norm(
         channels, dtype, generator, momentum=momentum, eps=data.draw(st.sampled_from([1e-5, 0.1]))
     )
@@ -237,12 +257,12 @@ def test_a_large_mean_costs_the_variance_no_digits(teams):
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 40, 3, 4, 4, generator=generator)
     norm = batch_norm(3, torch.float, generator)
-    (expected,) = normalise_shares(
+    (expected,) = normalise_shards(
         ALONE, copy.deepcopy(norm).double(), [((x + 3000).double(), g.double(), ())]
     )
-    found = teams[2].ask(normalise_shares, norm, [(x + 3000, g, (13,))])
+    found = teams[2].ask(normalise_shards, norm, [(x + 3000, g, (13,))])
     for (part,) in found:
-        # float32 holds squares near 9e6 to 0.5 only, and the variance is near 1.
+        # In float32, squares near 9e6 are exact to 0.5 only, and the variance is near 1.
         torch.testing.assert_close(part["running_var"].double(), expected["running_var"], rtol=1e-5, atol=0)
     y = torch.cat([part["y"] for (part,) in found])
     torch.testing.assert_close(y.double(), expected["y"], rtol=0, atol=2e-3)
@@ -252,8 +272,8 @@ def test_a_batch_norm_takes_bf16_images_as_torchs_own_does(teams):
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 9, 3, 4, 4, generator=generator).to(torch.bfloat16)
     norm = batch_norm(3, torch.float, generator)
-    ours = teams[2].ask(normalise_shares, norm, [(x, g, (4,))])
-    (theirs,) = normalise_shares(ALONE, norm, [(x, g, ())])
+    ours = teams[2].ask(normalise_shards, norm, [(x, g, (4,))])
+    (theirs,) = normalise_shards(ALONE, norm, [(x, g, ())])
     for name in ("y", "dx"):
         found = torch.cat([part[name] for (part,) in ours])
         assert found.dtype == torch.bfloat16
@@ -280,10 +300,10 @@ def test_a_network_keeps_its_keys_and_values_with_global_batch_norms_and_is_the_
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# Training steps of the whole ResNet-20.
+# Training steps of a whole ResNet-20.
 
-TRAIN_IMAGES, BATCH = 15, 7  # batches of 7, 7 and 1: the last leaves processes without an image
-PENALTIES = [0.0, 4e-3]  # an epoch without and one with the penalty
+TRAIN_IMAGES, BATCH = 15, 7  # Batches of 7, 7 and 1: the last one leaves some processes without an image.
+PENALTIES = [0.0, 4e-3]  # One epoch is trained without the penalty and one with it.
 
 
 def random_images(train: int, test: int = 1) -> Dataset:
@@ -293,8 +313,8 @@ def random_images(train: int, test: int = 1) -> Dataset:
     return Dataset("random", "here", True, images[:train], labels[:train], images[train:], labels[train:])
 
 
-def network(processes: Processes, dtype: torch.dtype = torch.float) -> nn.Module:
-    """A quantized ResNet-20, three quarters of its weights zero and some of its filters."""
+def quantized_resnet20(processes: Processes, dtype: torch.dtype = torch.float) -> nn.Module:
+    """A quantized ResNet-20 in which three quarters of the weights and some whole filters are zero."""
     torch.manual_seed(0)
     model = resnet20()
     coarse = {"init_bit_logit": 0.9, "init_deadzone_logit": 0.5}
@@ -327,13 +347,13 @@ def walk(batches: TrainBatches) -> Iterator[tuple[Tensor, Tensor, int, float]]:
 @dataclass
 class Step:
     losses: list[float]
-    zeros: tuple[int, int]  # weights and filters, after the step
+    zeros: tuple[int, int]  # How many weights and filters are zero after the step.
     after: dict[str, Tensor]
 
 
 @torch.no_grad()
-def zeros(model: nn.Module) -> tuple[int, int]:
-    """Weights that are exactly zero, and filters of nothing else, in all convolutions."""
+def count_zeros(model: nn.Module) -> tuple[int, int]:
+    """Count the weights of all convolutions that are exactly zero, and the filters that are all zeros."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     filters = sum(int((w == 0).all((1, 2, 3)).sum()) for w in weights)
     return sum(int((w == 0).sum()) for w in weights), filters
@@ -342,8 +362,8 @@ def zeros(model: nn.Module) -> tuple[int, int]:
 def take_steps(
     processes: Processes, dtype: torch.dtype, states: list[dict[str, Tensor]] | None = None
 ) -> list[Step]:
-    """The steps of both epochs, the i-th from `states[i]`; one after the other where these are not given."""
-    model = network(processes, dtype)
+    """Take the steps of both epochs, the i-th of them from `states[i]` where these are given."""
+    model = quantized_resnet20(processes, dtype)
     model.train()
     step = training_step(model, processes)
     found = []
@@ -353,7 +373,7 @@ def take_steps(
         with exact(dtype):
             losses = step(images.to(dtype), labels, penalty, size).tolist()
         after = {name: value.clone() for name, value in model.state_dict().items()}
-        found.append(Step(losses, zeros(model), after))
+        found.append(Step(losses, count_zeros(model), after))
     return found
 
 
@@ -379,7 +399,7 @@ def test_in_float64_the_steps_are_those_of_one_process_and_the_same_to_the_bit_i
     teams, alone_in_float64, count
 ):
     expected = alone_in_float64
-    assert expected[0].zeros[1] > 0  # else equal counts of filters say little
+    assert expected[0].zeros[1] > 0  # Without zero filters, equal counts of them would show nothing.
     assert len({step.zeros for step in expected}) > 3
     answers = teams[count].ask(take_steps, torch.double)
     for ours, theirs in zip(answers[0], expected, strict=True):
@@ -392,7 +412,7 @@ def test_in_float64_the_steps_are_those_of_one_process_and_the_same_to_the_bit_i
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_in_float32_each_step_from_the_same_state_has_the_loss_of_one_process(teams, alone_in_float32, count):
-    states = [network(ALONE).state_dict(), *(step.after for step in alone_in_float32[:-1])]
+    states = [quantized_resnet20(ALONE).state_dict(), *(step.after for step in alone_in_float32[:-1])]
     answers = teams[count].ask(take_steps, torch.float, states)
     for ours, theirs in zip(answers[0], alone_in_float32, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
@@ -404,7 +424,7 @@ def test_in_float32_the_processes_stay_the_same_to_the_bit_from_step_to_step(tea
 
 
 def renew(processes: Processes) -> dict[str, Tensor]:
-    model = network(processes)
+    model = quantized_resnet20(processes)
     renew_batch_norms(model, batches_of(processes), 0, 2)
     return dict(model.named_buffers())
 
@@ -417,7 +437,7 @@ def test_renewed_batch_norms_are_those_of_one_process(teams):
 
 
 def accuracies(processes: Processes, sizes: list[int]) -> list[float]:
-    model = network(processes)
+    model = quantized_resnet20(processes)
     return [
         measure_accuracy(model, TestBatches(random_images(1, n), "cpu", 20, processes), processes=processes)
         for n in sizes
@@ -425,16 +445,16 @@ def accuracies(processes: Processes, sizes: list[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_the_accuracy_over_shares_is_exactly_that_of_one_process(teams, count):
-    sizes = [127, 60, 1]  # the last leaves processes without an image
+def test_the_accuracy_over_shards_is_exactly_that_of_one_process(teams, count):
+    sizes = [127, 60, 1]  # One image leaves some processes without any.
     expected = accuracies(ALONE, sizes)
     assert 0 < expected[0] < 1
     assert teams[count].ask(accuracies, sizes) == [expected] * count
 
 
 def train_into_nan(processes: Processes, where: int) -> str:
-    """An epoch in which process `where` meets a NaN in its share of the second batch."""
-    model = network(processes)
+    """Train an epoch in which rank `where` meets a NaN in its shard of the second batch."""
+    model = quantized_resnet20(processes)
     batches = batches_of(processes)
     normalise, calls = batches.normalise, itertools.count(1)
 
@@ -447,7 +467,7 @@ def train_into_nan(processes: Processes, where: int) -> str:
     batches.normalise = spoiled
     with pytest.raises(NotFiniteError) as error:
         train_epoch(training_step(model, processes), batches, 0, 0.0)
-    assert next(calls) == 3  # it stopped there
+    assert next(calls) == 3  # No third batch was prepared.
     return str(error.value)
 
 
@@ -459,7 +479,7 @@ def test_a_nan_in_one_process_ends_the_epoch_in_all(teams, where):
 
 
 def train_a_broken_weight(processes: Processes) -> str:
-    model = network(processes)
+    model = quantized_resnet20(processes)
     with torch.no_grad():
         model.get_parameter("layer2.0.conv1.parametrizations.weight.original")[0, 0, 0, 0] = NAN
     with pytest.raises(NotFiniteError) as error:
@@ -476,123 +496,131 @@ def test_a_nan_in_a_weight_ends_the_epoch_in_all_and_is_named(teams):
 
 SMALL = ["--data", "synthetic", "--limit-train", "129", "--limit-test", "31", "--batch-size", "65",
          "--threads", "1", "--sparsity-delay", "0", "--sparsity-ramp", "1"]  # fmt: skip
+TWO_EPOCHS, THREE_EPOCHS = [*SMALL, "--epochs", "2"], [*SMALL, "--epochs", "3"]
 ROW = re.compile(r"^ +(\d+) \|" + r" *[\d.]+ \|" * 5 + r" *[\d.]+$", re.MULTILINE)
-PICTURES = [
-    "accuracy_curve.png",
-    "channel_liveness.png",
-    "channels_over_time.png",
-    "per_layer_channels.png",
-    "sparsity_curves.png",
-]
 STOPPED_FILES = [*PICTURES, "history.json"]
 FILES = [*STOPPED_FILES, "checkpoint_0001.pt", "checkpoint_0002.pt", "compressed.codeq", "slim.pt2"]
 
+# torchrun, but for a limit of its own: 30 seconds after a worker is lost it kills the others, which may need
+# longer for their last files on a machine that is busy with other work.
+TORCHRUN = f"""
+from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.run import main
+close = PContext.close
+PContext.close = lambda self, death_sig=None, timeout=None: close(self, death_sig, {DEADLINE})
+main()
+"""
 
-class Run:
-    """One start of the script, by `count` processes, in `folder`; what it said and left there."""
+# The script, in which rank 1 waits for good at the start of its second epoch. Rank 0 then waits for rank 1 in
+# a collective, so that a test can end the run there, however late it looks at it.
+RANK_1_WAITS = """
+import os, signal, sys
+from experiments import training
+train_epoch, calls = training.train_epoch, []
+def waiting(*arguments, **named):
+    calls.append(arguments)
+    while len(calls) == 2 and os.environ["RANK"] == "1":
+        signal.pause()
+    return train_epoch(*arguments, **named)
+training.train_epoch = waiting
+from experiments.debug_run import main
+sys.exit(main())
+"""
 
-    def __init__(self, folder: Path, count: int, *arguments: str) -> None:
+
+class LaunchedRun(RunFolder):
+    """A run of the script by `count` processes in `folder`, and what they printed so far."""
+
+    def __init__(self, folder: Path, count: int, *arguments: str, rank_1_waits: bool = False) -> None:
+        super().__init__(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.said = (
-            folder,
-            {name: folder / f"{name}-{time.time_ns()}" for name in ("out", "err")},
-        )
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={count}"] if count > 1 else []
-        # The mark is in the environment of every process of the run, also of those whose parent has gone.
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TEST_RUN": str(folder)}
-        with self.said["out"].open("wb") as out, self.said["err"].open("wb") as err:
+        start = len(list(folder.glob("out-*")))  # A resumed run has a folder that an earlier one printed to.
+        self.printed = {name: folder / f"{name}-{start}" for name in ("out", "err")}
+        script = ["-m", "experiments.debug_run"]
+        if rank_1_waits:
+            script = ["--no-python", sys.executable, "-c", RANK_1_WAITS]
+        launcher = ["-c", TORCHRUN, f"--nproc-per-node={count}"] if count > 1 else []
+        # This variable marks every process of the run, also one whose parent is gone.
+        mark = {"TEST_RUN": str(folder)}
+        with self.printed["out"].open("wb") as out, self.printed["err"].open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "experiments.debug_run", *arguments],
-                cwd=folder, env=environment, stdout=out, stderr=err, start_new_session=True,
+                [sys.executable, *launcher, *script, *arguments],
+                cwd=folder, env=environment() | mark, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
 
     def wait_for_row(self, epoch: int) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while epoch not in self.rows:
+        def printed() -> bool:
             assert self.process.poll() is None, f"it ended early:\n{self.out}\n{self.err}"
-            assert time.monotonic() < deadline, f"no row {epoch}:\n{self.out}\n{self.err}"
-            time.sleep(0.02)
+            return epoch in self.rows
+
+        wait_until(printed, f"row {epoch} of the table")
 
     def worker(self, rank: int) -> int:
         (pid,) = (pid for pid, env in marked(self.folder) if f"RANK={rank}".encode() in env)
         return pid
 
-    def end(self) -> "Run":
-        self.status = self.process.wait(PATIENCE)
+    def end(self) -> "LaunchedRun":
+        self.status = self.process.wait(DEADLINE)
         return self
 
     @property
     def out(self) -> str:
-        return self.said["out"].read_text()
+        return self.printed["out"].read_text()
 
     @property
     def err(self) -> str:
-        return self.said["err"].read_text()
+        return self.printed["err"].read_text()
 
     @property
     def rows(self) -> list[int]:
         return [int(epoch) for epoch in ROW.findall(self.out)]
 
-    @property
-    def files(self) -> list[str]:
-        return sorted(p.name for p in (self.folder / "debug_output").iterdir())
-
-    @property
-    def history(self) -> dict[str, Any]:
-        return json.loads((self.folder / "debug_output" / "history.json").read_text())
-
     def epoch(self, number: int) -> dict[str, float]:
-        return load_checkpoint(self.folder / "debug_output" / f"checkpoint_{number:04d}.pt").records[-1]
+        return load_checkpoint(self.output / f"checkpoint_{number:04d}.pt").records[-1]
 
 
 def marked(folder: Path) -> list[tuple[int, list[bytes]]]:
-    """The processes that a run in `folder` has, and their environments."""
+    """The processes of the runs in `folder`, each with its environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            environment = path.read_bytes().split(b"\0")
-            if f"TEST_RUN={folder}".encode() in environment:
-                found.append((int(path.parent.name), environment))
+            variables = path.read_bytes().split(b"\0")
+            if f"TEST_RUN={folder}".encode() in variables:
+                found.append((int(path.parent.name), variables))
     return found
 
 
-TWO_EPOCHS, FORTY_EPOCHS = [*SMALL, "--epochs", "2"], [*SMALL, "--epochs", "40"]
+def train_by_one(base: Path) -> LaunchedRun:
+    return LaunchedRun(base / "alone", 1, *TWO_EPOCHS).end()
 
 
-def train_one_epoch_alone(base: Path) -> Run:
-    run = Run(base / "alone", 1, *FORTY_EPOCHS)
-    run.wait_for_row(1)
-    run.process.kill()
-    return run.end()
+def train_by_two(base: Path) -> LaunchedRun:
+    return LaunchedRun(base / "two", 2, *TWO_EPOCHS).end()
 
 
-def run_two(base: Path) -> Run:
-    return Run(base / "two", 2, *TWO_EPOCHS).end()
-
-
-def kill_one_and_resume_by_one(base: Path) -> tuple[Run, list[str], Run]:
-    """A worker is killed in the second epoch; one process does the rest. In between, what files there are."""
-    killed = Run(base / "killed", 2, *TWO_EPOCHS)
+def kill_one_and_resume_by_one(base: Path) -> tuple[LaunchedRun, list[str], LaunchedRun]:
+    """Kill a worker in the second epoch, list the files, and let one process finish the run."""
+    killed = LaunchedRun(base / "killed", 2, *TWO_EPOCHS, rank_1_waits=True)
     killed.wait_for_row(1)
     os.kill(killed.worker(1), signal.SIGKILL)
     files = killed.end().files
-    return killed, files, Run(base / "killed", 1, *TWO_EPOCHS, "--resume").end()
+    return killed, files, LaunchedRun(base / "killed", 1, *TWO_EPOCHS, "--resume").end()
 
 
-def resume_by_two_and_terminate(base: Path, alone: Future[Run]) -> Run:
-    """Two processes go on where one was after its first epoch, and are told to stop in the third."""
-    begun = alone.result().folder / "debug_output" / "checkpoint_0001.pt"
+def resume_by_two_and_terminate(base: Path, alone: Future[LaunchedRun]) -> LaunchedRun:
+    """Let two processes go on after the first epoch of one, and terminate torchrun in the third epoch."""
+    checkpoint = alone.result().output / "checkpoint_0001.pt"
     folder = base / "resumed"
     (folder / "debug_output").mkdir(parents=True)
-    shutil.copy(begun, folder / "debug_output")
-    run = Run(folder, 2, *FORTY_EPOCHS, "--resume")
+    shutil.copy(checkpoint, folder / "debug_output")
+    run = LaunchedRun(folder, 2, *THREE_EPOCHS, "--resume", rank_1_waits=True)
     run.wait_for_row(2)
     os.kill(run.process.pid, signal.SIGTERM)
     return run.end()
 
 
-def refuse(base: Path, name: str) -> Run:
-    return Run(base / name, 2, *REFUSED[name][0]).end()
+def refuse(base: Path, name: str) -> LaunchedRun:
+    return LaunchedRun(base / name, 2, *REFUSED[name][0]).end()
 
 
 REFUSED = {
@@ -611,10 +639,10 @@ REFUSED = {
 def runs(tmp_path_factory) -> Iterator[dict[str, Future[Any]]]:
     base = tmp_path_factory.mktemp("runs")
     with ThreadPoolExecutor(2) as pool:
-        alone = pool.submit(train_one_epoch_alone, base)
+        alone = pool.submit(train_by_one, base)
         yield {
             "alone": alone,
-            "two": pool.submit(run_two, base),
+            "two": pool.submit(train_by_two, base),
             "resumed": pool.submit(resume_by_two_and_terminate, base, alone),
             "killed": pool.submit(kill_one_and_resume_by_one, base),
             **{name: pool.submit(refuse, base, name) for name in REFUSED},
@@ -626,11 +654,8 @@ def runs(tmp_path_factory) -> Iterator[dict[str, Future[Any]]]:
                     os.kill(pid, signal.SIGKILL)
 
 
-def assert_none_left(run: Run) -> None:
-    deadline = time.monotonic() + 10
-    while (left := marked(run.folder)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == []
+def assert_none_left(run: LaunchedRun) -> None:
+    wait_until(lambda: not marked(run.folder), "the end of the run's processes")
 
 
 def test_two_processes_print_one_table_and_write_one_set_of_files(runs):
@@ -640,11 +665,11 @@ def test_two_processes_print_one_table_and_write_one_set_of_files(runs):
         assert run.out.count(once) == 1
     assert "error" not in run.out
     assert run.files == sorted(FILES)
-    assert run.status in (0, 1)  # so few steps may fail the verdict
+    assert run.status in (0, 1)  # After so few steps the verdict may fail.
     assert_none_left(run)
 
 
-def test_the_head_and_the_history_say_how_many_processes_ran(runs):
+def test_the_first_lines_and_the_history_say_how_many_processes_ran(runs):
     run = runs["two"].result()
     assert re.search(r"^Device: .*, 2 processes, ", run.out, re.MULTILINE)
     assert run.history["processes"] == 2
@@ -666,7 +691,7 @@ def test_the_first_epoch_of_two_processes_is_near_that_of_one(runs):
     assert two["unstructured_sparsity"] == pytest.approx(alone["unstructured_sparsity"], abs=0.002)
 
 
-def test_a_killed_worker_ends_the_run_with_a_word(runs):
+def test_a_killed_worker_ends_the_run_with_a_sentence_about_it(runs):
     killed, *_ = runs["killed"].result()
     assert killed.status != 0
     assert killed.rows == [1]
@@ -690,15 +715,15 @@ def test_one_process_finishes_what_two_began(runs):
     ]
     assert resumed.history["stopped"] is None
     assert resumed.files == sorted(FILES)
-    # The first epoch is the same to the bit as in the run of two from end to end, the second only near.
+    # The undisturbed run of two has the same first epoch to the bit, and nearly the same second one.
     two = runs["two"].result()
     assert resumed.epoch(1)["loss"] == two.epoch(1)["loss"]
     assert resumed.epoch(2)["penalty"] == pytest.approx(two.epoch(2)["penalty"], rel=0.02)
 
 
-def test_two_processes_go_on_with_what_one_began(runs):
+def test_two_processes_resume_what_one_began(runs):
     resumed, alone = runs["resumed"].result(), runs["alone"].result()
-    assert resumed.rows[:2] == [1, 2]
+    assert resumed.rows == [1, 2]
     same = ("loss", "accuracy", "penalty", "unstructured_sparsity", "seconds")
     assert [resumed.history["epochs"][0][key] for key in same] == [alone.epoch(1)[key] for key in same]
     assert "device cpu, 1 threads before, cpu, 1 threads, 2 processes now" in resumed.out
@@ -708,12 +733,11 @@ def test_two_processes_go_on_with_what_one_began(runs):
 
 def test_sigterm_to_the_launcher_still_writes_the_finished_epochs_files(runs):
     run = runs["resumed"].result()
-    done = run.rows[-1]
     assert run.status != 0
     assert run.out.count("stopped by SIGTERM") == 1
-    assert run.history["stopped"] == f"stopped by SIGTERM in epoch {done + 1}"
-    assert [record["epoch"] for record in run.history["epochs"]] == list(range(1, done + 1))
-    assert set(run.files) == {*STOPPED_FILES, f"checkpoint_{done - 1:04d}.pt", f"checkpoint_{done:04d}.pt"}
+    assert run.history["stopped"] == "stopped by SIGTERM in epoch 3"
+    assert [record["epoch"] for record in run.history["epochs"]] == [1, 2]
+    assert run.files == sorted([*STOPPED_FILES, "checkpoint_0001.pt", "checkpoint_0002.pt"])
     assert_none_left(run)
 
 
@@ -723,5 +747,5 @@ def test_bad_input_is_refused_in_one_sentence_and_once(runs, name):
     assert run.status != 0
     assert run.out == ""
     assert [line for line in run.err.splitlines() if line.startswith("error: ")] == [REFUSED[name][1]]
-    assert "/experiments/" not in run.err  # no trace of the program's own
+    assert "/experiments/" not in run.err  # A traceback would name a file of the program.
     assert_none_left(run)

@@ -1,7 +1,6 @@
-"""Output files: whole or not at all, no litter, strict JSON, and a folder that is tried before the work."""
+"""Output files are whole or absent, JSON is strict, and a run locks its folder before it works."""
 
 import fcntl
-import hashlib
 import io
 import json
 import math
@@ -12,19 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import names, silent, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import DEADLINE, ROOT
 
 from experiments import files
 from experiments.files import OutputError, archive_files, lock_folder, write_json, write_whole
 from experiments.live import Stopped
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
-ROOT = Path(__file__).parent.parent
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
 
 
 # Whole or not at all
@@ -53,7 +49,7 @@ def test_a_reader_with_the_old_file_open_goes_on_reading_the_old_one(tmp_path):
 
 
 def break_off(monkeypatch, error: BaseException, at: str) -> None:
-    """Make the writing fail half-way through its bytes, at forcing them to the disk, or at the renaming."""
+    """Make a write fail half-way through its bytes, when they are forced to the disk, or at the renaming."""
     original = Path.open
 
     class HalfFile(io.FileIO):
@@ -135,12 +131,12 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
 def test_a_process_that_dies_before_the_end_leaves_the_old_content(tmp_path):
     path = tmp_path / "history.json"
     path.write_bytes(b"old")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, timeout=DEADLINE)
     assert done.returncode == 9
     assert path.read_bytes() == b"old"
 
 
-# None of them a matter of permissions: root may be running this.
+# No case depends on permissions, which do not hold back root.
 PLACES = {
     "no such folder": "nowhere/a.json",
     "a file in place of the folder": "file/a.json",
@@ -223,10 +219,6 @@ def test_what_json_cannot_hold_leaves_the_old_file_alone(tmp_path):
 # The folder
 
 
-def silent(sentence: str) -> None:
-    raise AssertionError(f"said: {sentence}")
-
-
 def test_the_folder_is_made_with_those_above_it_and_has_nothing_in_it_while_it_is_held(tmp_path):
     folder = tmp_path / "a" / "b"
     with lock_folder(folder, silent):
@@ -290,18 +282,19 @@ def test_a_folder_that_is_full_is_refused(tmp_path, monkeypatch):
 # One run at a time
 
 HOLDING = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from experiments.files import lock_folder
 with lock_folder(Path(sys.argv[1]), print):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def test_a_held_folder_is_refused_to_a_second_process_until_the_first_ends_however_it_ends(tmp_path):
     command = [sys.executable, "-c", HOLDING, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
         assert first.stdout.readline() == "held\n"
         for _ in range(2):
             with pytest.raises(OutputError) as error, lock_folder(tmp_path, silent):
@@ -350,21 +343,17 @@ def test_where_nothing_can_be_locked_that_is_said_and_the_run_goes_on(tmp_path, 
 # An earlier run's files
 
 
-def contents(folder: Path) -> dict[str, str]:
-    found = [p for p in folder.rglob("*") if p.is_file()]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
-
-
 def test_what_is_there_is_moved_into_the_next_free_folder_byte_for_byte_and_the_rest_stays(tmp_path):
     for name in ("a.png", "c_1.pt", "c_2.pt", "mine.txt"):
         (tmp_path / name).write_bytes(name.encode() * 1000)
     (tmp_path / "earlier-1").mkdir()
     (tmp_path / "earlier-2").write_text("a file of that name")
-    before = contents(tmp_path)
+    before = tree(tmp_path)
     files = [tmp_path / name for name in ("a.png", "c_1.pt", "absent", "c_2.pt", "earlier-1")]
     assert archive_files(tmp_path, files) == tmp_path / "earlier-3"
     moved = {f"earlier-3/{name}": before[name] for name in ("a.png", "c_1.pt", "c_2.pt")}
-    assert contents(tmp_path) == moved | {name: before[name] for name in ("mine.txt", "earlier-2")}
+    stayed = {name: before[name] for name in ("mine.txt", "earlier-1", "earlier-2")}
+    assert tree(tmp_path) == moved | stayed | {"earlier-3": "folder"}
 
 
 def test_where_nothing_is_there_nothing_is_made(tmp_path):

@@ -1,4 +1,4 @@
-"""The live line, signals that stop a run, and a standard output that takes no more."""
+"""The live line, the signals that stop a run, and a standard output that takes no more."""
 
 import errno
 import io
@@ -11,11 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from programs import DEADLINE, ROOT
 
 from experiments.live import ClosedOutputError, LiveLine, Stopped, StopSignals, ignore_sigterm
-
-ROOT = Path(__file__).parent.parent
-
 
 # The live line
 
@@ -61,7 +59,7 @@ def test_steps_are_shown_ten_times_a_second_at_most_and_the_last_one_always(live
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     show = live.steps(6)
-    for done in range(1, 101):  # a hundred steps a second, 16 of them in each 1/8 s here
+    for done in range(1, 101):  # 128 steps a second, and the line may change every 0.1 s: at each 13th step.
         now += 1 / 128
         show(done, 100, done / 128)
     shown = capsys.readouterr().out.split("\r\x1b[K")[1:]
@@ -116,13 +114,13 @@ def test_after_a_closed_output_the_process_ends_as_it_chooses_and_without_a_trac
         if not Path(output).exists():
             pytest.skip("no /dev/full here")
         with Path(output).open("w") as full:
-            done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+            done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=DEADLINE)
         status, err = done.returncode, done.stderr
     else:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.readline()
         process.stdout.close()
-        err, status = process.stderr.read(), process.wait(60)
+        err, status = process.stderr.read(), process.wait(DEADLINE)
         process.stderr.close()
     assert status == 2
     assert err.count(b"\n") == 1 and err.startswith(b"standard output takes no more ("), err
@@ -133,7 +131,7 @@ def test_after_a_closed_output_the_process_ends_as_it_chooses_and_without_a_trac
 
 @pytest.fixture
 def handlers():
-    """Both signals as Python has them at its start; put back as they were."""
+    """Give both signals the handlers that Python starts with; return a function that reads the handlers."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -150,21 +148,20 @@ def test_a_signal_is_an_exception_with_its_name_and_the_shells_status_and_no_exc
 ):
     with pytest.raises(Stopped) as stop, StopSignals():
         try:
-            os.kill(os.getpid(), number)
-            time.sleep(5)
+            signal.raise_signal(number)
         except Exception:
             pytest.fail("taken for an error")
     assert (stop.value.name, stop.value.status, str(stop.value)) == (name, status, name)
 
 
 @pytest.mark.parametrize("ends", ["well", "with a signal", "with an error"])
-def test_the_handlers_of_before_are_back_afterwards(handlers, ends):
+def test_the_earlier_handlers_are_back_afterwards(handlers, ends):
     before = handlers()
     try:
         with StopSignals():
             assert handlers() != before
             if ends == "with a signal":
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             if ends == "with an error":
                 raise ValueError
     except (Stopped, ValueError):
@@ -172,13 +169,13 @@ def test_the_handlers_of_before_are_back_afterwards(handlers, ends):
     assert handlers() == before
 
 
-def test_sigterm_can_be_left_unheard_since_its_sender_may_send_it_again_while_the_files_are_written(handlers):
+def test_sigterm_can_be_ignored_since_its_sender_may_send_it_again_while_the_files_are_written(handlers):
     before = handlers()
     with StopSignals():
         with pytest.raises(Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         ignore_sigterm()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     assert handlers() == before
 
 
@@ -186,14 +183,14 @@ def test_sigterm_can_be_left_unheard_since_its_sender_may_send_it_again_while_th
 def test_what_is_held_together_is_done_wholly_before_a_signal_is_heard(handlers, number):
     done = []
     with StopSignals() as signals, pytest.raises(Stopped) as stop, signals.held():
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         done.append("all of it")
     assert done == ["all of it"] and stop.value.status == 128 + number
 
 
 def test_an_error_in_what_is_held_together_goes_up_as_it_is(handlers):
     with StopSignals() as signals, pytest.raises(ValueError), signals.held():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         raise ValueError
 
 
@@ -202,7 +199,7 @@ def test_ctrl_c_is_heard_again_by_whoever_will_not_wait(handlers):
     with StopSignals():
         for _ in range(3):
             try:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             except Stopped:
                 heard += 1
     assert heard == 3
@@ -212,7 +209,7 @@ def test_ctrl_c_is_heard_again_by_whoever_will_not_wait(handlers):
 def test_a_signal_that_the_parent_had_us_ignore_stays_ignored(handlers, number):
     signal.signal(number, signal.SIG_IGN)
     with StopSignals():
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert signal.getsignal(number) is signal.SIG_IGN
     assert signal.getsignal(number) is signal.SIG_IGN
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import DEADLINE, ROOT
 
 from experiments.settings import Settings, flag, parse_settings
 
-ROOT = Path(__file__).parent.parent
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
 # What the default run uses (docs/results.md says why), and the plan to the letter where it differs.
@@ -84,7 +84,7 @@ def attribute(name: str) -> str:
     return name[2:].replace("-", "_")
 
 
-def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refused_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line on stderr with which `arguments` are refused."""
     with pytest.raises(SystemExit) as stopped:
         parse_settings(arguments)
@@ -133,7 +133,7 @@ def test_resume_is_asked_for_by_its_flag_alone(preset, capsys):
     assert by_flag(parse_settings([*preset, "--resume"])) == by_flag(parse_settings(preset)) | {
         "--resume": True
     }
-    assert "yes" in refusal(["--resume", "yes"], capsys)
+    assert "yes" in refused_line(["--resume", "yes"], capsys)
 
 
 def test_the_flags_are_the_fields_and_no_more():
@@ -168,7 +168,7 @@ def test_patterns_without_a_word_mean_that_nothing_is_excluded():
 @pytest.fixture(scope="module")
 def helped() -> str:
     command = [sys.executable, "-m", "experiments.debug_run", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0 and done.stderr == ""
     return " ".join(done.stdout.split())
 
@@ -216,7 +216,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "text"), BAD)
 def test_a_bad_value_gets_one_sentence_with_its_flag_and_its_value_and_exit_status_2(name, text, capsys):
-    line = refusal([name, text], capsys)
+    line = refused_line([name, text], capsys)
     assert line.startswith("error: ")
     assert name in line
     assert (text if text != "1e999" else "inf") in line
@@ -229,17 +229,17 @@ def test_a_bad_value_gets_one_sentence_with_its_flag_and_its_value_and_exit_stat
 )
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_negative_number_with_an_exponent_is_not_taken_for_a_flag(name, text, joined, capsys):
-    line = refusal([f"{name}={text}"] if joined else [name, text], capsys)
+    line = refused_line([f"{name}={text}"] if joined else [name, text], capsys)
     assert f"{name} is {float(text)}" in line
 
 
 def test_a_coefficient_beyond_float32_is_refused(capsys):
-    assert "--sparsity-weight is 1e+39" in refusal(["--sparsity-weight", "1e39"], capsys)
+    assert "--sparsity-weight is 1e+39" in refused_line(["--sparsity-weight", "1e39"], capsys)
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_a_word_that_is_not_known_is_answered_with_those_that_are(name, capsys):
-    line = refusal([name, "nothing"], capsys)
+    line = refused_line([name, "nothing"], capsys)
     assert all(word in line for word in WORDS[name])
 
 
@@ -254,11 +254,11 @@ def test_a_word_that_is_not_known_is_answered_with_those_that_are(name, capsys):
     ],
 )
 def test_a_mistake_in_the_flags_themselves_is_one_sentence_too(arguments, named, capsys):
-    assert named in refusal(arguments, capsys)
+    assert named in refused_line(arguments, capsys)
 
 
 def test_a_refusal_says_how_to_see_the_settings(capsys):
-    assert "--help" in refusal(["--epochs", "0"], capsys)
+    assert "--help" in refused_line(["--epochs", "0"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sweep: which runs it starts, what it skips, what it makes of lost ones, its table and its picture."""
+"""The sweep: the runs that it starts and skips, runs that fail or are killed, its table and its picture."""
 
 import csv
 import itertools
@@ -14,26 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import DEADLINE, environment, environment_at_start
 
 from experiments import plots, sweep
 from experiments.settings import parse_settings
 from experiments.sweep import LISTS, Member, main, plan
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "synthetic", "--limit-train", "64", "--limit-test", "32", "--batch-size", "32",
          "--epochs", "2", "--threads", "1"]  # fmt: skip
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 ONE_POINT = [*SMALL, "--sparsity-weight", "0.001", "--seed", "0"]
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
+def working_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def history(settings: dict[str, Any], accuracy: float, ratio: float) -> dict[str, Any]:
-    """What a finished run leaves, as far as a sweep looks."""
+    """The parts of a finished run's history.json that a sweep reads."""
     last = {"accuracy": accuracy, "unstructured_sparsity": 0.5, "structured_sparsity": 0.25, "bits": 4.0}
     return {
         "settings": settings,
@@ -56,10 +55,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# Which runs.
+# Which runs it starts.
 
 
-def test_every_combination_is_a_member_and_each_seed_has_one_in_full_precision(here):
+def test_every_combination_is_a_member_and_each_seed_has_one_in_full_precision(working_folder):
     lists = {"sparsity_weight": ["0.001", "0.002"], "bit_decay": ["0.3"], "deadzone_decay": ["0.5", "0.8"],
              "seed": ["0", "7"]}  # fmt: skip
     members = list(plan(Path("out"), lists, SMALL))
@@ -71,7 +70,7 @@ def test_every_combination_is_a_member_and_each_seed_has_one_in_full_precision(h
     assert all(m.settings.epochs == 2 and m.settings.resume for m in members)
 
 
-def test_one_number_has_one_folder_however_it_is_spelled(here):
+def test_one_number_has_one_folder_however_it_is_spelled(working_folder):
     lists = {name: [str(values[0])] for name, values in LISTS.items()}
     names = [
         next(plan(Path(), lists | {"sparsity_weight": [text]}, SMALL)).name for text in ("1e-3", "0.0010")
@@ -79,7 +78,7 @@ def test_one_number_has_one_folder_however_it_is_spelled(here):
     assert names[0] == names[1]
 
 
-def test_runs_of_one_point_differ_in_the_seed_alone(here):
+def test_runs_of_one_point_differ_in_the_seed_alone(working_folder):
     lists = {name: [str(value) for value in values] for name, values in LISTS.items()}
     points: dict[str, list[Member]] = {}
     for member in plan(Path("out"), lists, SMALL):
@@ -91,7 +90,7 @@ def test_runs_of_one_point_differ_in_the_seed_alone(here):
         assert seedless[0] == seedless[1] == seedless[2]
 
 
-def test_print_gives_the_commands_themselves_and_runs_none(here, capsys):
+def test_print_gives_the_commands_themselves_and_runs_none(working_folder, capsys):
     assert main([*SMALL, "--sparsity-weight", "1e-3", "2e-3", "--seed", "0", "1", "--print"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
@@ -99,10 +98,10 @@ def test_print_gives_the_commands_themselves_and_runs_none(here, capsys):
         words = shlex.split(line)
         assert words[:3] == ["python", "-m", "experiments.debug_run"]
         assert parse_settings(words[3:]).epochs == 2
-    assert not list(here.iterdir())
+    assert not list(working_folder.iterdir())
 
 
-def test_print_leaves_out_what_is_done(here, capsys):
+def test_print_leaves_out_what_is_done(working_folder, capsys):
     main([*ONE_POINT, "--print"])
     both = capsys.readouterr().out.splitlines()
     finish(next(plan(Path("sweep_output"), one_point(), SMALL)))
@@ -119,7 +118,7 @@ def one_point() -> dict[str, list[str]]:
     [{"epochs": 3}, {"bit_lr": 0.5}, {"exclude_layers": ["^conv1$"]}, {"data": "cifar10"}],
     ids=lambda change: next(iter(change)),
 )
-def test_a_run_with_other_settings_is_not_taken_for_done(here, change):
+def test_a_run_with_other_settings_is_not_taken_for_done(working_folder, change):
     member = next(plan(Path("sweep_output"), one_point(), SMALL))
     finish(member)
     assert member.history()
@@ -128,14 +127,14 @@ def test_a_run_with_other_settings_is_not_taken_for_done(here, change):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"stopped": null}', "null", "x" * 100])
-def test_a_history_that_is_none_is_not_taken_for_done(here, content):
+def test_a_history_that_is_none_is_not_taken_for_done(working_folder, content):
     member = next(plan(Path("sweep_output"), one_point(), SMALL))
     member.folder.mkdir(parents=True)
     (member.folder / "history.json").write_text(content)
     assert member.history() is None
 
 
-def test_a_run_that_was_stopped_is_not_done(here):
+def test_a_run_that_was_stopped_is_not_done(working_folder):
     member = next(plan(Path("sweep_output"), one_point(), SMALL))
     member.folder.mkdir(parents=True)
     stopped = history(member.settings.to_json(), 0.5, 10) | {"stopped": "stopped by SIGTERM in epoch 2"}
@@ -158,22 +157,22 @@ def test_a_run_that_was_stopped_is_not_done(here):
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_sentence_with_status_2_and_starts_nothing(here, arguments, words, capsys):
+def test_bad_input_is_one_sentence_with_status_2_and_starts_nothing(working_folder, arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert len(error.splitlines()) == 1
     assert all(word in error for word in words)
-    assert not list(here.iterdir())
+    assert not list(working_folder.iterdir())
 
 
-# Running them: `start` replaced by small programs, so that any ending can be had at once.
+# How it runs them. Small programs replace `start`, so that a member can end in any way at once.
 
 
 @pytest.fixture
 def endings(monkeypatch) -> dict[str, str]:
-    """Python code by member name; a member without any finishes well."""
+    """Python code for each member by its name; a member without code finishes well."""
     codes: dict[str, str] = {}
 
     def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
@@ -191,25 +190,27 @@ def endings(monkeypatch) -> dict[str, str]:
     return codes
 
 
-def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_on(here, endings, capsys):
+def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_on(
+    working_folder, endings, capsys
+):
     lost = "sparsity_weight=0.001,bit_decay=0.3,deadzone_decay=0.8,seed=0"
     endings[lost] = "import sys; print('error: no luck'); sys.exit(2)"
     assert main(ONE_POINT) == 1
     out = capsys.readouterr().out
     assert f"{lost}: FAILED with status 2; the last line of " in out
     assert "error: no luck" in out
-    assert [(row["name"], row["status"]) for row in rows(here / "sweep_output")] == [
+    assert [(row["name"], row["status"]) for row in rows(working_folder / "sweep_output")] == [
         (lost, "missing"),
         ("full_precision,seed=0", "done"),
     ]
     endings.clear()
     assert main(ONE_POINT) == 0
     assert "2 runs, 1 done already" in capsys.readouterr().out
-    assert [row["status"] for row in rows(here / "sweep_output")] == ["done", "done"]
+    assert [row["status"] for row in rows(working_folder / "sweep_output")] == ["done", "done"]
 
 
-def test_what_a_member_left_counts_and_not_its_status(here, endings, capsys):
-    """Status 1 with a whole history: its verdict fails. Status 0 without one: it is lost all the same."""
+def test_what_a_member_left_counts_and_not_its_status(working_folder, endings, capsys):
+    """Status 1 with a whole history means a failed verdict; status 0 without one means a failed run."""
     first, second = members = list(plan(Path("sweep_output"), one_point(), SMALL))
     left = json.dumps(history(first.settings.to_json(), 0.8, 12.0))
     endings[first.name] = f"open('history.json', 'w').write({left!r}); raise SystemExit(1)"
@@ -218,16 +219,18 @@ def test_what_a_member_left_counts_and_not_its_status(here, endings, capsys):
     assert f"{first.name}: 80.00 %" in capsys.readouterr().out
 
 
-def test_a_member_whose_folder_cannot_be_made_is_reported_and_the_others_go_on(here, monkeypatch, capsys):
-    (here / "sweep_output").mkdir()
+def test_a_member_whose_folder_cannot_be_made_is_reported_and_the_others_go_on(
+    working_folder, monkeypatch, capsys
+):
+    (working_folder / "sweep_output").mkdir()
     for member in plan(Path("sweep_output"), one_point(), SMALL):
         member.folder.write_text("a file in the way")
     assert main(ONE_POINT) == 1
     assert capsys.readouterr().out.count("FAILED, its folder cannot be written (File exists)") == 2
-    assert [row["status"] for row in rows(here / "sweep_output")] == ["missing", "missing"]
+    assert [row["status"] for row in rows(working_folder / "sweep_output")] == ["missing", "missing"]
 
 
-def test_no_more_than_jobs_run_at_a_time(here, endings, monkeypatch):
+def test_no_more_than_jobs_run_at_a_time(working_folder, endings, monkeypatch):
     most = 0
     running: dict[Member, Any] = {}
 
@@ -250,8 +253,9 @@ def test_when_standard_output_takes_no_more_it_ends_in_one_sentence(tmp_path, ar
     command = [sys.executable, "-m", "experiments.sweep", *ONE_POINT, *arguments]
     with Path("/dev/full").open("w") as full:
         run = subprocess.run(
-            command, cwd=tmp_path, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
-        )
+            command, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=DEADLINE,
+        )  # fmt: skip
     assert run.returncode == 2
     assert run.stderr.startswith("error: standard output takes no more") and run.stderr.count("\n") == 1
 
@@ -259,7 +263,7 @@ def test_when_standard_output_takes_no_more_it_ends_in_one_sentence(tmp_path, ar
 # The table and the picture.
 
 
-def test_the_table_has_a_row_a_run_with_what_its_history_says(here):
+def test_the_table_has_a_row_a_run_with_what_its_history_says(working_folder):
     members = list(plan(Path("out"), one_point(), SMALL))
     finish(members[0], accuracy=0.75, ratio=16.5)
     sweep.gather(members, Path("out"))
@@ -298,17 +302,25 @@ def test_the_picture_shows_means_and_ranges_over_the_seeds_and_full_precision(mo
     assert low < 1 < 80 < high
 
 
-def test_a_sweep_of_which_nothing_is_done_still_gives_table_and_picture(here):
+def test_a_sweep_of_which_nothing_is_done_still_gives_table_and_picture(working_folder):
     members = list(plan(Path("out"), one_point(), SMALL))
     Path("out").mkdir()
     sweep.gather(members, Path("out"))
-    assert (here / "out" / "accuracy_over_bops.png").read_bytes().startswith(b"\x89PNG")
+    assert (working_folder / "out" / "accuracy_over_bops.png").read_bytes().startswith(b"\x89PNG")
 
 
-# Real runs, once: one of them killed, the sweep stopped, then the same command again.
+# A sweep of real runs, in which one is killed and the sweep stopped, and then the same command again.
+
+# The members wait before they do anything, so that none ends before the test gets to it.
+MEMBERS_WAIT = """
+import signal, sys
+if "experiments.debug_run" in sys.orig_argv:
+    signal.pause()
+"""
 
 
 def children(pid: int) -> Iterator[int]:
+    """Yield the id of each process whose parent has the id `pid`."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
@@ -322,25 +334,26 @@ def children(pid: int) -> Iterator[int]:
 def test_a_killed_member_and_a_stopped_sweep_are_made_good_by_the_same_command(tmp_path):
     command = [sys.executable, "-m", "experiments.sweep", *ONE_POINT]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, env=environment_at_start(MEMBERS_WAIT, tmp_path / "start"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout
+    started = "sparsity_weight=0.001,bit_decay=0.3,deadzone_decay=0.8,seed=0: started\n"
     try:
-        while "seed=0: started" not in process.stdout.readline():
-            pass
+        assert started in iter(process.stdout.readline, "")
         (member,) = children(process.pid)
         os.kill(member, signal.SIGKILL)
-        while "full_precision,seed=0: started" not in (line := process.stdout.readline()):
-            assert not line.startswith("sparsity_weight=0.001") or "FAILED with status -9" in line
+        assert "FAILED with status -9" in process.stdout.readline()
+        assert process.stdout.readline() == "full_precision,seed=0: started\n"
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=DEADLINE)
     finally:
         process.kill()
     assert (process.returncode, err) == (143, "")
     assert "stopped by SIGTERM; the same command goes on" in out
     assert not list(children(process.pid))
     again = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=DEADLINE
     )
     assert (again.returncode, again.stderr) == (0, "")
     assert [row["status"] for row in rows(tmp_path / "sweep_output")] == ["done", "done"]
