@@ -1,4 +1,4 @@
-"""Schedules of the sparsity weight: their points, bounds and monotony, and what they refuse."""
+"""Schedules of the coefficient and the rates: their points, bounds and monotony, and what they refuse."""
 
 import math
 
@@ -6,18 +6,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from experiments.schedules import constant, cosine_anneal, linear_warmup
+from experiments.schedules import cosine_anneal, linear_warmup
 
 quick = settings(max_examples=200, deadline=None, derandomize=True)
 epochs = st.floats(0, 300)
 lengths = st.one_of(st.integers(0, 100), st.floats(0, 100))
 totals = st.integers(1, 300)
-
-
-@quick
-@given(epochs, totals)
-def test_constant_is_1_at_every_epoch(epoch, total):
-    assert constant()(epoch, total) == 1
 
 
 def test_linear_warmup_has_the_points_of_the_plan():
@@ -98,9 +92,9 @@ def test_cosine_anneal_is_point_symmetric_about_its_middle(delay, total, share):
     assert f(middle - share * half, total) + f(middle + share * half, total) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("make", [constant(), linear_warmup(5, 5), cosine_anneal(5)])
-def test_a_schedule_gives_plain_floats_for_whole_epochs(make):
-    assert all(type(make(epoch, 20)) is float for epoch in range(22))
+@pytest.mark.parametrize("schedule", [linear_warmup(5, 5), cosine_anneal(5)])
+def test_a_schedule_gives_plain_floats_for_whole_epochs(schedule):
+    assert all(type(schedule(epoch, 20)) is float for epoch in range(22))
 
 
 @pytest.mark.parametrize("value", [-1, -0.001, math.nan, math.inf, -math.inf])
