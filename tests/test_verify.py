@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.proofs import exported
+from experiments.compressed import exported
 from experiments.verify import main
 from metrics import count_network
 from resnet import resnet20
