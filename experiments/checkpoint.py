@@ -29,7 +29,7 @@ from experiments.training import logit_pace
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 KEPT = 2
 VERSION = 2
-MAY_CHANGE = ("epochs", "data_dir", "output_dir")
+MAY_CHANGE = ("epochs", "data_dir", "output_dir", "preflight")
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     try:
         model.load_state_dict(checkpoint.model)
         optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
-        torch.set_rng_state(checkpoint.random["cpu"])
-        if torch.cuda.is_available() and checkpoint.random["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint.random["cuda"])
+        set_random_states(checkpoint.random)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--resume: the checkpoint of epoch {checkpoint.epochs} is not of this network "
@@ -239,3 +237,10 @@ def random_states() -> dict[str, Any]:
     """Torch's random states. Order and augmentation do not depend on them, only on the seed and the epoch."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go back to what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])

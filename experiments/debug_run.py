@@ -51,6 +51,7 @@ from experiments.distributed import (
 )
 from experiments.evaluator import Compression, Evaluator
 from experiments.exit_status import EXIT_FAILED, ExitStatus
+from experiments.expect import Subject
 from experiments.files import OutputError, archive_files, lock_folder, write_json
 from experiments.history import (
     CompressedRecord,
@@ -61,6 +62,7 @@ from experiments.history import (
     new_history,
 )
 from experiments.live import LiveLine, Stopped, ignore_sigterm
+from experiments.preflight import preflight
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -126,10 +128,19 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
         history = new_history(settings, dataset, device, processes, model, quantized)
-        notes = resume(checkpoint, history, model, optimizer) if checkpoint else begin(settings, processes)
+        notes = resume(checkpoint, history, model, optimizer) if checkpoint else []
         end.inputs_are_good()
-        compression = evaluator.evaluate(model)
         live.say(report.first_lines(history, settings, notes))
+        subject = Subject(pipeline, dataset, history, one_epoch, resumed=bool(checkpoint))
+        if not passes_preflight(subject, settings, live):
+            end.status = EXIT_FAILED
+            return end.status
+        if settings.preflight == "only":
+            return end.status
+
+        if not checkpoint:
+            begin(settings, processes, live)
+        compression = evaluator.evaluate(model)
         live.say(report.table_header(history.data))
         for done in range(1, len(history.epochs) + 1):
             show_epoch(live, history, done)
@@ -187,18 +198,29 @@ def load(settings: Settings, live: LiveLine) -> Dataset:
     )
 
 
-def begin(settings: Settings, processes: Processes) -> list[str]:
-    """Move an earlier run's files out of a new run's way; what the first lines say of that."""
-    folder, notes = settings.output_dir, []
+def passes_preflight(subject: Subject, settings: Settings, live: LiveLine) -> bool:
+    """Check the pipeline, and say what was found; False where the run is to stop for it."""
+    if settings.preflight == "off":
+        live.say("Preflight: off, nothing was checked before the first epoch")
+        return True
+    began = time.perf_counter()
+    subject.history.preflight = preflight(subject, live.progress)
+    seconds = time.perf_counter() - began
+    live.say(report.preflight_lines(subject.history.preflight, seconds, whole=settings.preflight == "only"))
+    return settings.preflight == "warn" or all(check.status != FAIL for check in subject.history.preflight)
+
+
+def begin(settings: Settings, processes: Processes, live: LiveLine) -> None:
+    """Move an earlier run's files out of a new run's way, and say so."""
+    folder = settings.output_dir
     if settings.resume:
-        notes.append(f"Resumed:   no, there is no checkpoint in {folder}: this is a new run")
+        live.say(f"Resumed:   no, there is no checkpoint in {folder}: this is a new run")
     if processes.first:
         # Checkpoints first: if moving is cut short, --resume must not take up what was left of them.
         files = [*checkpoint_paths(folder), *(folder / name for name in RESULTS)]
         aside = archive_files(folder, files)
         if aside:
-            notes.append(f"Earlier:   the files of an earlier run in {folder} were moved to {aside}")
-    return notes
+            live.say(f"Earlier:   the files of an earlier run in {folder} were moved to {aside}")
 
 
 def show_epoch(live: LiveLine, history: History, epoch: int) -> None:

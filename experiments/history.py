@@ -22,7 +22,7 @@ from experiments.distributed import Processes
 from experiments.evaluator import Compression
 from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
-from utils_quantization import quantizers
+from utils_quantization import parameter_groups, quantizers, weight_bits
 
 T = TypeVar("T")
 PACKAGES = ("torch", "numpy", "matplotlib")
@@ -161,6 +161,8 @@ class History:
     quantized: list[str]  # layers
     full_precision: list[str]  # layers
     start: dict[str, LayerStart]
+    parameter_groups: dict[str, str]  # the optimizer's group of each parameter that quantizers train, by name
+    preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
     resumed: list[Resumption] = field(default_factory=list)
     stopped: str | None = None  # why the run ended before its last epoch
@@ -201,9 +203,10 @@ def new_history(
         quantized=quantized,
         full_precision=[name for name in layers if name not in quantized],
         start={
-            name: LayerStart(_parameters(quantizer), quantizer.get_learned_bitwidth().item())
+            name: LayerStart(_parameters(quantizer), weight_bits(model.get_submodule(name))[1])
             for name, quantizer in quantizers(model).items()
         },
+        parameter_groups={n: g for q in quantizers(model).values() for n, g in parameter_groups(q).items()},
     )  # fmt: skip
 
 

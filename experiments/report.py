@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from experiments.history import CompressedRecord, DataRecord, EpochRecord, FinalCounts, History
+from experiments.history import Check, CompressedRecord, DataRecord, EpochRecord, FinalCounts, History
 from experiments.settings import Settings
 from metrics import NetworkCount, format_ratio, ratio
 
@@ -28,6 +28,24 @@ def first_lines(history: History, settings: Settings, notes: Sequence[str] = ())
         f"{', '.join(history.full_precision) or 'none'}",
         *notes,
     ])  # fmt: skip
+
+
+def check_lines(check: Check) -> list[str]:
+    """A check as lines of text; the cause of a FAIL stands on a line of its own."""
+    measured, _, cause = check.message.partition(". Likely cause: ")
+    return [f"{check.status}  {check.name}: {measured}", *([f"      Likely cause: {cause}"] if cause else [])]
+
+
+def preflight_lines(checks: Sequence[Check], seconds: float, whole: bool = False) -> str:
+    """What the preflight found: a line where all holds, else what fails; with `whole` a line a check."""
+    failed, skipped = ([c for c in checks if c.status == status] for status in ("FAIL", "SKIP"))
+    lines = [line for c in checks if whole or c.status == "FAIL" for line in check_lines(c)]
+    left_out = f" (skipped: {', '.join(c.name for c in skipped)})" if skipped else ""
+    if failed:
+        lines.append(f"Preflight: {len(failed)} of {len(checks)} checks FAIL, {seconds:.0f} s{left_out}")
+    else:
+        lines.append(f"Preflight: {len(checks) - len(skipped)} checks hold, {seconds:.0f} s{left_out}")
+    return "\n".join(lines)
 
 
 def table_header(data: DataRecord) -> str:

@@ -43,6 +43,12 @@ class Settings:
     data: str = _setting("auto", "auto: CIFAR-10 if it can be had, else the built-in stand-in", DATA)
     data_dir: Path = _setting(Path("data"), "folder that holds, or will hold, cifar-10-batches-py")
     output_dir: Path = _setting(Path("debug_output"), "folder for the pictures, history.json, checkpoints")
+    preflight: str = _setting(
+        "stop",
+        "check the pipeline before the first epoch; a check that fails stops the run, or only warns; "
+        "'only' ends after the checks",
+        ("stop", "warn", "off", "only"),
+    )
     resume: bool = _setting(False, "go on from the last checkpoint in --output-dir, if there is one")
     limit_train: int | None = _setting(None, "use only the first so many training images")
     limit_test: int | None = _setting(None, "use only the first so many test images")
@@ -128,6 +134,7 @@ NOT_OF_THE_METHOD = (
     "data",
     "data_dir",
     "output_dir",
+    "preflight",
     "resume",
 )
 

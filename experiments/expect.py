@@ -1,0 +1,191 @@
+"""What the preflight's checks share: the run that they look at, and the ways in which a check can end."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from experiments import schedules, sparsity
+from experiments.data import Dataset
+from experiments.distributed import ALONE, use_local_batch_norms
+from experiments.history import History
+from experiments.training import Pipeline, TrainingStep
+from resnet import ResNet
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import quantized_layers, weight_quantization
+
+PROBE_IMAGES = 8  # enough for the float64 comparisons: each layer still sees hundreds of positions
+EPSILON = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest number compared
+
+
+class BrokenError(Exception):
+    """A check does not hold: the figures, and the likely cause."""
+
+    def __init__(self, measured: str, cause: str) -> None:
+        super().__init__(measured)
+        self.measured, self.cause = measured, cause
+
+
+class NotApplicableError(Exception):
+    """A check says nothing of this run; the text says why."""
+
+
+def expect(holds: bool | Tensor, measured: str, cause: str) -> None:
+    """Raises: BrokenError with the figures and the likely cause where the condition does not hold."""
+    if not holds:
+        raise BrokenError(measured, cause)
+
+
+def expect_close(
+    found: Tensor, wanted: Tensor, what: str, cause: str, tolerance: float | None = None
+) -> float:
+    """Two tensors are equal to rounding; returns their distance over the largest number wanted.
+
+    Raises: BrokenError otherwise, also for another shape and for numbers that are not finite.
+    """
+    if found.shape != wanted.shape:
+        raise BrokenError(f"{what} has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}", cause)
+    largest = wanted.abs().max().item() if wanted.numel() else 0.0
+    distance = (found.to(wanted.dtype) - wanted).abs().max().item() if wanted.numel() else 0.0
+    relative = distance / largest if largest else distance
+    allowed = EPSILON[found.dtype] if tolerance is None else tolerance
+    expect(relative <= allowed, f"{what} is off by {relative:.2g} of its largest number", cause)  # NaN fails
+    return relative
+
+
+@dataclass
+class Subject:
+    """The run that is checked, and copies of it that may be changed."""
+
+    pipeline: Pipeline
+    dataset: Dataset
+    history: History
+    one_epoch: Callable[..., Any]  # the run's own
+    resumed: bool
+    traces: dict[bool, Any] = field(default_factory=dict)  # training steps looked at, see preflight_step.py
+
+    @property
+    def step(self) -> TrainingStep:
+        return self.pipeline.step
+
+    @property
+    def own_network(self) -> bool:
+        """Whether the network is one of resnet.py, so that the reference knows it."""
+        return type(self.pipeline.model) is ResNet
+
+    @property
+    def own_quantizers(self) -> bool:
+        return all(type(q) is DeadZoneLDZCompander for q in self.quantizers(self.pipeline.model).values())
+
+    @property
+    def own_penalty(self) -> bool:
+        return self.step.penalty.__module__ == sparsity.__name__
+
+    @property
+    def own_rates(self) -> bool:
+        return self.pipeline.rate_schedule.__module__ == schedules.__name__
+
+    @property
+    def own_warmup(self) -> bool:
+        return self.pipeline.sparsity_schedule.__module__ == schedules.__name__
+
+    @property
+    def blocks(self) -> int:
+        """Blocks a stage of an own network."""
+        return len(self.pipeline.model.layer1)  # type: ignore[arg-type]
+
+    @staticmethod
+    def quantizers(model: nn.Module) -> dict[str, Any]:
+        found = {name: weight_quantization(layer) for name, layer in quantized_layers(model).items()}
+        return {name: q.quantizer for name, q in found.items() if q is not None}
+
+    @cached_property
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """This rank's shard of the first batch of epoch 0."""
+        return next(iter(self.pipeline.train_batches.epoch(0)))
+
+    @cached_property
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """A few training images in float64, the same in every rank, and their labels."""
+        device = self.probe_device
+        images, labels = (t[:PROBE_IMAGES].to(device) for t in self.first_batch)
+        return images.double().contiguous(), labels
+
+    @property
+    def probe_device(self) -> torch.device:
+        """Where float64 is at hand: MPS has none."""
+        device = self.step.device
+        return torch.device("cpu") if device.type == "mps" else device
+
+    def copied_step(self) -> TrainingStep:
+        """The run's step with a model and an optimizer of its own; what it does leaves the run alone."""
+        step = copy.deepcopy(self.step)
+        step.optimizer.zero_grad(set_to_none=True)
+        return step
+
+    def float64_step(self) -> TrainingStep:
+        """The run's step on this rank alone, in float64, with planted numbers that let errors show.
+
+        At the start of a run the logits lie in tanh's flat part, batch norms are neutral and nothing is dead,
+        so that many an error would make no difference.
+        """
+        step = self.copied_step()
+        use_local_batch_norms(step.model)
+        step.processes, step.precision = ALONE, "float32"
+        step.model.double().to(self.probe_device)
+        step.device, step.coefficient = self.probe_device, step.coefficient.double().to(self.probe_device)
+        plant(step.model, self.own_quantizers)
+        return step
+
+
+@torch.no_grad()
+def plant(model: nn.Module, own_quantizers: bool) -> None:
+    """Random batch norms and logits, and some dead filters, in place."""
+    generator = torch.Generator().manual_seed(20_251)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(like.shape, generator=generator)).to(like)
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.affine:
+            module.weight.copy_(uniform(module.weight, 0.5, 1.5))
+            module.bias.copy_(uniform(module.bias, -0.3, 0.3))
+            module.running_mean.copy_(uniform(module.running_mean, -0.5, 0.5))
+            module.running_var.copy_(uniform(module.running_mean, 0.5, 2.0))  # type: ignore[union-attr]
+    for name, layer in quantized_layers(model).items():
+        stored: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
+        if stored.ndim == 4:
+            stored[1] = 0
+            if name.endswith("conv2"):
+                stored[:, 2] = 0
+    if own_quantizers:
+        for quantizer in Subject.quantizers(model).values():
+            quantizer.logit_bit.copy_(uniform(quantizer.logit_bit, 0.3, 1.2))
+            quantizer.logit_dz.copy_(uniform(quantizer.logit_dz, 0.6, 1.5))
+
+
+@torch.no_grad()
+def used_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that convolutions and linear layers compute with, by name."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {
+        n: (m.parametrizations.weight() if parametrize.is_parametrized(m, "weight") else m.weight).detach()  # type: ignore[operator,union-attr]
+        for n, m in layers.items()
+    }
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """The weight that a quantized layer stores and trains."""
+    parametrized: Any = layer
+    return parametrized.parametrizations.weight.original.detach()
+
+
+def some(names: Iterator[str] | list[str]) -> str:
+    """The first few of many names."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,128 @@
+"""The preflight: whether the run's own pipeline does what it should, checked in seconds before the first epoch.
+
+Checks are equalities wherever there is one: what a step does against a slow reference in float64, what an
+epoch reports against what was seen of it from outside, what is counted against the smaller network and the
+packed file. They look at the run's own objects through copies, so that model, optimizer and random state
+stay as they are. A check that needs what another found broken is skipped, so that the first FAIL is the cause.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from experiments.checkpoint import random_states, set_random_states
+from experiments.expect import BrokenError, NotApplicableError, Subject
+from experiments.history import Check
+from experiments.preflight_data import (
+    augmentation_is_crops_and_flips,
+    files_are_read_right,
+    labels_fit_the_images,
+    order_is_the_seeds,
+    sets_are_disjoint,
+    test_images_are_untouched,
+)
+from experiments.preflight_epoch import (
+    an_epoch_reports_what_it_did,
+    checkpoints_restore_everything,
+    counts_are_the_networks,
+    ranks_agree,
+    schedules_are_the_settings,
+)
+from experiments.preflight_step import (
+    gradients_are_the_losss,
+    images_are_independent,
+    it_can_learn,
+    layers_are_quantized,
+    loss_is_what_it_says,
+    network_is_the_reference,
+    optimizer_has_every_parameter,
+    optimizer_has_the_settings,
+    penalty_is_the_group_lasso,
+    quantizers_follow_the_formula,
+    quantizers_keep_their_word,
+    start_is_fresh,
+    updates_are_adamws,
+)
+from experiments.verdict import FAIL, PASS, SKIP
+
+# Name, check, and the checks without which it would only repeat what they found.
+CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
+    ("data: files", files_are_read_right, ()),
+    ("data: sets apart", sets_are_disjoint, ()),
+    ("data: labels fit", labels_fit_the_images, ("data: files",)),
+    ("data: order", order_is_the_seeds, ()),
+    ("data: augmentation", augmentation_is_crops_and_flips, ("data: order",)),
+    ("data: test images", test_images_are_untouched, ()),
+    ("model: quantizers", layers_are_quantized, ()),
+    ("model: start", start_is_fresh, ()),
+    ("model: optimizer's parameters", optimizer_has_every_parameter, ()),
+    ("quantizer: properties", quantizers_keep_their_word, ("model: quantizers",)),
+    ("quantizer: formula", quantizers_follow_the_formula, ("quantizer: properties",)),
+    ("network: reference", network_is_the_reference, ("quantizer: properties",)),
+    ("network: images apart", images_are_independent, ("network: reference",)),
+    ("penalty", penalty_is_the_group_lasso, ("quantizer: properties", "quantizer: formula")),
+    ("step: loss", loss_is_what_it_says, ("network: images apart", "penalty")),
+    ("step: gradients", gradients_are_the_losss, ("step: loss", "model: optimizer's parameters")),
+    ("optimizer: settings", optimizer_has_the_settings, ()),
+    ("optimizer: updates", updates_are_adamws, ("step: gradients", "optimizer: settings")),
+    ("schedules", schedules_are_the_settings, ()),
+    ("epoch: report", an_epoch_reports_what_it_did, ("step: loss", "schedules")),
+    ("counts", counts_are_the_networks, ("quantizer: properties",)),
+    ("files: checkpoint", checkpoints_restore_everything, ("step: loss",)),
+    ("ranks", ranks_agree, ("step: loss",)),
+    ("learning", it_can_learn, ("step: gradients", "optimizer: updates")),
+)
+
+
+def preflight(subject: Subject, progress: Callable[[str], None] | None = None) -> list[Check]:
+    """Every check of the run, in an order in which the first that fails is nearest to the cause.
+
+    `progress` gets the name of each check before it is made. Model, optimizer and random states are left as
+    they were. Every rank takes part, and they all find the same.
+    """
+    state, found = random_states(), dict[str, Check]()
+    for name, check, needs in CHECKS:
+        if progress:
+            progress(f"preflight: {name}")
+        broken = [need for need in needs if found[need].status != PASS and not _harmless(found[need])]
+        outcome = Check(SKIP, name, f"waits for '{broken[0]}'") if broken else _outcome(name, check, subject)
+        found[name] = _of_all_ranks(outcome, subject)
+    set_random_states(state)
+    return list(found.values())
+
+
+def _of_all_ranks(check: Check, subject: Subject) -> Check:
+    """The check as it is to count in every rank: what fails in one fails in all, so that none goes on alone."""
+    failed = torch.tensor(int(check.status == FAIL), device=subject.step.device)
+    if subject.step.processes.sum(failed).item() and check.status != FAIL:
+        return Check(FAIL, check.name, "it fails on another rank. Likely cause: ranks that differ")
+    return check
+
+
+def _harmless(check: Check) -> bool:
+    """Whether a check was skipped because it says nothing of this run, not because another failed."""
+    return check.status == SKIP and not check.message.startswith("waits for")
+
+
+def _outcome(name: str, check: Callable[[Subject], str], subject: Subject) -> Check:
+    try:
+        return Check(PASS, name, check(subject))
+    except NotApplicableError as reason:
+        return Check(SKIP, name, str(reason))
+    except BrokenError as broken:
+        return Check(FAIL, name, f"{broken.measured}. Likely cause: {broken.cause}")
+    except Exception as error:  # the run's own code raises within the check: that is what is broken
+        words = " ".join(str(error).split())[:200]
+        place = _place(error)
+        return Check(FAIL, name, f"{type(error).__name__}: {words}. Likely cause: an error in {place}")
+
+
+def _place(error: BaseException) -> str:
+    """The last function of the program that an error came through."""
+    trace, place = error.__traceback__, "the program"
+    while trace:
+        code = trace.tb_frame.f_code
+        if "site-packages" not in code.co_filename and "/lib/python" not in code.co_filename:
+            place = f"{code.co_name} (line {trace.tb_lineno} of {code.co_filename.rpartition('/')[2]})"
+        trace = trace.tb_next
+    return place

@@ -1,0 +1,321 @@
+"""Preflight checks of the images: that they are the right ones, with their labels, as the run is given them."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.data import CLASSES, MEAN, PADDING, SIDE, STD
+from experiments.expect import BrokenError, NotApplicableError, Subject, expect, some
+
+LOOKED_AT = 64  # images that are compared with all their possible crops
+WALKED = 2048  # images of an epoch that are looked at
+MIN_PROBED = 1000  # training images below which the linear probe tells nothing
+TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
+
+
+def files_are_read_right(subject: Subject) -> str:
+    """Images and labels against the files themselves, read by a second piece of code."""
+    dataset = subject.dataset
+    if dataset.synthetic:
+        expected = torch.arange(len(dataset.train_labels)) % CLASSES
+        wrong = int((dataset.train_labels != expected).sum())
+        expect(
+            wrong == 0,
+            f"{wrong} labels of the stand-in's training set are not image number mod 10",
+            "the stand-in's labels were changed after it was made (experiments/data.py)",
+        )
+        wrong = int((dataset.test_labels != torch.arange(len(dataset.test_labels)) % CLASSES).sum())
+        expect(
+            wrong == 0,
+            f"{wrong} labels of the stand-in's test set are not image number mod 10",
+            "the stand-in's labels were changed after it was made (experiments/data.py)",
+        )
+        return f"{len(dataset.train_labels):,} and {len(dataset.test_labels):,} labels of the stand-in"
+    folder = Path(dataset.source)
+    folder = folder if folder.is_dir() else folder.with_name("cifar-10-batches-py")
+    if not all((folder / name).is_file() for name in [*TRAIN_FILES, "test_batch"]):
+        raise NotApplicableError(f"{folder} does not hold the unpacked files")
+    for what, names, images, labels in (
+        ("training", TRAIN_FILES, dataset.train_images, dataset.train_labels),
+        ("test", ["test_batch"], dataset.test_images, dataset.test_labels),
+    ):
+        raw_images, raw_labels = _read_raw(folder, names, len(labels))
+        wrong = int((labels.numpy() != raw_labels).sum())
+        expect(
+            wrong == 0,
+            f"{wrong:,} of {len(labels):,} {what} labels are not the files'",
+            f"{what} labels are shuffled, shifted or altered after reading",
+        )
+        differs = (images.numpy() != raw_images).any((1, 2, 3))
+        if differs.any():
+            swapped = not (images.numpy()[:, ::-1] != raw_images).any()
+            cause = "the colour channels are in the wrong order (BGR)" if swapped else "pixels are altered"
+            raise BrokenError(
+                f"{int(differs.sum()):,} of {len(labels):,} {what} images are not the files'",
+                f"{cause} in the reading of the {what} images",
+            )
+    return (
+        f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images as in {folder}"
+    )
+
+
+def _read_raw(folder: Path, names: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` images (N, 3, 32, 32) and labels of some batch files, read plainly."""
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for name in names:
+        if sum(len(part) for part in labels) < count:
+            batch = pickle.loads((folder / name).read_bytes(), encoding="bytes")
+            images.append(batch[b"data"].reshape(-1, 3, SIDE, SIDE))
+            labels.append(np.array(batch[b"labels"]))
+    return np.concatenate(images)[:count], np.concatenate(labels)[:count]
+
+
+def sets_are_disjoint(subject: Subject) -> str:
+    """No test image, nor its mirror image, is among the training images; every class is in both sets."""
+    dataset = subject.dataset
+    train = {_digest(image) for image in dataset.train_images.numpy()}
+    test = dataset.test_images.numpy()
+    shared = sum(_digest(image) in train or _digest(image[:, :, ::-1]) in train for image in test)
+    expect(
+        shared == 0,
+        f"{shared:,} of {len(test):,} test images are also training images",
+        "training and test set are not kept apart",
+    )
+    for what, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
+        counts = torch.bincount(labels, minlength=CLASSES).tolist()
+        expect(
+            len(counts) == CLASSES,
+            f"{what} labels up to {len(counts) - 1}, expected 0 to {CLASSES - 1}",
+            f"the {what} labels are not those of ten classes",
+        )
+        if len(labels) >= 100 * CLASSES:
+            expect(
+                min(counts) > 0.5 * len(labels) / CLASSES and max(counts) < 2 * len(labels) / CLASSES,
+                f"images a class in the {what} set: {counts}",
+                f"the {what} set is sorted by class before it is cut, or its labels are wrong",
+            )
+    return f"none of {len(test):,} test images is among {len(train):,} training images"
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+
+
+def labels_fit_the_images(subject: Subject) -> str:
+    """A linear classifier on 8x8 thumbnails of the training images does well above chance on the test images.
+
+    Labels that have nothing to do with their images, or test images of another kind, cannot be learned.
+    """
+    dataset = subject.dataset
+    count, tested = min(20_000, len(dataset.train_labels)), len(dataset.test_labels)
+    if count < MIN_PROBED or tested < 200:
+        raise NotApplicableError(f"{count} training and {tested} test images are too few")
+    train, test = (_thumbnails(images) for images in (dataset.train_images[:count], dataset.test_images))
+    targets = F.one_hot(dataset.train_labels[:count], CLASSES).float() - 1 / CLASSES
+    gram = train.T @ train + 0.02 * len(train) * torch.eye(train.shape[1])
+    solution = torch.linalg.solve(gram, train.T @ targets)
+    accuracy, own = (
+        ((x @ solution).argmax(1) == labels).float().mean().item()
+        for x, labels in ((test, dataset.test_labels), (train, dataset.train_labels[:count]))
+    )
+    least = 2 / CLASSES
+    measured = f"a linear probe has {100 * accuracy:.1f} % on the test images ({100 * own:.1f} % on its own)"
+    if accuracy < least:
+        raise BrokenError(
+            f"{measured}, expected at least {100 * least:.0f} %",
+            "test images are of another kind or labels than the training images"
+            if own > 1.5 * least
+            else "labels do not belong to their images (shuffled, shifted)",
+        )
+    return measured
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """Shapes: (N, 3, 32, 32) uint8 -> (N, 193) float, the last one 1."""
+    small = F.avg_pool2d(images.float() / 255 - 0.5, 4).flatten(1)
+    return torch.cat([small, torch.ones(len(small), 1)], 1)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch shows its images, by the formula in `experiments.data.draws`."""
+    mixed = hashlib.sha256(f"seed {seed}, epoch {epoch}".encode()).digest()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int.from_bytes(mixed[:8])))
+
+
+def order_is_the_seeds(subject: Subject) -> str:
+    """The first batches of two epochs: which images they show, by their labels, and how many."""
+    dataset, batches = subject.dataset, subject.pipeline.train_batches
+    count = len(dataset.train_labels)
+    expect(
+        sum(batches.sizes) == count,
+        f"an epoch has {sum(batches.sizes):,} of {count:,} training images",
+        "the last batch is dropped, or images are left out of an epoch",
+    )
+    expect(
+        len(batches) == len(batches.sizes) == -(-count // subject.pipeline.settings.batch_size),
+        f"{len(batches)} steps an epoch for {count:,} images in batches of "
+        f"{subject.pipeline.settings.batch_size}",
+        "the batch size is not the setting's",
+    )
+    for epoch in (0, 1):
+        order = epoch_order(count, subject.pipeline.settings.seed, epoch)
+        seen = 0
+        for (images, labels), size in zip(batches.epoch(epoch), batches.sizes, strict=False):
+            shard = batches.processes.shard(seen, seen + size)
+            expected = dataset.train_labels[order[shard]]
+            expect(
+                len(images) == len(labels) == len(expected),
+                f"a batch of {len(images)} images and {len(labels)} labels where {len(expected)} are due",
+                "batches are of the wrong size",
+            )
+            right = labels.cpu() == expected
+            if not right.all():
+                whole = Window(subject)
+                follow = whole.matches(images[:LOOKED_AT], order[shard][:LOOKED_AT]).float().mean() > 0.5
+                raise BrokenError(
+                    f"{int((~right).sum())} of {len(labels)} labels in a batch of epoch {epoch + 1} are not "
+                    f"those of the images that are due",
+                    "labels do not follow their images into the batch"
+                    if follow
+                    else "the order of the images is not the one of this seed and epoch (not shuffled anew "
+                    "each epoch, or with another seed)",
+                )
+            seen += size
+            if seen >= WALKED:
+                break
+    return f"{count:,} images once an epoch in {len(batches)} batches, shuffled anew"
+
+
+class Window:
+    """Finds a training image in the run's batch among the crops and mirror images of its source."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.images = subject.dataset.train_images
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+        self.mean, self.std = mean, std
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Back from normalised images to 0 to 255, (B, 3, 32, 32) float."""
+        return (images.cpu().float() * self.std + self.mean) * 255
+
+    def crops(self, index: Tensor) -> Tensor:
+        """Every crop of some images: (B,) -> (B, 81, 3, 32, 32)."""
+        padded = F.pad(self.images[index].float(), (PADDING,) * 4)
+        found = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)  # (B, 3, 9, 9, 32, 32)
+        return found.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
+    def find(self, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """For each image, the number of its crop among 162 (from 81 on mirrored), and the distance to it."""
+        pixels = self.pixels(images)
+        numbers, distances = [], []
+        for image, number in zip(pixels, index, strict=True):
+            crops = self.crops(number[None])[0]  # (81, 3, 32, 32)
+            both = torch.cat(
+                [(crops - image).abs().amax((1, 2, 3)), (crops - image.flip(-1)).abs().amax((1, 2, 3))]
+            )
+            numbers.append(both.argmin())
+            distances.append(both.min())
+        return torch.stack(numbers), torch.stack(distances)
+
+    def matches(self, images: Tensor, index: Tensor) -> Tensor:
+        return self.find(images, index)[1] < 0.05
+
+
+def augmentation_is_crops_and_flips(subject: Subject) -> str:
+    """Each image of a batch is one crop, mirrored or not, of its own source; every image draws anew."""
+    settings, batches = subject.pipeline.settings, subject.pipeline.train_batches
+    order = epoch_order(len(subject.dataset.train_labels), settings.seed, 0)
+    shard = batches.processes.shard(0, batches.sizes[0])
+    images, index = subject.first_batch[0][:LOOKED_AT], order[shard][:LOOKED_AT]
+    window = Window(subject)
+    numbers, distances = window.find(images, index)
+    off = distances > 0.05  # of 255 grey levels
+    if off.any():
+        pixels = window.pixels(images)
+        whole = (pixels - pixels.round()).abs().max().item()
+        bgr = window.find(images.flip(1), index)[1] < 0.05
+        if bgr.all():
+            cause = "the colour channels are in another order than in the data set"
+        elif whole > 0.05 or pixels.min() < -0.05 or pixels.max() > 255.05:
+            cause = "training images are not normalised as (x / 255 - mean) / std (or padded after that)"
+        else:
+            cause = "augmentation does more than crop after zero padding and mirror, or shows other images"
+        raise BrokenError(
+            f"{int(off.sum())} of {len(off)} training images are no crop of their source image (off by "
+            f"{distances.max():.1f} of 255 grey levels)",
+            cause,
+        )
+    down, right, flips = numbers % 81 // 9, numbers % 9, numbers >= 81
+    if len(numbers) >= 32:
+        cause = "crop or flip is drawn once for the whole batch, or not at all"
+        for what, offsets in (("downwards", down), ("to the right", right)):
+            different = len(offsets.unique())
+            expect(
+                different >= 5, f"{different} of 9 crop offsets {what} occur in {len(numbers)} images", cause
+            )
+        share = flips.float().mean().item()
+        expect(0.2 < share < 0.8, f"{100 * share:.0f} % of {len(flips)} images are mirrored", cause)
+    again = next(iter(batches.epoch(0)))[0][:LOOKED_AT]
+    expect(
+        torch.equal(again, images),
+        "the same epoch drawn twice gives other images",
+        "augmentation or order depends on more than seed and epoch, so no run can be resumed",
+    )
+    return f"{len(numbers)} images each a crop of its source, {int(flips.sum())} mirrored"
+
+
+def test_images_are_untouched(subject: Subject) -> str:
+    """The test batches are the whole test set in its order, normalised as the training images are."""
+    dataset, batches = subject.dataset, subject.pipeline.test_batches
+    shard = subject.step.processes.shard(0, len(dataset.test_labels))
+    wanted, labels = dataset.test_images[shard], dataset.test_labels[shard]
+    expect(
+        torch.equal(batches.labels.cpu(), labels),
+        "the test batches' labels are not the test set's",
+        "test labels are shuffled, shifted or cut, or the test batches hold other images",
+    )
+    window, seen = Window(subject), 0
+    for images, batch_labels in batches:
+        expect(
+            torch.equal(batch_labels.cpu(), labels[seen : seen + len(images)]),
+            "labels in a test batch are not those of the test set",
+            "labels are shifted against the test images",
+        )
+        pixels = window.pixels(images)
+        off = (pixels - wanted[seen : seen + len(images)]).abs().amax((1, 2, 3))
+        if (off > 0.05).any():
+            source = wanted[seen : seen + len(images)].float()
+            if (pixels.flip(1) - source).abs().max() < 0.05:
+                cause = "the test images' colour channels are in another order"
+            elif (
+                (pixels.round() - pixels).abs().max() > 0.05 or pixels.min() < -0.05 or pixels.max() > 255.05
+            ):
+                cause = "test images are not normalised as the training images are"
+            else:
+                cause = "the test images are augmented, or are not the test set's"
+            raise BrokenError(
+                f"{int((off > 0.05).sum())} of {len(off)} test images are not the test set's "
+                f"(off by {off.max():.1f} of 255 grey levels)",
+                cause,
+            )
+        seen += len(images)
+    expect(
+        seen == len(labels),
+        f"{seen:,} of {len(labels):,} test images are tested",
+        "the last test batch is dropped or one is tested twice",
+    )
+    images = subject.first_batch[0].float()
+    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
+    shown = ", ".join(f"{x:.2f}" for x in std.tolist())
+    expect(
+        bool((mean.abs() < 1).all() and (std > 0.5).all() and (std < 2).all()),
+        f"the channels' means are {some([f'{x:.2f}' for x in mean.tolist()])}, standard deviations {shown}",
+        "normalisation constants that do not fit the images, or a missing division by 255",
+    )
+    return f"{seen:,} images as they are; inputs have standard deviations {shown}"

@@ -1,0 +1,584 @@
+"""Preflight checks of an epoch as a whole, of what is counted, and of the files: faults hide in the glue."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments import reference
+from experiments.checkpoint import checkpoint_path, load_checkpoint, restore, save_checkpoint, take_checkpoint
+from experiments.distributed import use_local_batch_norms
+from experiments.expect import (
+    NotApplicableError,
+    Subject,
+    expect,
+    expect_close,
+    some,
+    used_weights,
+)
+from experiments.history import EpochRecord
+from experiments.preflight_step import expected_rates
+from experiments.training import TrainingStep
+from metrics import count_by_torch
+from src.packing import pack_network, unpack_network
+from src.slim import slim_network
+from utils_quantization import quantized_layers
+
+FEW_BATCHES, FEW_IMAGES, FEW_TESTED = 3, 64, 256  # of the run's batches, in a trial epoch
+FULL_BITS = 32
+
+
+class FewBatches:
+    """The first few training batches of any epoch, each cut to a few images where one rank trains."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.alone = batches.processes.count == 1
+        sizes = batches.sizes[:FEW_BATCHES]
+        self.sizes = [min(size, FEW_IMAGES) for size in sizes] if self.alone else list(sizes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for (images, labels), size in zip(self.batches.epoch(epoch), self.sizes, strict=False):
+            yield (images[:size], labels[:size]) if self.alone else (images, labels)
+
+
+class FewTested:
+    """The first few test images in two batches."""
+
+    def __init__(self, batches: Any) -> None:
+        images, labels = next(iter(batches))
+        self.images, self.labels = images[:FEW_TESTED], labels[:FEW_TESTED]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        half = -(-len(self.labels) // 2)
+        yield from zip(self.images.split(half), self.labels.split(half), strict=True)
+
+
+def schedules_are_the_settings(subject: Subject) -> str:
+    """Both schedules at every epoch of the run against their closed forms and the settings."""
+    settings, pipeline = subject.pipeline.settings, subject.pipeline
+    epochs = range(min(settings.epochs, 1000))
+    for what, schedule, own, formula, cause in (
+        (
+            "learning rates",
+            pipeline.rate_schedule,
+            subject.own_rates,
+            lambda epoch: reference.cosine(epoch, settings.epochs),
+            "the cosine of the learning rates",
+        ),
+        (
+            "the penalty's coefficient",
+            pipeline.sparsity_schedule,
+            subject.own_warmup,
+            lambda epoch: reference.warmup(epoch, settings.sparsity_delay, settings.sparsity_ramp),
+            "--sparsity-delay and --sparsity-ramp: the warm-up of the penalty",
+        ),
+    ):
+        for epoch in epochs:
+            factor = schedule(epoch, settings.epochs)
+            expect(
+                math.isfinite(factor) and factor >= 0,
+                f"{what} have a factor of {factor} in epoch {epoch + 1}",
+                f"the schedule of {what}",
+            )
+            if own:
+                wanted = formula(epoch)
+                expect(
+                    math.isclose(factor, wanted, abs_tol=1e-9),
+                    f"{what} in epoch {epoch + 1} stand at {factor:.4f} of their peak, expected {wanted:.4f}",
+                    cause,
+                )
+    skipped = [w for w, own in (("rates", subject.own_rates), ("penalty", subject.own_warmup)) if not own]
+    return f"{len(epochs)} epochs" + (
+        f"; SKIP of the formula of {some(skipped)}: not this project's" * bool(skipped)
+    )
+
+
+@dataclass
+class Seen:
+    """What was seen of an epoch from outside."""
+
+    trained: list[Tensor] = field(default_factory=list)  # images of forward passes with gradients
+    logits: list[Tensor] = field(default_factory=list)  # of these passes
+    tested: list[Tensor] = field(default_factory=list)  # images of passes in evaluation mode
+    test_logits: list[Tensor] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)  # modes that are wrong, and the cause
+    rates: list[dict[str, float]] = field(default_factory=list)  # by group, at each step
+    penalties: list[float] = field(default_factory=list)  # before each step
+    statistics: list[dict[str, Tensor]] = field(default_factory=list)  # at the first test pass
+    kinds: set[torch.dtype] = field(default_factory=set)  # of the logits
+    renewed: list[Tensor] = field(default_factory=list)  # images of passes in training mode without gradients
+
+
+def an_epoch_reports_what_it_did(subject: Subject) -> str:
+    """Two short epochs of the run's own loop, watched from outside, against what their records say."""
+    last = subject.pipeline.settings.epochs - 1
+    for epoch in sorted({0, last}):
+        _try_epoch(subject, epoch)
+    return f"{len({0, last})} epochs of {FEW_BATCHES} batches: losses, rates, modes, statistics, accuracy, counts"
+
+
+def _try_epoch(subject: Subject, epoch: int) -> None:
+    step = subject.copied_step()
+    step.model.train()
+    few, tested = FewBatches(subject.pipeline.train_batches), FewTested(subject.pipeline.test_batches)
+    few_of_each: Any = {"train_batches": few, "test_batches": tested}
+    pipeline = dataclasses.replace(subject.pipeline, step=step, **few_of_each)
+    seen = Seen()
+    handles = _watch(step, seen)
+    record, _ = subject.one_epoch(pipeline, epoch)
+    for handle in handles:
+        handle.remove()
+    _compare_training(subject, step, few, epoch, record, seen)
+    _compare_test(subject, step, few, tested, epoch, record, seen)
+    _compare_counts(step.model, record)
+
+
+def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
+    model = step.model
+
+    def forward(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        modes = {m.training for m in module.modules()}
+        if modes == {True, False}:
+            odd = [n for n, m in module.named_modules() if m.training != module.training]
+            seen.faults.append(
+                (
+                    f"{len(odd)} modules are in another mode than the network: {some(odd)}",
+                    "a part of the network is kept in training or evaluation mode",
+                )
+            )
+        if not module.training and not seen.statistics:
+            seen.statistics.append(_statistics(module))
+        where = (
+            seen.tested if not module.training else seen.trained if torch.is_grad_enabled() else seen.renewed
+        )
+        where.append(inputs[0].detach().clone())
+
+    def logits(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.kinds.add(output.dtype)
+        if not module.training:
+            seen.test_logits.append(output.detach().clone())
+        elif torch.is_grad_enabled():
+            seen.logits.append(output.detach().clone())
+
+    def optimize(optimizer: Any, *_: Any) -> None:
+        seen.rates.append({g.get("name", "weights"): float(g["lr"]) for g in optimizer.param_groups})
+        with torch.no_grad():
+            seen.penalties.append(float(step.penalty(model)))
+
+    return [
+        model.register_forward_pre_hook(forward),
+        model.register_forward_hook(logits),
+        step.optimizer.register_step_pre_hook(optimize),
+    ]
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {n: v.detach().clone() for n, v in model.state_dict().items() if "running" in n}
+
+
+def _compare_training(
+    subject: Subject, step: TrainingStep, few: FewBatches, epoch: int, record: EpochRecord, seen: Seen
+) -> None:
+    settings, pipeline = subject.pipeline.settings, subject.pipeline
+    expect(not seen.faults, *(seen.faults[0] if seen.faults else ("", "")))
+    batches = list(few.epoch(epoch))
+    expect(
+        len(seen.trained) > 0,
+        "no forward pass with gradients in training mode was seen",
+        "the network trains in evaluation mode, or not at all",
+    )
+    expect(
+        len(seen.trained) == len(batches) == len(seen.rates),
+        f"{len(seen.trained)} training passes and {len(seen.rates)} optimizer steps for {len(batches)} batches",
+        "batches are skipped or trained on twice, or the optimizer does not step with each",
+    )
+    for number, (images, (wanted, _)) in enumerate(zip(seen.trained, batches, strict=True), 1):
+        expect(
+            images.shape == wanted.shape and bool((images == wanted).all()),
+            f"step {number} of epoch {epoch + 1} trains on other images than its batch holds",
+            "training on the images of another epoch or of the test set",
+        )
+    factor = pipeline.rate_schedule(epoch, settings.epochs)
+    peaks = expected_rates(subject)
+    for rates in seen.rates:
+        for name, rate in rates.items():
+            wanted_rate = peaks[name][0] * factor
+            expect(
+                math.isclose(rate, wanted_rate, rel_tol=1e-5, abs_tol=1e-12),
+                f"epoch {epoch + 1} trains {name} at a learning rate of {rate:.4g}, expected {wanted_rate:.4g}",
+                "learning rates do not follow their schedule",
+            )
+    coefficient = settings.sparsity_weight * pipeline.sparsity_schedule(epoch, settings.epochs)
+    expect(
+        math.isclose(record.coefficient, coefficient, rel_tol=1e-6, abs_tol=1e-12),
+        f"epoch {epoch + 1} has a coefficient of {record.coefficient:g}, expected {coefficient:g}",
+        "the penalty's coefficient does not follow --sparsity-weight and its warm-up",
+    )
+    expect(
+        record.epoch == epoch + 1, f"epoch {epoch + 1} is reported as {record.epoch}", "epochs are miscounted"
+    )
+    if step.processes.count > 1:
+        return
+    sizes = torch.tensor([len(labels) for _, labels in batches], dtype=torch.double)
+    ours = [
+        reference.cross_entropy(logits.double(), labels).item()
+        for logits, (_, labels) in zip(seen.logits, batches, strict=True)
+    ]
+    mean = float((torch.tensor(ours) * sizes).sum() / sizes.sum())
+    expect(
+        math.isclose(record.cross_entropy, mean, rel_tol=1e-3, abs_tol=1e-4),
+        f"the epoch's cross-entropy is said to be {record.cross_entropy:.5f}, its logits give {mean:.5f}",
+        "losses are averaged wrongly over the epoch, or are of other labels",
+    )
+    penalties = float((torch.tensor(seen.penalties, dtype=torch.double) * sizes).sum() / sizes.sum())
+    wanted_loss = record.cross_entropy + coefficient * penalties
+    expect(
+        math.isclose(record.loss, wanted_loss, rel_tol=1e-3, abs_tol=1e-4),
+        f"the epoch's loss is said to be {record.loss:.5f}; cross-entropy + {coefficient:g} x penalty = "
+        f"{wanted_loss:.5f}",
+        "the penalty is not in the loss with its coefficient",
+    )
+
+
+def _compare_test(
+    subject: Subject,
+    step: TrainingStep,
+    few: FewBatches,
+    tested: FewTested,
+    epoch: int,
+    record: EpochRecord,
+    seen: Seen,
+) -> None:
+    settings, model = subject.pipeline.settings, step.model
+    expect(
+        len(seen.tested) > 0,
+        "no forward pass in evaluation mode was seen",
+        "the network is tested in training mode, or not at all",
+    )
+    images = torch.cat(seen.tested)
+    expect(
+        images.shape == tested.images.shape and bool((images == tested.images).all()),
+        f"{len(images)} images were tested, and the test batches hold {len(tested.images)}",
+        "accuracy is measured on other images than the test set's, or not on all of them",
+    )
+    now = _statistics(model)
+    moved = [n for n, v in now.items() if not torch.equal(v, seen.statistics[0][n])]
+    expect(not moved, f"the test pass changed {some(moved)}", "the test pass feeds the batch norms")
+    _compare_renewal(subject, step, few, epoch, seen)
+    with (
+        torch.inference_mode(),
+        torch.autocast(step.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
+    ):
+        again = torch.cat([model.eval()(part) for part, _ in tested])
+    logits = torch.cat(seen.test_logits)
+    low = settings.precision == "bf16"
+    expect(
+        seen.kinds == {logits.dtype} == {torch.bfloat16 if low else torch.float32},
+        f"logits are {some([str(k) for k in seen.kinds])}, with --precision {settings.precision}",
+        "--precision does not reach the training or the test pass",
+    )
+    expect_close(
+        logits.float(),
+        again.float(),
+        "logits of the test pass, against those of the same weights now,",
+        "the test pass uses stale or other weights (a cache held across steps, quantization off)",
+        2e-2 if low else 1e-4,
+    )
+    hits = torch.stack([(logits.argmax(1) == tested.labels).sum(), tested.labels.new_tensor(len(logits))])
+    right, count = step.processes.sum(hits).tolist()
+    expect(
+        math.isclose(record.accuracy, right / count, abs_tol=1e-9),
+        f"the accuracy is said to be {100 * record.accuracy:.3f} %, the logits give {right} of {count} "
+        f"({100 * right / count:.3f} %)",
+        "accuracy is computed wrongly (its labels, its divisor, top-k)",
+    )
+
+
+def _compare_renewal(subject: Subject, step: TrainingStep, few: FewBatches, epoch: int, seen: Seen) -> None:
+    """Batch-norm statistics taken afresh are the plain mean over the epoch's first batches."""
+    count = min(subject.pipeline.settings.batch_norm_batches, len(few))
+    expect(
+        len(seen.renewed) == count,
+        f"{len(seen.renewed)} batches fed the batch norms before the test, expected {count}",
+        "--batch-norm-batches: statistics are not taken afresh before the test",
+    )
+    norms = {n: m for n, m in step.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for module in norms.values():
+        expect(
+            module.momentum == 0.1,
+            f"a batch norm's momentum is {module.momentum} after the epoch",
+            "the renewal of statistics leaves batch norms changed",
+        )
+    if not count or step.processes.count > 1:
+        return
+    batches = [images for images, _ in few.epoch(epoch)][:count]
+    expect(
+        all(bool((a == b).all()) for a, b in zip(seen.renewed, batches, strict=True)),
+        "batch norms were fed other images than the epoch's first batches",
+        "statistics are taken over test images or another epoch's",
+    )
+    twin = subject.copied_step().model
+    twin.load_state_dict(step.model.state_dict())
+    means: dict[str, list[Tensor]] = {n: [] for n in norms}
+    variances: dict[str, list[Tensor]] = {n: [] for n in norms}
+
+    def note(name: str) -> Any:
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            means[name].append(inputs[0].double().mean((0, 2, 3)))
+            variances[name].append(inputs[0].double().var((0, 2, 3)))
+
+        return look
+
+    for name, module in twin.named_modules():
+        if name in norms:
+            module.register_forward_pre_hook(note(name))
+    precision = subject.pipeline.settings.precision
+    with torch.no_grad(), torch.autocast(step.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for images in batches:
+            twin.train()(images)
+    for name, norm in norms.items():
+        for what, found, parts in (
+            ("mean", norm.running_mean, means),
+            ("variance", norm.running_var, variances),
+        ):
+            assert found is not None
+            expect_close(
+                found.double(),
+                torch.stack(parts[name]).mean(0),
+                f"{name}'s running {what}",
+                "statistics taken afresh are not the plain mean over the batches",
+                5e-2 if precision == "bf16" else 1e-3,
+            )
+
+
+@torch.no_grad()
+def _compare_counts(model: nn.Module, record: EpochRecord) -> None:
+    """The record's sparsities and bits against the weights that the network computes with."""
+    weights, quantized = used_weights(model), quantized_layers(model)
+    if not quantized:
+        return
+    zeros = sum(int((weights[n] == 0).sum()) for n in quantized)
+    total = sum(weights[n].numel() for n in quantized)
+    convolutions = [weights[n] for n in quantized if weights[n].ndim == 4]
+    dead = sum(int((w != 0).flatten(1).sum(1).eq(0).sum()) for w in convolutions)
+    filters = sum(len(w) for w in convolutions) or 1
+    bits = [float(q.get_bitwidth()) for q in Subject.quantizers(model).values()]
+    for what, said, counted in (
+        ("share of zero weights", record.unstructured_sparsity, zeros / total),
+        ("share of zero filters", record.structured_sparsity, dead / filters),
+        ("mean bits", record.bits, sum(bits) / len(bits)),
+    ):
+        expect(
+            math.isclose(said, counted, rel_tol=1e-6, abs_tol=1e-9),
+            f"the record's {what} is {said:.5f}, the weights give {counted:.5f}",
+            "counts are not those of the quantized weights (metrics.py)",
+        )
+
+
+# Counts, files, ranks.
+
+
+def counts_are_the_networks(subject: Subject) -> str:
+    """Every count on a network with planted deaths, against a recount, the smaller network and a packed file."""
+    model = subject.float64_step().model.eval()
+    compression = subject.pipeline.evaluator.evaluate(model)
+    images, _ = subject.probe
+    weights, quantizers = used_weights(model), subject.quantizers(model)
+    positions: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        return lambda module, inputs, output: positions.update({name: output[0, 0].numel()})
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    handles = [m.register_forward_hook(note(n)) for n, m in layers.items()]
+    with torch.no_grad():
+        masked = model(images)
+    for handle in handles:
+        handle.remove()
+    cause = "a defect in metrics.py or src/channels.py"
+    expect(
+        [layer.name for layer in compression.count.layers] == list(layers),
+        "layers are missing from the counts",
+        cause,
+    )
+    for layer in compression.count.layers:
+        w, name = weights[layer.name], layer.name
+        bits = int(quantizers[name].get_bitwidth()) if name in quantizers else FULL_BITS
+        at = positions[name] if w.ndim == 4 else 1
+        dead = int((w != 0).flatten(1).sum(1).eq(0).sum())
+        for what, said, counted in (
+            ("bits", layer.bits, bits),
+            ("weights", layer.weights, w.numel()),
+            ("zero weights", layer.zero_weights, int((w == 0).sum())),
+            ("zero filters", layer.zero_filters, dead),
+            ("dense MACs", layer.dense_macs, w.numel() * at),
+            ("unstructured MACs", layer.unstructured_macs, int((w != 0).sum()) * at),
+            ("unstructured BOPs", layer.unstructured_bops, int((w != 0).sum()) * at * bits * FULL_BITS),
+            ("structured BOPs", layer.structured_bops, layer.structured_macs * bits * FULL_BITS),
+            ("dense BOPs", layer.dense_bops, w.numel() * at * FULL_BITS * FULL_BITS),
+        ):
+            expect(said == counted, f"{name}: {said:,} {what} counted, {counted:,} in the network", cause)
+    by_torch = count_by_torch(model, device=subject.probe_device)[""] if _plain_dtype(model) else None
+    count = compression.count
+    if by_torch is not None:
+        expect(
+            count.total("dense_macs") == by_torch,
+            f"{count.total('dense_macs'):,} MACs, torch counts {by_torch:,}",
+            cause,
+        )
+    for name in ("bops", "mac"):
+        for kind in ("structured", "unstructured"):
+            unit = "bops" if name == "bops" else "macs"
+            dense, left = count.total(f"dense_{unit}"), count.total(f"{kind}_{unit}")
+            ratio = getattr(compression, f"{kind}_{name}_ratio")
+            expect(
+                math.isclose(ratio, dense / left if left else math.inf, rel_tol=1e-9),
+                f"the {kind} {unit} ratio is {ratio:.4f}, {dense:,} / {left:,} is {dense / (left or 1):.4f}",
+                "a ratio is not dense over compressed (experiments/evaluator.py)",
+            )
+    return _compare_compressed(subject, model, count, masked, images)
+
+
+def _plain_dtype(model: nn.Module) -> bool:
+    return next(model.parameters()).dtype == torch.float32
+
+
+def _compare_compressed(
+    subject: Subject, model: nn.Module, count: Any, masked: Tensor, images: Tensor
+) -> str:
+    slim = slim_network(model)
+    with torch.no_grad():
+        smaller = slim(images)
+    expect_close(
+        smaller,
+        masked,
+        "logits of the smaller network",
+        "the smaller network is not the quantized one "
+        "(src/slim.py, or the account of channels in src/channels.py)",
+        1e-7,
+    )
+    macs = count_by_torch(slim.float(), device=subject.probe_device)[""]
+    expect(
+        macs == count.total("structured_macs"),
+        f"{count.total('structured_macs'):,} structured MACs are counted, the smaller network has {macs:,}",
+        "the account of dead channels (src/channels.py, metrics.py)",
+    )
+    single = model.float()
+    packed = unpack_network(pack_network(single, {})).to(subject.probe_device)
+    with torch.no_grad():
+        differ = int((packed(images.float()) != single(images.float())).sum())
+    expect(
+        differ == 0,
+        f"{differ} logits of the packed file differ from the quantized network's",
+        "the packed file (src/packing.py, src/encoding.py, or the quantizer's codes)",
+    )
+    return f"{len(count.layers)} layers; smaller network and packed file give the same logits"
+
+
+def checkpoints_restore_everything(subject: Subject) -> str:
+    """Save after a step, restore into another copy, take the next step in both: the same numbers."""
+    if subject.step.processes.count > 1:
+        raise NotApplicableError("with several ranks, rank 0 writes the checkpoint of all")
+    images, labels = (t[:FEW_IMAGES] for t in subject.first_batch)
+    coefficient = subject.pipeline.settings.sparsity_weight
+    first, second = subject.copied_step(), subject.copied_step()
+    first.model.train()
+    first(images, labels, coefficient, len(labels))
+    history = dataclasses.replace(subject.history, epochs=[*subject.history.epochs])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_checkpoint(folder, take_checkpoint(history, first.model, first.optimizer))
+        restore(load_checkpoint(checkpoint_path(folder, len(history.epochs))), second.model, second.optimizer)
+    cause = "the checkpoint leaves something out, or restores something else (experiments/checkpoint.py)"
+    for a, b in ((first, second),):
+        _expect_same(a, b, "after restoring", cause)
+        b.model.train()
+        for step in (a, b):
+            step(images, labels, coefficient, len(labels))
+        _expect_same(a, b, "a step after restoring", cause)
+    return "weights, moments and statistics, and the step after them"
+
+
+def _expect_same(a: TrainingStep, b: TrainingStep, when: str, cause: str) -> None:
+    theirs = b.model.state_dict()
+    off = [n for n, v in a.model.state_dict().items() if not torch.equal(v, theirs[n])]
+    expect(not off, f"{when}, {len(off)} tensors differ: {some(off)}", cause)
+    moments = [
+        [v for state in step.optimizer.state_dict()["state"].values() for v in state.values()]
+        for step in (a, b)
+    ]
+    expect(
+        len(moments[0]) == len(moments[1]) and all(torch.equal(x, y) for x, y in zip(*moments, strict=True)),
+        f"{when}, the optimizer's moments or step counts differ",
+        cause,
+    )
+
+
+def ranks_agree(subject: Subject) -> str:
+    """A step of all ranks together leaves the same numbers in each, and those of one rank with the whole batch."""
+    processes = subject.step.processes
+    if processes.count == 1:
+        raise NotApplicableError("one rank")
+    step, alone = subject.copied_step(), subject.copied_step()
+    images, labels = subject.first_batch
+    for copy in (step, alone):
+        copy.model.double().train()
+        copy.coefficient, copy.precision = copy.coefficient.double(), "float32"
+    size = subject.pipeline.train_batches.sizes[0]
+    coefficient = subject.pipeline.settings.sparsity_weight
+    together = step(images.double(), labels, coefficient, size)
+    numbers = torch.cat([p.detach().flatten() for p in step.model.parameters()])
+    total = processes.sum(numbers.clone()) / processes.count
+    expect_close(
+        numbers,
+        total,
+        "this rank's parameters, against the mean of all ranks',",
+        "gradients are not summed over the ranks, or ranks began with other weights",
+        1e-12,
+    )
+    whole_images, whole_labels = _gathered(subject, images.double(), labels, size)
+    use_local_batch_norms(alone.model)
+    alone.processes = type(processes)()
+    single = alone(whole_images, whole_labels, coefficient, size)
+    expect_close(
+        together.double(),
+        single.double(),
+        "the loss of all ranks, against one rank with the whole batch,",
+        "shards, loss or batch norms are not those of the whole batch",
+        1e-6,
+    )
+    ours = torch.cat([p.detach().flatten() for p in alone.model.parameters()])
+    rate = max(rate for rate, _ in expected_rates(subject).values())
+    off = (numbers - ours).abs().max().item()
+    expect(
+        off < 1e-3 * rate,
+        f"parameters are {off:.2g} away from one rank with the whole batch",
+        "gradients are scaled by the number of ranks, or batch norms see only their shard",
+    )
+    return f"{processes.count} ranks"
+
+
+def _gathered(subject: Subject, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The whole batch in every rank, each rank's shard in its place."""
+    processes = subject.step.processes
+    shard = processes.shard(0, size)
+    whole = images.new_zeros(size, *images.shape[1:])
+    numbers = labels.new_zeros(size)
+    whole[shard], numbers[shard] = images, labels
+    return processes.sum(whole), processes.sum(numbers)

@@ -1,0 +1,170 @@
+"""The training step written a second time, slowly and plainly, for the preflight to hold the real one against.
+
+Nothing of this project is imported: the network is a list of function calls, the quantizer is plain autograd
+around `torch.quantile`, the lasso is a loop over channels, AdamW is its formulas. Nothing is cached, fused or
+laid out specially, so that an error in the real step and the same error here are unlikely to meet.
+
+Sources: He et al. 2015 (arXiv 1512.03385), section 4.2; CoDeQ (arXiv 2512.12981); Yuan & Lin 2006, eq. (2.1);
+Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2. Weights are (O, I, kh, kw), images (N, 3, 32, 32).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDTHS = (16, 32, 64)  # channels of the three stages
+INSIDE = "parametrizations.weight"  # where torch keeps a parametrized weight
+
+
+def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
+    """The value of `exact` with the gradient of `smooth`."""
+    return smooth + (exact - smooth).detach()
+
+
+def quantize(w: Tensor, bits: Tensor, logit_dz: Tensor) -> Tensor:
+    """The dead-zone quantizer, from the bit-width before rounding and the dead-zone logit, (1,) each."""
+    # In float32, torch.quantile would round the place of the quantile to a thousandth.
+    r = torch.quantile(w.detach().double().abs().flatten(), 0.99).to(w.dtype)
+    b = straight_through(bits.round(), bits)
+    d = 2 * r * (1 - logit_dz.tanh().abs())
+    Q = 2 ** (b - 1) - 1
+    s = (r - d / 2) / (Q - 0.5) + 1e-8
+    h = (d - s) / 2
+    m = straight_through((w.abs() - h).clamp_min(0), w.abs() - h)
+    u = w.sign() * m / s
+    q = straight_through(u.round(), u)
+    q = straight_through(torch.clamp(q.detach(), -Q.detach(), Q.detach()), q)
+    return s * q + h * q.sign()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the images of log sum exp of the logits less the label's logit."""
+    largest = logits.max(1, keepdim=True).values.detach()
+    log_sum = (logits - largest).exp().sum(1).log() + largest[:, 0]
+    return (log_sum - logits[torch.arange(len(labels)), labels]).mean()
+
+
+@dataclass
+class Network:
+    """A ResNet of `blocks` blocks a stage, as its state and the weights that its layers compute with.
+
+    `values` are the tensors of the state_dict. In training mode the running statistics in it are updated.
+    """
+
+    values: dict[str, Tensor]
+    weights: Mapping[str, Tensor]  # by layer name
+    blocks: int
+    training: bool = True
+
+    def normalise(self, name: str, x: Tensor) -> Tensor:
+        running_mean, running_var = self.values[f"{name}.running_mean"], self.values[f"{name}.running_var"]
+        if self.training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+            positions = x.numel() // x.shape[1]
+            with torch.no_grad():
+                self.values[f"{name}.running_mean"] = 0.9 * running_mean + 0.1 * mean
+                unbiased = var * positions / (positions - 1)
+                self.values[f"{name}.running_var"] = 0.9 * running_var + 0.1 * unbiased
+        else:
+            mean, var = running_mean, running_var
+        x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
+        return x * self.values[f"{name}.weight"][:, None, None] + self.values[f"{name}.bias"][:, None, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Shapes: (N, 3, H, W) -> (N, classes)."""
+        x = F.relu(self.normalise("bn1", F.conv2d(images.contiguous(), self.weights["conv1"], padding=1)))
+        for stage, width in enumerate(WIDTHS, 1):
+            for i in range(self.blocks):
+                block = f"layer{stage}.{i}"
+                stride = 2 if stage > 1 and i == 0 else 1
+                y = F.conv2d(x, self.weights[f"{block}.conv1"], stride=stride, padding=1)
+                y = F.relu(self.normalise(f"{block}.bn1", y))
+                y = self.normalise(f"{block}.bn2", F.conv2d(y, self.weights[f"{block}.conv2"], padding=1))
+                if stride == 2:  # option A
+                    x = x[:, :, ::2, ::2]
+                    nothing = x.new_zeros(len(x), width // 4, *x.shape[2:])
+                    x = torch.cat([nothing, x, nothing], 1)
+                x = F.relu(y + x)
+        return x.mean((2, 3)) @ self.weights["linear"].T + self.values["linear.bias"]
+
+
+Member = tuple[str, str, int]  # layer, "filter" or "input", number
+
+
+def channel_groups(blocks: int) -> list[list[Member]]:
+    """For each channel the weight slices that must all vanish for it to go."""
+    groups = []
+    for stage, width in enumerate(WIDTHS, 1):
+        for block in range(blocks):  # inner channels
+            for i in range(width):
+                groups.append([(f"layer{stage}.{block}.conv1", "filter", i),
+                               (f"layer{stage}.{block}.conv2", "input", i)])  # fmt: skip
+        for c in range(width):  # residual channels
+            group = [(f"layer{stage}.{block}.conv2", "filter", c) for block in range(blocks)]
+            group += [(f"layer{stage}.{block}.conv1", "input", c) for block in range(1, blocks)]
+            if stage < len(WIDTHS):
+                group.append((f"layer{stage + 1}.0.conv1", "input", c))
+            groups.append(group)
+    return groups
+
+
+def slice_of(weight: Tensor, side: str, i: int) -> Tensor:
+    return weight[i] if side == "filter" else weight[:, i]
+
+
+def penalty(weights: Mapping[str, Tensor], blocks: int) -> Tensor:
+    """The group lasso over the layers in `weights`: the norm of all that must vanish together, summed."""
+    squares: dict[tuple[str, str], Tensor] = {}
+    for layer, w in weights.items():
+        squares[layer, "filter"] = w.square().sum((1, 2, 3))  # (O, I, kh, kw) -> (O,)
+        squares[layer, "input"] = w.square().sum((0, 2, 3))  # (O, I, kh, kw) -> (I,)
+    total = next(iter(weights.values())).new_zeros(()) if weights else torch.zeros(())
+    for group in channel_groups(blocks):
+        parts = [squares[layer, side][i] for layer, side, i in group if layer in weights]
+        square = torch.stack(parts).sum() if parts else total.new_zeros(())
+        if square > 0:  # the square root has no gradient at 0, and the norm's is to be 0 there
+            total = total + square.sqrt()
+    return total
+
+
+def dead_members(weights: Mapping[str, Tensor], blocks: int) -> list[Member]:
+    """The slices of groups whose quantized weights are all zero."""
+    members = [member for group in channel_groups(blocks) for member in group if member[0] in weights]
+    return [m for m in members if not slice_of(weights[m[0]], m[1], m[2]).any()]
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """One parameter's AdamW, by its formulas."""
+
+    rate: float
+    decay: float
+    beta1: float
+    beta2: float
+    eps: float = 1e-8
+
+    def step(
+        self, p: Tensor, gradient: Tensor, first: Tensor, second: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameter and both moments after step number `count` (from 1)."""
+        first = self.beta1 * first + (1 - self.beta1) * gradient
+        second = self.beta2 * second + (1 - self.beta2) * gradient.square()
+        unbiased = first / (1 - self.beta1**count)
+        scale = (second / (1 - self.beta2**count)).sqrt() + self.eps
+        return p - self.rate * self.decay * p - self.rate * unbiased / scale, first, second
+
+
+def cosine(epoch: float, epochs: float) -> float:
+    """The share of their peak at which learning rates stand in an epoch, counted from 0."""
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def warmup(epoch: float, delay: float, ramp: float) -> float:
+    """The share of its peak at which the penalty's coefficient stands in an epoch, counted from 0."""
+    if epoch < delay:
+        return 0.0
+    return 1.0 if ramp == 0 or epoch >= delay + ramp else (epoch - delay) / ramp
