@@ -19,6 +19,7 @@ from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import quantized_layers, weight_quantization
 
+EXACT = 1e-8  # of the largest number, for float64 arithmetic in another order
 PROBE_IMAGES = 8  # enough for the float64 comparisons: each layer still sees hundreds of positions
 EPSILON = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest number compared
 

@@ -1,9 +1,10 @@
-"""The preflight: whether the run's own pipeline does what it should, checked in seconds before the first epoch.
+"""The preflight: the run's own pipeline is checked, in seconds, before the first epoch.
 
 Checks are equalities wherever there is one: what a step does against a slow reference in float64, what an
 epoch reports against what was seen of it from outside, what is counted against the smaller network and the
 packed file. They look at the run's own objects through copies, so that model, optimizer and random state
-stay as they are. A check that needs what another found broken is skipped, so that the first FAIL is the cause.
+stay as they are. A check that needs what another found broken is skipped, so that the first FAIL is the
+cause.
 """
 
 from collections.abc import Callable
@@ -21,26 +22,27 @@ from experiments.preflight_data import (
     sets_are_disjoint,
     test_images_are_untouched,
 )
-from experiments.preflight_epoch import (
-    an_epoch_reports_what_it_did,
+from experiments.preflight_epoch import an_epoch_reports_what_it_did, schedules_are_the_settings
+from experiments.preflight_files import (
     checkpoints_restore_everything,
     counts_are_the_networks,
     ranks_agree,
-    schedules_are_the_settings,
 )
-from experiments.preflight_step import (
-    gradients_are_the_losss,
+from experiments.preflight_network import (
     images_are_independent,
-    it_can_learn,
     layers_are_quantized,
-    loss_is_what_it_says,
     network_is_the_reference,
     optimizer_has_every_parameter,
-    optimizer_has_the_settings,
     penalty_is_the_group_lasso,
     quantizers_follow_the_formula,
     quantizers_keep_their_word,
     start_is_fresh,
+)
+from experiments.preflight_step import (
+    gradients_are_the_losss,
+    it_can_learn,
+    loss_is_what_it_says,
+    optimizer_has_the_settings,
     updates_are_adamws,
 )
 from experiments.verdict import FAIL, PASS, SKIP
@@ -92,7 +94,7 @@ def preflight(subject: Subject, progress: Callable[[str], None] | None = None) -
 
 
 def _of_all_ranks(check: Check, subject: Subject) -> Check:
-    """The check as it is to count in every rank: what fails in one fails in all, so that none goes on alone."""
+    """What fails in one rank fails in all of them, so that none goes on alone."""
     failed = torch.tensor(int(check.status == FAIL), device=subject.step.device)
     if subject.step.processes.sum(failed).item() and check.status != FAIL:
         return Check(FAIL, check.name, "it fails on another rank. Likely cause: ranks that differ")

@@ -1,4 +1,4 @@
-"""Preflight checks of the images: that they are the right ones, with their labels, as the run is given them."""
+"""Preflight checks of the images: the right ones, with their labels, as the run is given them."""
 
 import hashlib
 import pickle

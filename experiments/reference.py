@@ -1,4 +1,4 @@
-"""The training step written a second time, slowly and plainly, for the preflight to hold the real one against.
+"""The training step written a second time, slowly and plainly, to hold the real one against.
 
 Nothing of this project is imported: the network is a list of function calls, the quantizer is plain autograd
 around `torch.quantile`, the lasso is a loop over channels, AdamW is its formulas. Nothing is cached, fused or

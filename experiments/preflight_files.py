@@ -1,0 +1,212 @@
+"""Preflight checks of counts, compressed network and checkpoint, and that all ranks do one and the same."""
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.checkpoint import checkpoint_path, load_checkpoint, restore, save_checkpoint, take_checkpoint
+from experiments.distributed import ALONE, use_local_batch_norms
+from experiments.expect import NotApplicableError, Subject, expect, expect_close, some, used_weights
+from experiments.preflight_step import expected_rates
+from experiments.training import TrainingStep
+from metrics import NetworkCount, count_by_torch
+from src.packing import pack_network, unpack_network
+from src.slim import slim_network
+
+FULL_BITS = 32
+IMAGES = 64  # in the steps around a checkpoint
+
+
+def counts_are_the_networks(subject: Subject) -> str:
+    """Counts of a network with planted deaths against a recount, the smaller network and a packed file."""
+    model = subject.float64_step().model.eval()
+    compression = subject.pipeline.evaluator.evaluate(model)
+    images, _ = subject.probe
+    weights, quantizers = used_weights(model), subject.quantizers(model)
+    positions: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        return lambda module, inputs, output: positions.update({name: output[0, 0].numel()})
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    handles = [m.register_forward_hook(note(n)) for n, m in layers.items()]
+    with torch.no_grad():
+        masked = model(images)
+    for handle in handles:
+        handle.remove()
+    cause = "a defect in metrics.py or src/channels.py"
+    expect(
+        [layer.name for layer in compression.count.layers] == list(layers),
+        "layers are missing from the counts",
+        cause,
+    )
+    for layer in compression.count.layers:
+        w, name = weights[layer.name], layer.name
+        bits = int(quantizers[name].get_bitwidth()) if name in quantizers else FULL_BITS
+        at = positions[name] if w.ndim == 4 else 1
+        dead = int((w != 0).flatten(1).sum(1).eq(0).sum())
+        for what, said, counted in (
+            ("bits", layer.bits, bits),
+            ("weights", layer.weights, w.numel()),
+            ("zero weights", layer.zero_weights, int((w == 0).sum())),
+            ("zero filters", layer.zero_filters, dead),
+            ("dense MACs", layer.dense_macs, w.numel() * at),
+            ("unstructured MACs", layer.unstructured_macs, int((w != 0).sum()) * at),
+            ("unstructured BOPs", layer.unstructured_bops, int((w != 0).sum()) * at * bits * FULL_BITS),
+            ("structured BOPs", layer.structured_bops, layer.structured_macs * bits * FULL_BITS),
+            ("dense BOPs", layer.dense_bops, w.numel() * at * FULL_BITS * FULL_BITS),
+        ):
+            expect(said == counted, f"{name}: {said:,} {what} counted, {counted:,} in the network", cause)
+    by_torch = count_by_torch(model, device=subject.probe_device)[""] if _plain_dtype(model) else None
+    count = compression.count
+    if by_torch is not None:
+        expect(
+            count.total("dense_macs") == by_torch,
+            f"{count.total('dense_macs'):,} MACs, torch counts {by_torch:,}",
+            cause,
+        )
+    for name in ("bops", "mac"):
+        for kind in ("structured", "unstructured"):
+            unit = "bops" if name == "bops" else "macs"
+            dense, left = count.total(f"dense_{unit}"), count.total(f"{kind}_{unit}")
+            ratio = getattr(compression, f"{kind}_{name}_ratio")
+            expect(
+                math.isclose(ratio, dense / left if left else math.inf, rel_tol=1e-9),
+                f"the {kind} {unit} ratio is {ratio:.4f}, {dense:,} / {left:,} is {dense / (left or 1):.4f}",
+                "a ratio is not dense over compressed (experiments/evaluator.py)",
+            )
+    return _compare_compressed(subject, model, count, masked, images)
+
+
+def _plain_dtype(model: nn.Module) -> bool:
+    return next(model.parameters()).dtype == torch.float32
+
+
+def _compare_compressed(
+    subject: Subject, model: nn.Module, count: NetworkCount, masked: Tensor, images: Tensor
+) -> str:
+    slim = slim_network(model)
+    with torch.no_grad():
+        smaller = slim(images)
+    expect_close(
+        smaller,
+        masked,
+        "logits of the smaller network",
+        "the smaller network is not the quantized one "
+        "(src/slim.py, or the account of channels in src/channels.py)",
+        1e-7,
+    )
+    macs = count_by_torch(slim.float(), device=subject.probe_device)[""]
+    expect(
+        macs == count.total("structured_macs"),
+        f"{count.total('structured_macs'):,} structured MACs are counted, the smaller network has {macs:,}",
+        "the account of dead channels (src/channels.py, metrics.py)",
+    )
+    single = model.float()
+    packed = unpack_network(pack_network(single, {})).to(subject.probe_device)
+    with torch.no_grad():
+        differ = int((packed(images.float()) != single(images.float())).sum())
+    expect(
+        differ == 0,
+        f"{differ} logits of the packed file differ from the quantized network's",
+        "the packed file (src/packing.py, src/encoding.py, or the quantizer's codes)",
+    )
+    return f"{len(count.layers)} layers; smaller network and packed file give the same logits"
+
+
+def checkpoints_restore_everything(subject: Subject) -> str:
+    """Save after a step, restore into another copy, take the next step in both: the same numbers."""
+    if subject.step.processes.count > 1:
+        raise NotApplicableError("with several ranks, rank 0 writes the checkpoint of all")
+    images, labels = (t[:IMAGES] for t in subject.first_batch)
+    coefficient = subject.pipeline.settings.sparsity_weight
+    first, second = subject.copied_step(), subject.copied_step()
+    first.model.train()
+    first(images, labels, coefficient, len(labels))
+    history = dataclasses.replace(subject.history, epochs=[*subject.history.epochs])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_checkpoint(folder, take_checkpoint(history, first.model, first.optimizer))
+        restore(load_checkpoint(checkpoint_path(folder, len(history.epochs))), second.model, second.optimizer)
+    cause = "the checkpoint leaves something out, or restores something else (experiments/checkpoint.py)"
+    for a, b in ((first, second),):
+        _expect_same(a, b, "after restoring", cause)
+        b.model.train()
+        for step in (a, b):
+            step(images, labels, coefficient, len(labels))
+        _expect_same(a, b, "a step after restoring", cause)
+    return "weights, moments and statistics, and the step after them"
+
+
+def _expect_same(a: TrainingStep, b: TrainingStep, when: str, cause: str) -> None:
+    theirs = b.model.state_dict()
+    off = [n for n, v in a.model.state_dict().items() if not torch.equal(v, theirs[n])]
+    expect(not off, f"{when}, {len(off)} tensors differ: {some(off)}", cause)
+    moments = [
+        [v for state in step.optimizer.state_dict()["state"].values() for v in state.values()]
+        for step in (a, b)
+    ]
+    expect(
+        len(moments[0]) == len(moments[1]) and all(torch.equal(x, y) for x, y in zip(*moments, strict=True)),
+        f"{when}, the optimizer's moments or step counts differ",
+        cause,
+    )
+
+
+def ranks_agree(subject: Subject) -> str:
+    """A step of all ranks leaves the same numbers in each, those of one rank with the whole batch."""
+    processes = subject.step.processes
+    if processes.count == 1:
+        raise NotApplicableError("one rank")
+    step, alone = subject.copied_step(), subject.copied_step()
+    images, labels = subject.first_batch
+    for copy in (step, alone):
+        copy.model.double().train()
+        copy.coefficient, copy.precision = copy.coefficient.double(), "float32"
+    size = subject.pipeline.train_batches.sizes[0]
+    coefficient = subject.pipeline.settings.sparsity_weight
+    together = step(images.double(), labels, coefficient, size)
+    numbers = torch.cat([p.detach().flatten() for p in step.model.parameters()])
+    total = processes.sum(numbers.clone()) / processes.count
+    expect_close(
+        numbers,
+        total,
+        "this rank's parameters, against the mean of all ranks',",
+        "gradients are not summed over the ranks, or ranks began with other weights",
+        1e-12,
+    )
+    whole_images, whole_labels = _gathered(subject, images.double(), labels, size)
+    use_local_batch_norms(alone.model)
+    alone.processes = ALONE
+    single = alone(whole_images, whole_labels, coefficient, size)
+    expect_close(
+        together.double(),
+        single.double(),
+        "the loss of all ranks, against one rank with the whole batch,",
+        "shards, loss or batch norms are not those of the whole batch",
+        1e-6,
+    )
+    ours = torch.cat([p.detach().flatten() for p in alone.model.parameters()])
+    rate = max(rate for rate, _ in expected_rates(subject).values())
+    off = (numbers - ours).abs().max().item()
+    expect(
+        off < 1e-3 * rate,
+        f"parameters are {off:.2g} away from one rank with the whole batch",
+        "gradients are scaled by the number of ranks, or batch norms see only their shard",
+    )
+    return f"{processes.count} ranks"
+
+
+def _gathered(subject: Subject, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The whole batch in every rank, each rank's shard in its place."""
+    processes = subject.step.processes
+    shard = processes.shard(0, size)
+    whole = images.new_zeros(size, *images.shape[1:])
+    numbers = labels.new_zeros(size)
+    whole[shard], numbers[shard] = images, labels
+    return processes.sum(whole), processes.sum(numbers)

@@ -1,0 +1,432 @@
+"""Preflight checks of model, quantizers, network and penalty, against the slow reference in float64."""
+
+import copy
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from experiments import reference
+from experiments.expect import (
+    EXACT,
+    BrokenError,
+    NotApplicableError,
+    Subject,
+    expect,
+    expect_close,
+    some,
+    stored_weight,
+    used_weights,
+)
+from src.quantizer import MIN_BITS
+from utils_quantization import quantized_layers, weight_quantization
+
+# The model as the run built it.
+
+
+def layers_are_quantized(subject: Subject) -> str:
+    """The layers that the settings name have a quantizer of their own, switched on, and no others have."""
+    model, patterns = subject.pipeline.model, subject.pipeline.settings.exclude_layers
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    wanted = [n for n in layers if not any(re.search(pattern, n) for pattern in patterns)]
+    found = quantized_layers(model)
+    missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    expect(
+        not missing and not extra,
+        f"without a quantizer: {some(missing) or 'none'}; with one too many: {some(extra) or 'none'}",
+        "--exclude-layers is not applied as it says",
+    )
+    off = [n for n, layer in found.items() if not weight_quantization(layer).enabled]  # type: ignore[union-attr]
+    expect(not off, f"switched off: {some(off)}", "quantization is toggled off before training")
+    quantizers = subject.quantizers(model)
+    own = {id(q) for q in quantizers.values()}
+    parameters = [id(p) for q in quantizers.values() for p in q.parameters()]
+    expect(
+        len(own) == len(quantizers) and len(set(parameters)) == len(parameters),
+        f"{len(quantizers)} layers share {len(own)} quantizers",
+        "one quantizer object is attached to several layers",
+    )
+    modules = [id(m) for _, m in model.named_modules(remove_duplicate=False)]
+    expect(
+        len(modules) == len(set(modules)) or not subject.own_network,
+        "modules occur twice in the network",
+        "layers share their weights",
+    )
+    return f"{len(found)} of {len(layers)} layers, each with its own"
+
+
+def start_is_fresh(subject: Subject) -> str:
+    """Before the first step: Kaiming-normal weights, neutral batch norms, quantizers as they are made."""
+    if subject.resumed:
+        raise NotApplicableError("the run was resumed from a checkpoint")
+    if not subject.own_network:
+        raise NotApplicableError("the network is not one of resnet.py")
+    model = subject.pipeline.model
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            quantized = parametrize.is_parametrized(layer, "weight")
+            w: Any = layer.parametrizations.weight.original if quantized else layer.weight  # type: ignore[union-attr]
+            expected = math.sqrt(2 / w[0].numel())
+            off = abs(w.double().std().item() / expected - 1)
+            expect(
+                off < 5 / math.sqrt(2 * w.numel()),
+                f"the weights of {name} have standard deviation "
+                f"{w.std().item():.3g}, Kaiming's is {expected:.3g}",
+                "another initialization than resnet.py's (fan-in, ReLU gain)",
+            )
+        elif isinstance(layer, nn.BatchNorm2d):
+            neutral = [(layer.weight, 1), (layer.bias, 0), (layer.running_mean, 0), (layer.running_var, 1)]
+            expect(
+                all(bool((t == number).all()) for t, number in neutral if t is not None),
+                f"{name} is not neutral (scale 1, shift 0, mean 0, variance 1)",
+                "batch norms were trained, loaded or fed before the first step",
+            )
+    counts = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[union-attr]
+    expect(
+        not any(counts),
+        f"batch norms have seen up to {max(counts)} batches",
+        "something ran through the network in training mode before the first step",
+    )
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters as resnet.py makes them"
+
+
+def optimizer_has_every_parameter(subject: Subject) -> str:
+    """Each trained parameter of the model is in exactly one group of the optimizer, and nothing else is."""
+    model, groups = subject.pipeline.model, subject.step.optimizer.param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    names = {id(p): n for n, p in model.named_parameters()}
+    frozen = [
+        n for n, p in model.named_parameters() if not p.requires_grad and not _meant_to_be_fixed(subject, n)
+    ]
+    expect(
+        not frozen,
+        f"{len(frozen)} parameters have requires_grad False: {some(frozen)}",
+        "parameters are frozen",
+    )
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    expect(
+        not missing,
+        f"{len(missing)} of {len(names)} parameters are in no group of the optimizer: {some(missing)}",
+        "the optimizer was given only a part of the model's parameters",
+    )
+    foreign = [i for i in held if i not in names]
+    expect(
+        not foreign,
+        f"{len(foreign)} parameters of the optimizer are not the model's",
+        "the model was rebuilt, copied or re-parametrized after the optimizer was made",
+    )
+    expect(
+        len(held) == len(set(held)),
+        "a parameter is in two groups of the optimizer",
+        "the optimizer's groups overlap",
+    )
+    return f"{len(held)} parameters in {len(groups)} groups"
+
+
+def _meant_to_be_fixed(subject: Subject, name: str) -> bool:
+    """Quantizers may have parameters that are not learnable."""
+    return (".quantizer." in name and not subject.own_quantizers) or (
+        ".quantizer." in name and not _learns(subject, name)
+    )
+
+
+def _learns(subject: Subject, name: str) -> bool:
+    quantizer: Any = subject.pipeline.model.get_submodule(name.rpartition(".")[0])
+    return quantizer.learnable_bit if name.endswith("logit_bit") else quantizer.learnable_deadzone
+
+
+# Quantizers.
+
+
+def quantizers_keep_their_word(subject: Subject) -> str:
+    """Properties of any quantizer, on each layer's weights: levels, order, sign, zeros, a gradient to all."""
+    model = subject.float64_step().model
+    computed = used_weights(model)
+    for name, layer in quantized_layers(model).items():
+        quantizer = subject.quantizers(model)[name]
+        w = stored_weight(layer)
+        leaf = w.clone().requires_grad_()
+        out = quantizer(leaf)
+        expect(
+            out.shape == w.shape and bool(out.isfinite().all()),
+            f"{name}: shape {tuple(out.shape)}, finite: {bool(out.isfinite().all())}",
+            "the quantizer breaks its input",
+        )
+        bits = float(quantizer.get_bitwidth().detach())
+        levels = len(out.unique())
+        expect(bits == round(bits) and bits >= 1, f"{name} claims {bits} bits", "bit-widths are not rounded")
+        expect(
+            levels <= 2**bits,
+            f"{name} has {levels} different values where {bits:.0f} bits give at most {2**bits:.0f}",
+            "the number of levels does not follow from the bit-width that is counted",
+        )
+        order = w.flatten().argsort()
+        falls = (out.detach().flatten()[order].diff() < -1e-9 * out.abs().max()).any()
+        expect(
+            not falls,
+            f"{name}: a larger weight becomes a smaller one",
+            "sign, step size or shift of the quantizer",
+        )
+        wrong_sign = ((out * w) < 0).sum().item()
+        expect(wrong_sign == 0, f"{name}: {wrong_sign} weights change their sign", "the quantizer's sign")
+        expect(
+            bool((quantizer(torch.zeros_like(w)) == 0).all()),
+            f"{name}: zeros do not stay zero",
+            "the quantizer's shift or rounding at zero",
+        )
+        g = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype).to(w.device)
+        (gradient,) = torch.autograd.grad((out * g).sum(), leaf, retain_graph=True, allow_unused=True)
+        reached = 0.0 if gradient is None else (gradient[w != 0] != 0).double().mean().item()
+        expect(
+            reached > 0.5,
+            f"{name}: a gradient reaches {100 * reached:.0f} % of the stored weights",
+            "no straight-through gradient: rounding, clipping or the dead zone cuts it off",
+        )
+        expect(
+            bool((computed[name] == quantizer(w)).all()),
+            f"{name} computes with other weights than its quantizer gives",
+            "quantization is not applied in the layer",
+        )
+    return f"{len(quantized_layers(model))} quantizers: levels, order, zeros and gradients"
+
+
+def quantizers_follow_the_formula(subject: Subject) -> str:
+    """Values and gradients of the dead-zone quantizer against its formulas in plain autograd."""
+    if not subject.own_quantizers:
+        raise NotApplicableError("the quantizer is not this project's, so its formulas are not known")
+    model = subject.float64_step().model
+    generator = torch.Generator().manual_seed(2)
+    worst = 0.0
+    for name, quantizer in subject.quantizers(model).items():
+        layer = model.get_submodule(name)
+        w = stored_weight(layer)
+        half = (w.abs() <= _half_dead_zone(quantizer, w) * (1 - 1e-9)) & (quantizer(w) != 0)
+        cause = "the dead zone: its width, the range quantile or the shift in src/quantizer.py"
+        expect(not half.any(), f"{name}: {int(half.sum())} weights inside the dead zone are not zero", cause)
+        bits = _learned_bits(quantizer)
+        used = quantizer.get_bitwidth()
+        expect(
+            bool(used == bits.round()),
+            f"{name} uses {float(used.detach())} bits where tanh of its logit gives "
+            f"{float(bits):.3f}, rounded {float(bits.round()):.0f}",
+            "the bit-width's formula (rounding, maximum, tanh)",
+        )
+        found = quantizer(w)
+        wanted = reference.quantize(w, bits, quantizer.logit_dz)
+        zeros = ((found == 0) != (wanted == 0)).sum().item()
+        expect(
+            zeros == 0, f"{name}: {zeros} weights are zero that should not be, or the other way round", cause
+        )
+        worst = max(
+            worst,
+            expect_close(
+                found,
+                wanted,
+                f"{name}'s quantized weights",
+                "step size, shift, rounding or number of levels in src/quantizer.py",
+                EXACT,
+            ),
+        )
+        worst = max(worst, _compare_gradients(name, quantizer, w, generator))
+    return f"values to {worst:.0e}, gradients to stored weights and both logits"
+
+
+def _half_dead_zone(quantizer: Any, w: Tensor) -> Tensor:
+    r = torch.quantile(w.abs().flatten(), 0.99)
+    return r * (1 - quantizer.logit_dz.detach().tanh().abs())
+
+
+def _learned_bits(quantizer: Any) -> Tensor:
+    if not quantizer.learnable_bit:
+        return torch.full_like(quantizer.logit_bit, quantizer.fixed_bit_val)
+    return MIN_BITS + (quantizer.max_bits - MIN_BITS) * quantizer.logit_bit.tanh().abs()
+
+
+def _compare_gradients(name: str, quantizer: Any, w: Tensor, generator: torch.Generator) -> float:
+    g = torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
+    gradients, worst = [], 0.0
+    for quantize in (
+        quantizer,
+        lambda x: reference.quantize(x, _learned_bits(quantizer), quantizer.logit_dz),
+    ):
+        leaf = w.clone().requires_grad_()
+        learned = [p for p in (quantizer.logit_bit, quantizer.logit_dz) if p.requires_grad]
+        found = torch.autograd.grad((quantize(leaf) * g).sum(), [leaf, *learned], allow_unused=True)
+        gradients.append(
+            [torch.zeros_like(p) if x is None else x for x, p in zip(found, [leaf, *learned], strict=True)]
+        )
+    # A stored weight of exactly zero is kept dead: whether a gradient reaches it is a choice.
+    gradients = [[found[0] * (w != 0), *found[1:]] for found in gradients]
+    names = [
+        "the stored weights",
+        *(
+            n
+            for n, p in (("the bit logit", quantizer.logit_bit), ("the dead-zone logit", quantizer.logit_dz))
+            if p.requires_grad
+        ),
+    ]
+    for what, ours, theirs in zip(names, *gradients, strict=True):
+        cause = f"the quantizer's backward pass: the gradient to {what} (src/quantizer.py)"
+        worst = max(worst, expect_close(ours, theirs, f"{name}: the gradient to {what}", cause, 1e-6))
+    return worst
+
+
+# The network.
+
+
+def network_is_the_reference(subject: Subject) -> str:
+    """Logits, running statistics and gradients of the network against a list of plain function calls."""
+    if not subject.own_network:
+        raise NotApplicableError("the network is not one of resnet.py")
+    model: Any = subject.float64_step().model
+    images, _ = subject.probe
+    worst = 0.0
+    for training in (True, False):
+        model.train(training)
+        weights = used_weights(model)
+        leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
+        values = {n: v.detach().clone() for n, v in model.state_dict().items()}
+        plain = reference.Network(values, leaves, subject.blocks, training)
+        wanted, found = plain(images), model(images)
+        mode = "training" if training else "evaluation"
+        worst = max(
+            worst,
+            expect_close(
+                found,
+                wanted,
+                f"logits in {mode} mode",
+                "the network's forward pass (resnet.py: order of layers, shortcut, ReLU, batch norm), or "
+                "layers that do not compute with their quantized weights",
+                EXACT,
+            ),
+        )
+        if training:
+            for name, value in model.state_dict().items():
+                if "running" in name:
+                    expect_close(
+                        value,
+                        plain.values[name],
+                        name,
+                        "batch norm's running statistics (momentum, mode)",
+                        EXACT,
+                    )
+        else:
+            _compare_network_gradients(model, found, wanted, leaves)
+    return f"logits to {worst:.0e} in both modes, running statistics, gradients"
+
+
+def _compare_network_gradients(model: Any, found: Tensor, wanted: Tensor, leaves: dict[str, Tensor]) -> None:
+    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=found.dtype).to(
+        found.device
+    )
+    theirs = torch.autograd.grad((wanted * g).sum(), list(leaves.values()))
+    plain = dict(zip(leaves, theirs, strict=True))
+    quantized = quantized_layers(model)
+    unquantized = [n for n in leaves if n not in quantized]
+    ours = torch.autograd.grad((found * g).sum(), [model.get_submodule(n).weight for n in unquantized])
+    for name, gradient in zip(unquantized, ours, strict=True):
+        expect_close(
+            gradient,
+            plain[name],
+            f"the gradient to {name}'s weights",
+            "the network's backward pass: something detaches or scales a gradient",
+            EXACT,
+        )
+
+
+def images_are_independent(subject: Subject) -> str:
+    """In evaluation mode an image's logits depend on that image, and on no other of its batch."""
+    model = subject.float64_step().model.eval()
+    images, _ = subject.probe
+    leaf = images.clone().requires_grad_()
+    logits = model(leaf)
+    expect(
+        logits.shape[0] == len(images) and logits.ndim == 2,
+        f"logits of shape {tuple(logits.shape)} for {len(images)} images",
+        "the network's output",
+    )
+    alone = torch.cat([model(image[None]) for image in images[:2]])
+    expect_close(
+        alone,
+        logits[:2].detach(),
+        "logits of an image alone, against those in a batch,",
+        "a batch norm or dropout that acts in evaluation mode, or images that are mixed",
+        1e-6,
+    )
+    (gradient,) = torch.autograd.grad(logits[0].square().sum(), leaf)
+    others = gradient[1:].abs().max().item()
+    expect(
+        others == 0,
+        f"the first image's logits have a gradient of {others:.2g} on other images",
+        "images of a batch are mixed (a wrong view, reshape or reduction)",
+    )
+    expect(bool(gradient[0].any()), "the logits do not depend on the image", "a dead or detached network")
+    return f"{len(images)} images, no gradient between them"
+
+
+# Penalty.
+
+
+def penalty_is_the_group_lasso(subject: Subject) -> str:
+    """The penalty's value and its gradients; for a penalty of someone's own what any must do."""
+    step = subject.float64_step()
+    model = step.model
+    value = step.penalty(model)
+    expect(
+        value.ndim == 0 and bool(value.isfinite()) and value.item() >= 0,
+        f"the penalty is {value}",
+        "a penalty that is no finite number of 0 or more",
+    )
+    weights = used_weights(model)
+    quantized = {n: weights[n] for n in quantized_layers(model) if weights[n].ndim == 4}
+    if not quantized:
+        raise NotApplicableError("no convolution is quantized")
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not value.requires_grad:
+        raise BrokenError("no gradient leaves the penalty", "the penalty is detached (no_grad, detach, item)")
+    found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+    gradients = {n: g for n, g in zip(trained, found, strict=True) if g is not None}
+    silent = [
+        n
+        for n in quantized
+        if not gradients.get(f"{n}.parametrizations.weight.original", torch.zeros(1)).any()
+    ]
+    expect(
+        not silent,
+        f"no gradient from the penalty to the weights of {some(silent)}",
+        "layers are missing from the penalty's groups, it is detached, or it reads another model",
+    )
+    bad = [n for n, g in gradients.items() if not g.isfinite().all()]
+    expect(
+        not bad,
+        f"the penalty's gradient is not finite at {some(bad)}",
+        "the norm's gradient at a group of zeros (sqrt at 0)",
+    )
+    if not (subject.own_penalty and subject.own_network):
+        return f"{value.item():.4g}; SKIP of its formula, which is not this project's"
+    leaves = {n: w.clone().requires_grad_() for n, w in quantized.items()}
+    wanted = reference.penalty(leaves, subject.blocks)
+    cause = (
+        "the penalty's groups or norms (experiments/sparsity.py, src/channels.py): squared or missing norms, "
+        "a wrong dimension, slices that are not coupled"
+    )
+    expect(
+        abs(value.item() - wanted.item()) <= EXACT * abs(wanted.item()),
+        f"the penalty is {value.item():.6g}, its formula gives {wanted.item():.6g}",
+        cause,
+    )
+    by_weight = torch.autograd.grad(wanted, list(leaves.values()))
+    twin: Any = copy.deepcopy(model)
+    through = sum(
+        ((twin.get_submodule(n).weight * g).sum() for n, g in zip(leaves, by_weight, strict=True)),
+        value.new_zeros(()),
+    )
+    parameters = dict(twin.named_parameters())
+    expected = torch.autograd.grad(through, [parameters[n] for n in gradients], allow_unused=True)
+    for (name, ours), theirs in zip(gradients.items(), expected, strict=True):
+        if theirs is not None:
+            expect_close(ours, theirs, f"the penalty's gradient to {name}", cause, EXACT)
+    return f"{value.item():.4g} and its gradients to {len(gradients)} parameters"
