@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import DEADLINE, ROOT
 
-from experiments.settings import Settings, flag, parse_settings
+from experiments.settings import NOT_OF_THE_METHOD, PRESETS, Settings, flag, parse_settings
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -29,6 +31,7 @@ DEBUG = {
     "--data": "auto",
     "--data-dir": Path("data"),
     "--output-dir": Path("debug_output"),
+    "--preflight": "stop",
     "--resume": False,
     "--limit-train": None,
     "--limit-test": None,
@@ -36,7 +39,7 @@ DEBUG = {
     "--sparsity-weight": 4e-3,
     "--sparsity-delay": 5.0,
     "--sparsity-ramp": 5.0,
-    "--keep-dead": "yes",
+    "--keep-dead": True,
     "--batch-norm-batches": 10,
     "--weights-lr": 8e-3,
     "--bit-lr": 1e-2,
@@ -54,7 +57,7 @@ PLAN = DEBUG | {
     "--sparsity-delay": 5.0,
     "--sparsity-ramp": 5.0,
     "--weights-decay": 0.0,
-    "--keep-dead": "no",
+    "--keep-dead": False,
     "--batch-norm-batches": 0,
     "--weights-lr": 1e-3,
     "--logit-steps": 0,
@@ -66,12 +69,13 @@ PLAN = DEBUG | {
 }
 COUNTS = ["--epochs", "--batch-size", "--threads", "--limit-train", "--limit-test"]
 NUMBERS = [name for name, value in DEBUG.items() if isinstance(value, float)]
+SWITCHES = [name for name, value in DEBUG.items() if isinstance(value, bool)]
 WORDS = {
     "--preset": ["debug", "plan"],
     "--device": ["auto", "cpu", "cuda", "mps"],
     "--precision": ["float32", "tf32", "bf16"],
     "--data": ["auto", "cifar10", "synthetic"],
-    "--keep-dead": ["yes", "no"],
+    "--preflight": ["stop", "warn", "off", "only"],
 }
 
 
@@ -121,7 +125,7 @@ OTHER = (
 )
 
 
-@pytest.mark.parametrize("name", [name for name in DEBUG if name != "--resume"])
+@pytest.mark.parametrize("name", [name for name in DEBUG if name not in SWITCHES])
 def test_every_setting_has_a_flag_that_sets_it_and_nothing_else(name):
     value = OTHER[name]
     got = by_flag(parse_settings([name, *(value if isinstance(value, tuple) else [str(value)])]))
@@ -129,11 +133,17 @@ def test_every_setting_has_a_flag_that_sets_it_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "plan"]])
-def test_resume_is_asked_for_by_its_flag_alone(preset, capsys):
-    assert by_flag(parse_settings([*preset, "--resume"])) == by_flag(parse_settings(preset)) | {
-        "--resume": True
-    }
-    assert "yes" in refused_line(["--resume", "yes"], capsys)
+@pytest.mark.parametrize(
+    ("typed", "name", "value"),
+    [
+        ("--resume", "--resume", True),
+        ("--keep-dead", "--keep-dead", True),
+        ("--no-keep-dead", "--keep-dead", False),
+    ],
+)
+def test_a_switch_is_set_by_its_flag_alone(preset, typed, name, value, capsys):
+    assert by_flag(parse_settings([*preset, typed])) == by_flag(parse_settings(preset)) | {name: value}
+    assert "yes" in refused_line([typed, "yes"], capsys)
 
 
 def test_the_flags_are_the_fields_and_no_more():
@@ -176,9 +186,9 @@ def helped() -> str:
 def entry(helped: str, name: str) -> str:
     """The words about one flag, from the list of options."""
     options = helped.partition("options:")[2]
-    start = options.index(f" {name} ")
-    ends = [options.find(f" {other} ", start + 1) for other in DEBUG]
-    return options[start : min([e for e in ends if e > start], default=len(options))]
+    starts = sorted(re.search(f" {other}[, ]", options).start() for other in DEBUG)
+    start = re.search(f" {name}[, ]", options).start()
+    return options[start : min((other for other in starts if other > start), default=len(options))]
 
 
 @pytest.mark.parametrize("name", DEBUG)
@@ -186,6 +196,8 @@ def test_help_shows_every_flag_with_its_default_and_the_plans_value_where_it_dif
     def shown(value: object) -> str:
         if isinstance(value, tuple):
             return " ".join(value)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     text = entry(helped, name)
@@ -320,7 +332,7 @@ choices = st.fixed_dictionaries(
         "beta2": st.floats(0, 1, exclude_max=True),
         "exclude_layers": st.lists(st.text(min_size=1)).map(tuple),
         "output_dir": st.text(min_size=1).map(Path),
-        "resume": st.booleans(),
+        **{attribute(name): st.booleans() for name in SWITCHES},
     },
 )
 
@@ -337,3 +349,56 @@ def test_to_json_is_plain_json_and_tells_every_setting_but_how_the_run_was_start
         )
         assert told[attribute(name)] == as_json
     assert len(told) == len(kept)
+
+
+# In words
+
+SAID_ELSEWHERE = {
+    "preset": "plan",
+    "epochs": 3,
+    "seed": 7,
+    "device": "cpu",
+    "threads": 2,
+    "data": "synthetic",
+    "data_dir": Path("a"),
+    "output_dir": Path("b"),
+    "preflight": "off",
+    "resume": True,
+}
+
+
+def test_settings_are_described_by_their_preset_and_the_flags_that_differ_from_it():
+    assert Settings().described() == "debug"
+    assert parse_settings(["--preset", "plan"]).described() == "plan"
+    chosen = ["--sparsity-weight", "1", "--weights-lr", "1e-3"]
+    assert parse_settings(chosen).described() == "debug, with --sparsity-weight 1 --weights-lr 0.001"
+    # Plan's number under preset debug differs from debug, and not from plan.
+    assert parse_settings(["--bit-lr", "1e-3"]).described() == "debug, with --bit-lr 0.001"
+    assert parse_settings(["--bit-lr", "1e-3", "--preset", "plan"]).described() == "plan"
+    assert parse_settings(["--no-keep-dead"]).described() == "debug, with --no-keep-dead"
+    assert parse_settings(["--keep-dead", "--preset", "plan"]).described() == "plan, with --keep-dead"
+
+
+def test_what_has_no_part_in_the_numbers_or_is_said_elsewhere_is_not_described():
+    assert sorted(NOT_OF_THE_METHOD) == sorted(SAID_ELSEWHERE)
+    assert replace(Settings(**PRESETS["plan"]), **SAID_ELSEWHERE).described() == "plan"
+
+
+def test_settings_that_are_the_same_by_design_can_be_left_out_of_the_description():
+    chosen = Settings(weights_lr=1e-3, bit_lr=1e-3)
+    assert chosen.described(but=("weights_lr",)) == "debug, with --bit-lr 0.001"
+    assert chosen.described(but=("weights_lr", "bit_lr")) == "debug"
+
+
+# A pattern that begins with a hyphen would be taken for a flag; no module of a network has such a name.
+typable = st.lists(st.text(min_size=1).filter(lambda text: not text.startswith("-"))).map(tuple)
+
+
+@quick
+@given(choices, typable)
+def test_the_flags_described_typed_in_again_give_the_same_method(chosen, patterns):
+    made = Settings(**({"preset": "debug"} | chosen | {"exclude_layers": patterns}))
+    preset, _, flags = made.described().partition(", with ")
+    again = parse_settings(["--preset", preset, *shlex.split(flags)])
+    said_elsewhere = {name: getattr(made, name) for name in NOT_OF_THE_METHOD}
+    assert replace(again, **said_elsewhere) == made
