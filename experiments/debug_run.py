@@ -26,6 +26,7 @@ import contextlib
 import os
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -61,6 +62,7 @@ from experiments.history import (
     final_counts,
     new_history,
 )
+from experiments.ledger import check_epoch
 from experiments.live import LiveLine, Stopped, ignore_sigterm
 from experiments.preflight import preflight
 from experiments.schedules import cosine_anneal, linear_warmup
@@ -78,6 +80,7 @@ from experiments.training import (
     train_epoch,
 )
 from experiments.verdict import FAIL, new_warnings, verdict
+from experiments.watch import EpochWatch
 from resnet import resnet20
 from src.encoding import PackingError
 from src.quantizer import DeadZoneLDZCompander
@@ -167,29 +170,32 @@ def one_epoch(
 ) -> tuple[EpochRecord, Compression]:
     """Train, test and count once; the epoch's record and its network's counts. Epochs count from 0."""
     began, settings, step, model = time.perf_counter(), pipeline.settings, pipeline.step, pipeline.model
-    set_learning_rates(step.optimizer, pipeline.rate_schedule(epoch, settings.epochs))
-    coefficient = settings.sparsity_weight * pipeline.sparsity_schedule(epoch, settings.epochs)
-    losses = train_epoch(step, pipeline.train_batches, epoch, coefficient, progress)
-    if settings.batch_norm_batches:
-        renew_batch_norms(
-            model, pipeline.train_batches, epoch, settings.batch_norm_batches, settings.precision
+    with EpochWatch(pipeline, epoch) as watch:
+        set_learning_rates(step.optimizer, pipeline.rate_schedule(epoch, settings.epochs))
+        coefficient = settings.sparsity_weight * pipeline.sparsity_schedule(epoch, settings.epochs)
+        losses = train_epoch(step, watch.batches, epoch, coefficient, progress)
+        watch.trained(losses)
+        if settings.batch_norm_batches:
+            renew_batch_norms(
+                model, pipeline.train_batches, epoch, settings.batch_norm_batches, settings.precision
+            )
+        watch.renewed()
+        accuracy = measure_accuracy(model, pipeline.test_batches, settings.precision, step.processes)
+        with torch.no_grad():
+            penalty = step.penalty(model).item()
+        compression = pipeline.evaluator.evaluate(model)
+        record = epoch_record(
+            epoch + 1,
+            model,
+            compression,
+            loss=losses.loss,
+            cross_entropy=losses.cross_entropy,
+            penalty=penalty,
+            coefficient=coefficient,
+            accuracy=accuracy,
+            seconds=time.perf_counter() - began,
         )
-    accuracy = measure_accuracy(model, pipeline.test_batches, settings.precision, step.processes)
-    with torch.no_grad():
-        penalty = step.penalty(model).item()
-    compression = pipeline.evaluator.evaluate(model)
-    record = epoch_record(
-        epoch + 1,
-        model,
-        compression,
-        loss=losses.loss,
-        cross_entropy=losses.cross_entropy,
-        penalty=penalty,
-        coefficient=coefficient,
-        accuracy=accuracy,
-        seconds=time.perf_counter() - began,
-    )
-    return record, compression
+    return replace(record, ledger=check_epoch(watch, record)), compression
 
 
 def load(settings: Settings, live: LiveLine) -> Dataset:

@@ -29,6 +29,18 @@ PACKAGES = ("torch", "numpy", "matplotlib")
 
 
 @dataclass(frozen=True)
+class Check:
+    """What one check found, and a line of the verdict."""
+
+    status: str  # PASS, FAIL or SKIP
+    name: str
+    message: str  # the measured numbers, and the likely cause of a FAIL
+
+    def __str__(self) -> str:
+        return f"{self.status}  {self.name}: {self.message}"
+
+
+@dataclass(frozen=True)
 class LayerStart:
     """A quantized layer before the first epoch."""
 
@@ -69,6 +81,7 @@ class EpochRecord:
     bits: float  # the same, as used
     layers: dict[str, LayerRecord]
     seconds: float
+    ledger: list[Check] = field(default_factory=list)  # what experiments/ledger.py found of this epoch
 
 
 @dataclass(frozen=True)
@@ -133,18 +146,6 @@ class CompressedRecord:
     float32_bytes: int  # the same network's state_dict, saved by torch
     slim_bytes: int
     latency_seconds: dict[str, dict[str, float]]  # median, least and most a forward pass
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the verdict."""
-
-    status: str  # PASS, FAIL or SKIP
-    name: str
-    message: str  # the measured numbers, and the likely cause of a FAIL
-
-    def __str__(self) -> str:
-        return f"{self.status}  {self.name}: {self.message}"
 
 
 @dataclass

@@ -1,0 +1,752 @@
+"""The ledger of an epoch: what its training and testing did, held against what they should have done.
+
+Every check is an equality, so that none depends on how good the run is. What is expected is written a second
+time, here or in experiments/reference.py, and taken from the settings alone. A formula that is this project's
+own is left out, with the reason, where someone's own class stands in its place.
+
+Sources: Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2 (AdamW); Yuan & Lin 2006, eq. (2.1).
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments import reference
+from experiments.data import TestBatches, TrainBatches
+from experiments.history import Check, EpochRecord
+from experiments.watch import EpochWatch, numbers
+from resnet import ResNet
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import quantizers
+
+PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
+BETA1 = 0.9
+BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+PADDED, SIDE = 40, 32  # pixels
+EXACT = 1e-6  # relative; what float32 keeps of a rate
+ROUNDED = 1e-4  # relative; float32 sums in another order stay far within
+
+
+class Wrong(list[str]):
+    """Figures that disagree; a check fails when there is one."""
+
+    def unless(self, holds: bool, figures: str) -> None:
+        if not holds:
+            self.append(figures)
+
+
+def check_epoch(watch: EpochWatch, record: EpochRecord) -> list[Check]:
+    """All that an epoch was held against, each PASS, FAIL or SKIP.
+
+    To be called when the epoch is over, with several ranks by each of them.
+    """
+    return Ledger(watch, record).checks()
+
+
+class Ledger:
+    """One epoch as it was watched, its record, and what was to be expected of both."""
+
+    def __init__(self, watch: EpochWatch, record: EpochRecord) -> None:
+        watch.close()
+        self.watch, self.record = watch, record
+        self.pipeline, self.epoch, self.settings = watch.pipeline, watch.epoch, watch.settings
+        self.step, self.model, self.processes = watch.step, watch.model, watch.processes
+        self.batches, self.losses, self.passes = watch.batches, watch.losses, watch.passes
+        self.parameters, self.norms = watch.parameters, watch.norms
+        self.before, self.after, self.ready, self.end = watch.before, watch.after, watch.ready, watch.state()
+        self.weights_before, self.weights = watch.weights_before, watch.weights()
+        self.ours = type(self.model) is ResNet
+        self.our_batches = type(self.pipeline.train_batches) is TrainBatches
+
+    def checks(self) -> list[Check]:
+        found = [
+            self.check_rates(),
+            self.check_coefficient(),
+            self.check_step_counts(),
+            self.check_first_update(),
+            self.check_movement(),
+            self.check_order(),
+            self.check_cross_entropy(),
+            self.check_penalty(),
+            self.check_training_mode(),
+            self.check_renewal(),
+            self.check_test_pass(),
+            self.check_accuracy(),
+            self.check_dead_slices(),
+            self.check_counts(),
+            self.check_ranks(),
+        ]
+        return self._with_other_ranks(found)
+
+    # Rates and the optimizer.
+
+    def check_rates(self) -> Check:
+        """Learning rate at every step, weight decay, betas of every parameter against the settings."""
+        wrong, groups = Wrong(), self.step.optimizer.param_groups
+        used = [[float(rate) for rate in step] for step in self.batches.rates]
+        for name, (group, rate, decay) in self._expected().items():
+            there = self._group_of(name)
+            if there is None:
+                wrong.append(f"{name} is in no group of the optimizer")
+                continue
+            rates = {step[there] for step in used}
+            bad = [r for r in rates if not _close(r, rate, EXACT)]
+            wrong.unless(
+                not bad, f"learning rate of {name} is {_number(*bad)}, expected {rate:.6g} ({group})"
+            )
+            found = groups[there]["weight_decay"]
+            wrong.unless(
+                _close(found, decay, EXACT),
+                f"weight decay of {name} is {found:.6g}, expected {decay:.6g} ({group})",
+            )
+        for used_betas in {tuple(g.get("betas", ())) for g in groups}:
+            due = (BETA1, self.settings.beta2)
+            wrong.unless(used_betas == due, f"betas are {used_betas}, expected {due}")
+        cause = (
+            "a learning-rate schedule, logit pace, weight decay or beta that is not the settings', "
+            "or rates that are not set in every epoch"
+        )
+        held = f"{', '.join(sorted({f'{r:.3g}' for _, r, _ in self._expected().values()}))}"
+        return _judge(wrong, "learning rates and decays", held, cause)
+
+    def check_coefficient(self) -> Check:
+        expected = self._coefficient()
+        wrong = Wrong()
+        used = {float(c) for c in self.batches.coefficients} | {float(self.step.coefficient)}
+        bad = [c for c in used if not _close(c, expected, EXACT)]
+        wrong.unless(not bad, f"the steps used {_number(*bad)}, expected {expected:.6g}")
+        wrong.unless(
+            _close(self.record.coefficient, expected, EXACT),
+            f"the record says {self.record.coefficient:.6g}, expected {expected:.6g}",
+        )
+        cause = "the sparsity schedule (delay, ramp, peak), or a coefficient that is not handed to the step"
+        return _judge(wrong, "penalty coefficient", f"{expected:.4g}", cause)
+
+    def check_step_counts(self) -> Check:
+        """Every parameter is trained, is in the optimizer once, and took every step."""
+        wrong, steps = Wrong(), len(self.pipeline.train_batches)
+        held = [id(p) for group in self.step.optimizer.param_groups for p in group["params"]]
+        twice = [n for n, p in self.parameters.items() if held.count(id(p)) > 1]
+        foreign = len(set(held) - {id(p) for p in self.model.parameters()})
+        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and self._must_train(n)]
+        wrong.unless(not twice, f"in two groups: {_some(twice)}")
+        wrong.unless(not foreign, f"{foreign} tensors of the optimizer are no parameters of the network")
+        wrong.unless(not frozen, f"frozen (requires_grad is False): {_some(frozen)}")
+        counts = zip(self.parameters, self.before.steps, self.after.steps, strict=True)
+        off = [f"{n} took {b - a:.0f}" for n, a, b in counts if b - a != steps]
+        wrong.unless(not off, f"of {steps} steps, {_some(off)}")
+        if self.our_batches:
+            due = self.epoch * steps
+            odd = {a for a in self.before.steps if a != due}
+            wrong.unless(not odd, f"{_number(*odd)} steps before this epoch, expected {due}")
+        cause = (
+            "the optimizer misses parameters, parameters without a gradient, batches that are skipped, "
+            "or an optimizer state that was not restored"
+        )
+        return _judge(
+            wrong, "optimizer steps", f"{steps} of each of {len(self.parameters)} parameters", cause
+        )
+
+    def check_first_update(self) -> Check:
+        """The epoch's first update of every weight against AdamW's formulas, in float64."""
+        name = "first update is AdamW's"
+        values, gradients = self.batches.first_values, self.batches.first_gradients
+        if values is None:
+            return Check(SKIP, name, "no training step was seen")
+        wrong, expected = Wrong(), self._expected()
+        parts = _split(self.parameters, self.before.values, values, *self.watch.moments)  # fmt: skip
+        masked = self.settings.keep_dead and self._coefficient() != 0
+        flags = {}
+        for (n, (w, after, m, v)), t in zip(parts.items(), self.before.steps, strict=True):
+            if n in gradients:
+                _, rate, decay = expected[n]
+                off = _off_adamw(
+                    w, after, m, v, gradients[n].flatten(), t + 1, rate, decay, self.settings.beta2
+                )
+                flags[n] = torch.where(after == 0, 0, off) if masked else off
+        for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
+            wrong.unless(times <= 1, f"{n} is {times:.3g} times the rounding away")
+        cause = (
+            "another optimizer, rate, decay or beta than the settings', an update outside the optimizer, "
+            "or gradients changed after it"
+        )
+        return _judge(wrong, name, f"{len(flags)} parameters", cause, some=True)
+
+    def check_movement(self) -> Check:
+        """Every tensor moved over the epoch, and by no more than AdamW can move it."""
+        wrong, expected, steps = Wrong(), self._expected(), len(self.pipeline.train_batches)
+        parts = _split(self.parameters, self.before.values, self.after.values)
+        reaches = {t: adamw_reach(BETA1, self.settings.beta2, int(t), steps) for t in set(self.before.steps)}
+        found = []
+        for (n, (before, after)), t in zip(parts.items(), self.before.steps, strict=True):
+            _, rate, decay = expected[n]
+            before, after = before.double(), after.double()
+            far = (after - before * (1 - rate * decay) ** steps).abs()
+            slack = 1.001 * rate * reaches[t] + 2e-7 * steps * (before.abs() + rate * min(reaches[t], 1e9))
+            beyond = torch.where(after == 0, 0, far / slack) if rate * decay <= 1 and rate else after * 0
+            found += [(before != after).sum(), beyond.nan_to_num(0).max(), before.abs().max()]
+        figures = np.array(numbers(found)).reshape(-1, 3)
+        for (n, (_, rate, _)), (moved, beyond, size) in zip(
+            ((n, expected[n]) for n in parts), figures, strict=True
+        ):
+            may_stay = size == 0 or rate * steps < EXACT * max(size, EXACT) or self._is_dead(n)
+            wrong.unless(moved > 0 or may_stay, f"{n} has not moved")
+            wrong.unless(beyond <= 1, f"{n} moved {beyond:.3g} times as far as AdamW can")
+        cause = (
+            "no gradient reaches it, a learning rate of 0, or something other than the optimizer writes it"
+        )
+        return _judge(wrong, "every parameter moves", f"{len(parts)} tensors", cause, some=True)
+
+    # Images, loss and penalty.
+
+    def check_order(self) -> Check:
+        """Which images were handed out, in which order, against the draw made anew."""
+        name, wrong, batches = "images and their order", Wrong(), self.batches
+        handed = sum(len(labels) for labels in batches.labels)
+        asked = batches.epochs
+        wrong.unless(asked == [self.epoch], f"the batches of epoch {asked} were asked for, not {self.epoch}")
+        wrong.unless(
+            len(batches.labels) == len(self.pipeline.train_batches),
+            f"{len(batches.labels)} of {len(self.pipeline.train_batches)} batches were taken",
+        )
+        cause = (
+            "the data order: a draw that does not depend on seed and epoch as it should, batches left "
+            "out or repeated, labels moved against images, or augmentation"
+        )
+        if not self.our_batches:
+            if wrong:
+                return _judge(wrong, name, "", cause)
+            return Check(SKIP, name, f"{handed:,} images; the order of {_kind(batches.batches)} is not known")
+        expected, places = self._expected_labels(self.epoch)
+        labels = torch.cat(batches.labels).cpu() if batches.labels else torch.empty(0, dtype=torch.long)
+        wrong.unless(len(labels) == len(expected), f"{len(labels):,} images, expected {len(expected):,}")
+        if len(labels) == len(expected) and not torch.equal(labels, expected):
+            wrong.append(self._other_order(labels, expected))
+        seen = [x for p in self.passes["training"] for x in p.images] or batches.images
+        if not wrong and len(seen) == len(places):
+            made = self._expected_images(places)
+            off = (torch.stack(seen).cpu().float() - made).abs().flatten(1).amax(1)
+            wrong.unless(
+                bool((off <= 1e-3).all()),
+                f"{int((off > 1e-3).sum())} of {len(off)} images looked at are not what their draw gives",
+            )
+        return _judge(wrong, name, f"{len(labels):,} images, {len(places)} looked at", cause)
+
+    def check_cross_entropy(self) -> Check:
+        """The cross-entropy that every step reports, from its logits and the labels that were due."""
+        name, wrong = "cross-entropy", Wrong()
+        passes, steps = self.passes["training"], self.losses.steps
+        if len(passes) != len(steps):
+            why = (
+                "steps are replayed from a graph" if not self.watch.eager else f"{len(passes)} forward passes"
+            )
+            return Check(SKIP, name, f"{len(steps)} steps: {why}, so no logits were seen")
+        labels = torch.cat(self.batches.labels)
+        if self.our_batches:
+            expected, _ = self._expected_labels(self.epoch)
+            labels = expected.to(labels.device) if len(expected) == len(labels) else labels
+        logits = torch.cat([p.logits for p in passes]).double()
+        if len(logits) != len(labels):
+            wrong.append(f"{len(logits):,} images went through the network, {len(labels):,} were handed out")
+            return _judge(wrong, name, "", "images are left out or used twice in a batch")
+        each = logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
+        sums = torch.stack([part.sum() for part in each.split([len(p.logits) for p in passes])])
+        means = (self.processes.sum(sums).cpu() / torch.tensor(self.pipeline.train_batches.sizes)).tolist()
+        for i, (mean, (_, said, _)) in enumerate(zip(means, steps, strict=True)):
+            wrong.unless(
+                _close(said, mean, ROUNDED, 1.0),
+                f"step {i + 1} reports {said:.6g}, its logits give {mean:.6g}",
+            )
+        sizes = self.pipeline.train_batches.sizes
+        mean = sum(m * size for m, size in zip(means, sizes, strict=True)) / sum(sizes)
+        wrong.unless(
+            _close(self.record.cross_entropy, mean, ROUNDED, 1.0),
+            f"the record says {self.record.cross_entropy:.6g}, the steps' mean is {mean:.6g}",
+        )
+        cause = (
+            "the loss is not the mean cross-entropy of the network's logits and the images' own labels "
+            "(a second softmax, label smoothing, labels moved against images, a sum in place of a mean)"
+        )
+        return _judge(wrong, name, f"{mean:.4f} from the logits", cause)
+
+    def check_penalty(self) -> Check:
+        """loss = cross-entropy + coefficient x penalty at every step, and the penalty counted anew."""
+        name, wrong, c = "loss and penalty", Wrong(), self._coefficient()
+        for i, (loss, cross_entropy, penalty) in enumerate(self.losses.steps):
+            wrong.unless(
+                _close(loss, cross_entropy + c * penalty, 1e-5, 1.0),
+                f"step {i + 1}: loss {loss:.6g} is not {cross_entropy:.6g} + {c:.4g} x {penalty:.6g}",
+            )
+        sizes = self.pipeline.train_batches.sizes
+        mean = sum(s[0] * n for s, n in zip(self.losses.steps, sizes, strict=True)) / sum(sizes)
+        wrong.unless(
+            _close(self.record.loss, mean, 1e-5, 1.0),
+            f"the record's loss is {self.record.loss:.6g}, the mean {mean:.6g}",
+        )
+        cause = (
+            "the penalty is not applied, is weighted otherwise, or its groups are not those of the channels"
+        )
+        if not self.ours or getattr(self.step.penalty, "__module__", "") != "experiments.sparsity":
+            if wrong:
+                return _judge(wrong, name, "", cause)
+            return Check(SKIP, name, "loss = cross-entropy + coefficient x penalty; the penalty's formula is "
+                         "not this project's")  # fmt: skip
+        last = self._lasso(self.weights)
+        if c:
+            first = self._lasso(self.weights_before)
+            said = self.losses.steps[0][2]
+            wrong.unless(
+                _close(said, first, ROUNDED),
+                f"the first step's penalty is {said:.6g}, counted anew {first:.6g}",
+            )
+        wrong.unless(
+            _close(self.record.penalty, last, ROUNDED),
+            f"the record's penalty is {self.record.penalty:.6g}, counted anew {last:.6g}",
+        )
+        return _judge(wrong, name, f"penalty {last:.4g} counted anew", cause)
+
+    # Modes, statistics and the test pass.
+
+    def check_training_mode(self) -> Check:
+        wrong, steps = Wrong(), len(self.pipeline.train_batches)
+        counts = zip(self.norms, self.before.tracked, self.after.tracked, strict=True)
+        off = [f"{n} {b - a}" for n, a, b in counts if b - a != steps]
+        wrong.unless(not off, f"batch norms that counted other than {steps} batches: {_some(off)}")
+        passes = self.passes["training"]
+        for i, p in enumerate(passes):
+            wrong.unless(p.training == {True}, f"step {i + 1} ran with modules in evaluation mode")
+            wrong.unless(p.quantized, f"step {i + 1} ran with quantizers switched off")
+        cause = "the network is not put into training mode (train() missing or undone), or quantizers are off"
+        return _judge(wrong, "training mode", f"{steps} batches counted", cause)
+
+    def check_renewal(self) -> Check:
+        """The batch norms' statistics: finite, and after a renewal the plain mean over its batches."""
+        name, wrong, count = "batch norm statistics", Wrong(), self.settings.batch_norm_batches
+        if not self.norms:
+            return Check(SKIP, name, "the network has no batch norms")
+        due = min(count, len(self.pipeline.train_batches))
+        for n, was, now in zip(self.norms, self.after.tracked, self.ready.tracked, strict=True):
+            wrong.unless(now == (due or was), f"{n} counts {now} batches, expected {due or was}")
+        wrong.unless(
+            self.watch.momenta == [norm.momentum for norm in self.norms.values()], "momenta have changed"
+        )
+        wrong.unless(bool(self.ready.statistics.isfinite().all()), "some are not finite")
+        wrong.unless(bool((self.ready.variances >= 0).all()), "some variances are negative")
+        passes = self.passes["renewal"]
+        wrong.unless(len(passes) == due, f"{len(passes)} forward passes before the test, expected {due}")
+        if due and len(self.watch.last_norm) == due and self.processes.count == 1:
+            last, norm = list(self.norms.items())[-1]
+            mean, var = (torch.stack(v).double().mean(0) for v in zip(*self.watch.last_norm, strict=True))
+            stored_mean, stored_var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr]
+            off = (stored_mean - mean).abs() / (var.sqrt() + mean.abs() + 1e-6)
+            off = torch.maximum(off, (stored_var - var).abs() / (var + mean.square() + 1e-6)).max().item()
+            wrong.unless(off <= 1e-2, f"{last} is {off:.3g} (relative) from the mean over these batches")
+        cause = (
+            "batch norm statistics are not renewed as --batch-norm-batches asks: another number of batches, "
+            "a moving average in place of the mean, a momentum not put back, evaluation mode"
+        )
+        return _judge(wrong, name, f"of {due} batches" if due else "running averages", cause)
+
+    def check_test_pass(self) -> Check:
+        """Evaluation mode, and nothing of the network changes from the last step to the self.record."""
+        name, wrong, passes = "test pass", Wrong(), self.passes["test"]
+        for p in passes:
+            wrong.unless(p.training == {False}, "it ran with modules in training mode")
+            wrong.unless(p.quantized, "it ran with quantizers switched off")
+            wrong.unless(not p.gradients, "it recorded gradients")
+        moved = [
+            n
+            for n, (a, b) in _split(self.parameters, self.after.values, self.end.values).items()
+            if not torch.equal(a, b)
+        ] if not torch.equal(self.after.values, self.end.values) else []  # fmt: skip
+        wrong.unless(not moved, f"parameters changed after the last step: {_some(moved)}")
+        wrong.unless(
+            torch.equal(self.ready.statistics, self.end.statistics)
+            and self.ready.tracked == self.end.tracked,
+            "batch norm statistics changed after the renewal",
+        )
+        if not wrong and self.watch.tested and passes:
+            again, then = self._logits_again(), passes[0].logits[: len(self.watch.tested[0])].float()
+            size = 1 + float(then.abs().max())
+            off = float((again - then).abs().max()) / size
+            limit = 5e-2 if self.settings.precision == "bf16" else 1e-2
+            wrong.unless(off <= limit, f"the weights as counted give logits {off:.3g} (relative) away")
+        cause = (
+            "the test pass in training mode (eval() missing), with quantizers off or with weights other than "
+            "those counted, or code between training and the row that writes into the network"
+        )
+        return _judge(wrong, name, "evaluation mode, nothing changed", cause)
+
+    def check_accuracy(self) -> Check:
+        name, wrong, labels = "accuracy", Wrong(), self.pipeline.test_batches.labels
+        logits = [p.logits for p in self.passes["test"]]
+        here = torch.zeros(3, dtype=torch.double)
+        here[0], here[1] = len(labels), sum(len(x) for x in logits)
+        if logits and here[0] == here[1]:
+            here[2] = int((torch.cat(logits).float().argmax(1) == labels).sum())
+        due, tested, right = self.processes.sum(here.to(labels.device)).tolist()
+        wrong.unless(tested == due, f"{tested:,.0f} images were tested, the test set has {due:,.0f}")
+        limit = self.settings.limit_test
+        wrong.unless(
+            limit in (None, int(due)) or type(self.pipeline.test_batches) is not TestBatches,
+            f"the test set has {due:,.0f} images, --limit-test is {limit}",
+        )
+        hits = self.record.accuracy * due
+        wrong.unless(
+            abs(hits - round(hits)) <= 1e-6 * due,
+            f"{self.record.accuracy!r} x {due:,.0f} images is no whole number",
+        )
+        if tested == due:
+            wrong.unless(
+                abs(hits - right) < 0.5,
+                f"the record says {100 * self.record.accuracy:.2f} %, the logits {100 * right / due:.2f} % "
+                f"({right:,.0f} of {due:,.0f} images)",
+            )
+        cause = (
+            "how hits are counted: images left out or counted twice, another label, another epoch's number"
+        )
+        return _judge(wrong, name, f"{hits:,.0f} of {due:,.0f} images", cause)
+
+    # What the epoch left.
+
+    def check_dead_slices(self) -> Check:
+        """While the penalty acts and the setting asks for it, what is dead stays dead, stored as zeros."""
+        name, keeps = "dead slices stay dead", bool(self.step.keep_dead)
+        if not self.ours:
+            return Check(SKIP, name, f"the channels of {_kind(self.model)} are not known")
+        wrong = Wrong()
+        wrong.unless(
+            keeps == self.settings.keep_dead,
+            f"--keep-dead is {self.settings.keep_dead}, the step's is {keeps}",
+        )
+        cause = "dead slices revive: their mask is not applied, or not after the optimizer's step"
+        if not self.settings.keep_dead or self._coefficient() == 0:
+            return _judge(wrong, name, "nothing to keep yet", cause)
+        stored = dict(self.model.named_parameters())
+        dead = 0
+        for (layer, dim), before in self._dead(self.weights_before).items():
+            others = (1, 2, 3) if dim == 0 else (0, 2, 3)
+            alive = (self.weights[layer] != 0).any(others)
+            original = stored.get(f"{layer}.parametrizations.weight.original")
+            assert original is not None
+            kept = before & ((original == 0).all(others))
+            what = "filters" if dim == 0 else "input slices"
+            revived, not_zero = int((before & alive).sum()), int((before & ~kept).sum())
+            wrong.unless(not revived, f"{revived} dead {what} of {layer} came back")
+            wrong.unless(not not_zero, f"{not_zero} dead {what} of {layer} are stored as other than zero")
+            dead += int(before.sum())
+        return _judge(wrong, name, f"{dead:,} slices", cause, some=True)
+
+    def check_counts(self) -> Check:
+        """Zeros, filters, bits and means of the record, by a plain loop over the weights."""
+        wrong, zeros, weights, dead, filters, bits, learned = Wrong(), 0, 0, 0, 0, [], []
+        for name, quantizer in quantizers(self.model).items():
+            w, said = self.weights[name].cpu().numpy(), self.record.layers.get(name)
+            if said is None:
+                wrong.append(f"{name} has no record")
+                continue
+            rows = w.reshape(len(w), -1)
+            counted = (int(np.sum(w == 0)), w.size, sum(not row.any() for row in rows), len(rows))
+            recorded = (said.zero_weights, said.weights, said.zero_filters, said.filters)
+            wrong.unless(counted == recorded, f"{name}: zeros, weights, zero filters, filters "
+                         f"{recorded}, counted anew {counted}")  # fmt: skip
+            used = _bits(quantizer)
+            wrong.unless(
+                abs(said.bits - used) <= 0.501, f"{name}: {said.bits} bits in use, learned {used:.4f}"
+            )
+            if type(quantizer) is DeadZoneLDZCompander:
+                wrong.unless(
+                    _close(said.learned_bits, used, ROUNDED),
+                    f"{name}: {said.learned_bits:.4f} learned bits, its logit gives {used:.4f}",
+                )
+            zeros, weights = zeros + counted[0], weights + counted[1]
+            if w.ndim == 4:
+                dead, filters = dead + counted[2], filters + counted[3]
+            bits.append(float(said.bits))
+            learned.append(said.learned_bits)
+        if bits:
+            pairs = {
+                "unstructured sparsity": (self.record.unstructured_sparsity, zeros / weights),
+                "structured sparsity": (self.record.structured_sparsity, dead / filters if filters else 0.0),
+                "mean bits": (self.record.bits, sum(bits) / len(bits)),
+                "mean learned bits": (self.record.learned_bits, sum(learned) / len(learned)),
+            }
+            for what, (said_mean, mean) in pairs.items():
+                wrong.unless(
+                    _close(said_mean, mean, EXACT), f"{what} {said_mean:.6g}, counted anew {mean:.6g}"
+                )
+        wrong.unless(
+            self.record.epoch == self.epoch + 1,
+            f"the row is of epoch {self.record.epoch}, not {self.epoch + 1}",
+        )
+        held = f"{zeros:,} zeros, {dead:,} filters"
+        return _judge(wrong, "counts of the row", held, "a defect in metrics.py or in the record", some=True)
+
+    def check_ranks(self) -> Check:
+        name = "ranks hold the same weights"
+        if self.processes.count == 1:
+            return Check(PASS, name, "one process")
+        mine = hashlib.sha256(torch.cat([self.end.values, self.end.statistics]).cpu().numpy().tobytes())
+        wrong = Wrong()
+        wrong.unless(self.processes.broadcast(mine.digest()) == mine.digest(), "weights or statistics differ")
+        return _judge(
+            wrong, name, "equal to the bit", "gradients or statistics are not summed over the ranks"
+        )
+
+    # What is expected.
+
+    def _expected(self) -> dict[str, tuple[str, float, float]]:
+        """Group, learning rate and decay of every trained parameter, by name, from the settings."""
+        s = self.settings
+        factor, pace = self._rate_factor(), self._logit_pace()
+        peaks = {
+            "weights": (s.weights_lr, s.weights_decay),
+            "bit": (pace * s.bit_lr, s.bit_decay),
+            "deadzone": (pace * s.deadzone_lr, s.deadzone_decay),
+        }
+        kinds = {id(p): kind for p, kind in self._quantizer_parameters()}
+        expected = {}
+        for name, p in self.parameters.items():
+            kind = kinds.get(id(p), "weights")
+            expected[name] = (kind, peaks[kind][0] * factor, peaks[kind][1])
+        return expected
+
+    def _quantizer_parameters(self) -> Iterator[tuple[nn.Parameter, str]]:
+        for quantizer in quantizers(self.model).values():
+            ours = type(quantizer) is DeadZoneLDZCompander
+            groups = {"logit_bit": "bit", "logit_dz": "deadzone"} if ours else {}
+            groups = groups or getattr(quantizer, "parameter_groups", {})
+            for name, parameter in quantizer.named_parameters():
+                yield parameter, groups.get(name, "weights")
+
+    def _rate_factor(self) -> float:
+        if getattr(self.pipeline.rate_schedule, "__module__", "") != "experiments.schedules":
+            return self.pipeline.rate_schedule(self.epoch, self.settings.epochs)
+        return reference.cosine(self.epoch, self.settings.epochs)
+
+    def _logit_pace(self) -> float:
+        """Longer runs have slower logits; a part of the batches tells nothing of the whole run's length."""
+        if not self.our_batches:
+            group = next((g for g in self.step.optimizer.param_groups if g.get("name") == "bit"), {})
+            return group.get("peak_lr", 0.0) / self.settings.bit_lr if self.settings.bit_lr else 1.0
+        images = len(self.pipeline.train_batches.labels)
+        steps = self.settings.epochs * math.ceil(images / self.settings.batch_size)
+        meant = self.settings.logit_steps
+        return min(1.0, meant / steps) if meant else 1.0
+
+    def _coefficient(self) -> float:
+        s, schedule = self.settings, self.pipeline.sparsity_schedule
+        if getattr(schedule, "__module__", "") != "experiments.schedules":
+            return s.sparsity_weight * schedule(self.epoch, s.epochs)
+        return s.sparsity_weight * reference.warmup(self.epoch, s.sparsity_delay, s.sparsity_ramp)
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Order of the images, (N,), offsets of their crops, (2, N), and flips, (N,), of an epoch."""
+        text = f"seed {self.settings.seed}, epoch {epoch}"
+        number = int(hashlib.sha256(text.encode("ascii")).hexdigest()[:16], 16)
+        generator = torch.Generator().manual_seed(number)
+        images = len(self.pipeline.train_batches.labels)
+        order = torch.randperm(images, generator=generator)
+        offsets = torch.randint(0, 9, (2, images), generator=generator)
+        return order, offsets, torch.randint(0, 2, (images,), generator=generator)
+
+    def _expected_labels(self, epoch: int) -> tuple[Tensor, list[int]]:
+        """The labels due on this rank, and the places in the order of each batch's first and last image."""
+        order, _, _ = self._draw(epoch)
+        labels, size = self.pipeline.train_batches.labels.cpu(), self.settings.batch_size
+        places: list[int] = []
+        ends: list[int] = []
+        rank, ranks = self.processes.rank, self.processes.count
+        for first in range(0, len(order), size):
+            images = min(size, len(order) - first)
+            begin, end = first + images * rank // ranks, first + images * (rank + 1) // ranks
+            places += range(begin, end)
+            ends += [begin, end - 1] if end > begin else []
+        return labels[order[places]], ends
+
+    def _expected_images(self, places: Sequence[int]) -> Tensor:
+        """The images at these places of the order, cropped, flipped and normalised: (len, 3, 32, 32)."""
+        order, (down, right), flips = self._draw(self.epoch)
+        pixels = self.pipeline.train_batches.pixels.view(-1, PADDED, PADDED, 3)
+        made = []
+        for place in places:
+            top, left = int(down[place]), int(right[place])
+            image = pixels[order[place], top : top + SIDE, left : left + SIDE].cpu().float()
+            made.append(image.flip(1) if flips[place] else image)
+        images = (torch.stack(made) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+        return images.permute(0, 3, 1, 2)
+
+    def _other_order(self, labels: Tensor, expected: Tensor) -> str:
+        for epoch in (0, self.epoch - 1, self.epoch + 1):
+            if epoch >= 0 and torch.equal(self._expected_labels(epoch)[0], labels):
+                return f"the images came in the order of epoch {epoch}, not {self.epoch} (from 0)"
+        differ = int((labels != expected).sum())
+        same = torch.equal(labels.sort().values, expected.sort().values)
+        return f"{differ:,} of {len(labels):,} labels differ from the draw's" + (
+            ", the same labels in another order" if same else f": {torch.bincount(labels).tolist()} a class"
+        )
+
+    # The model.
+
+    @torch.no_grad()
+    def _logits_again(self) -> Tensor:
+        """The logits of the first test images, from the weights as they are now; in evaluation mode."""
+        device = self.step.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.model(self.watch.tested[0]).float()
+
+    def _lasso(self, weights: dict[str, Tensor]) -> float:
+        """The penalty of quantized weights by layer name, by the slow reference in float64."""
+        chosen = {
+            n: w.detach().cpu().double() for n, w in weights.items() if re.fullmatch(BLOCK_CONVOLUTION, n)
+        }
+        return float(reference.penalty(chosen, len(self.model.layer1)))  # type: ignore[arg-type]
+
+    def _group_of(self, name: str) -> int | None:
+        wanted = self.parameters[name]
+        groups = self.step.optimizer.param_groups
+        return next((i for i, g in enumerate(groups) if any(p is wanted for p in g["params"])), None)
+
+    def _must_train(self, name: str) -> bool:
+        """Whether a parameter of this name has to be trained; one may freeze what is one's own."""
+        if not self.ours:
+            return False
+        if "quantizer" not in name:
+            return True
+        owner, _, parameter = name.rpartition(".")
+        quantizer: Any = self.model.get_submodule(owner)
+        if type(quantizer) is not DeadZoneLDZCompander:
+            return False
+        return quantizer.learnable_bit if parameter == "logit_bit" else quantizer.learnable_deadzone
+
+    def _is_dead(self, name: str) -> bool:
+        """Whether a parameter is of a layer without a weight left, to which no gradient comes."""
+        layer = name.partition(".parametrizations")[0]
+        return layer in self.weights_before and not bool((self.weights_before[layer] != 0).any())
+
+    def _dead(self, weights: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+        """The dead filters and input slices of the blocks' convolutions, which channel groups hold."""
+        dead = {}
+        for layer, w in weights.items():
+            if re.fullmatch(BLOCK_CONVOLUTION, layer):
+                dead[layer, 0] = ~(w != 0).any((1, 2, 3))
+                if layer != "layer1.0.conv1":  # it reads the stem, whose channels are no group's
+                    dead[layer, 1] = ~(w != 0).any((0, 2, 3))
+        return dead
+
+    def _with_other_ranks(self, found: list[Check]) -> list[Check]:
+        failed = torch.tensor([float(c.status == FAIL) for c in found], device=self.step.device)
+        elsewhere = self.processes.sum(failed.clone()) if self.processes.count > 1 else failed
+        return [
+            Check(FAIL, c.name, f"another rank found it wrong; here: {c.message}")
+            if there and c.status != FAIL
+            else c
+            for c, there in zip(found, elsewhere.tolist(), strict=True)
+        ]
+
+
+def adamw_reach(beta1: float, beta2: float, before: int, steps: int) -> float:
+    """How far AdamW can move a number in `steps` steps after `before` others, in learning rates; no decay.
+
+    With m = (1 - b1) sum b1^(t-i) g_i and v = (1 - b2) sum b2^(t-i) g_i^2, Cauchy and Schwarz give
+    |m| <= sqrt(v) (1 - b1) / sqrt(1 - b2) sqrt(sum_k (b1^2 / b2)^k), k from 0 to t - 1.
+
+    >>> adamw_reach(0.9, 0.99, before=0, steps=1)
+    1.0
+    >>> round(adamw_reach(0.9, 0.99, before=1000, steps=1), 3)  # 0.1 / sqrt(0.01 (1 - 0.81 / 0.99))
+    2.345
+    """
+    if beta2 == 0:
+        return math.inf
+    r, total = beta1**2 / beta2, 0.0
+    for t in range(before + 1, before + steps + 1):
+        try:
+            series = t if r == 1 else (r**t - 1) / (r - 1)
+        except OverflowError:
+            return math.inf
+        scale = (1 - beta1) / (1 - beta1**t) * math.sqrt((1 - beta2**t) / (1 - beta2))
+        total += scale * math.sqrt(series)
+    return round(total, 9)
+
+
+def _off_adamw(
+    w: Tensor,
+    after: Tensor,
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    t: float,
+    rate: float,
+    decay: float,
+    beta2: float,
+) -> Tensor:
+    """How far `after` is from AdamW's update of w, in what float32 may round: 1 and less is no difference."""
+    w, after, m, v, g = (x.double() for x in (w, after, m, v, g))
+    expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, int(t))
+    parts = (m.abs() + g.abs()) / ((second / (1 - beta2**t)).sqrt() + 1e-8)
+    return (after - expected).abs() / (3e-5 * rate * (1 + parts) + 5e-7 * w.abs() + 1e-12)
+
+
+def _bits(quantizer: Any) -> float:
+    """The learned bit-width of a quantizer of ours from its logit, in float64; of another, what it uses."""
+    if type(quantizer) is not DeadZoneLDZCompander:
+        return float(quantizer.get_bitwidth())
+    if not quantizer.learnable_bit:
+        return float(quantizer.fixed_bit_val)
+    return 2 + (quantizer.max_bits - 2) * abs(math.tanh(quantizer.logit_bit.item()))
+
+
+def _judge(wrong: Wrong, name: str, held: str, cause: str, some: bool = False) -> Check:
+    if not wrong:
+        return Check(PASS, name, held)
+    return Check(FAIL, name, f"{_some(wrong, '; ')}. Likely cause: {cause}")
+
+
+def _some(found: Sequence[str], between: str = ", ") -> str:
+    first = list(dict.fromkeys(found))
+    return between.join(first[:3]) + (f"{between}and {len(first) - 3} more" if len(first) > 3 else "")
+
+
+def _close(a: float, b: float, relative: float, size: float = 0.0) -> bool:
+    """Whether two numbers are equal to rounding, `size` being the least that rounding is measured by."""
+    return math.isfinite(a) and abs(a - b) <= relative * max(abs(a), abs(b), size)
+
+
+def _number(*numbers: float) -> str:
+    return " and ".join(f"{n:.6g}" for n in sorted(numbers)[:2])
+
+
+def _kind(thing: object) -> str:
+    return type(thing).__name__
+
+
+def _copied(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _ends(images: Tensor) -> list[Tensor]:
+    """The first and the last image of a batch, copied; none of an empty share."""
+    return [images[0].detach().clone(), images[-1].detach().clone()] if len(images) else []
+
+
+def _moment(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
+    return state[name] if name in state else torch.zeros_like(parameter)
+
+
+def _flat(tensors: Any, device: torch.device | str = "cpu") -> Tensor:
+    """Copies in a row, (n,)."""
+    rows = [t.detach().reshape(-1).float() for t in tensors]
+    return torch.cat(rows) if rows else torch.zeros(0, device=device)
+
+
+def _split(parameters: dict[str, nn.Parameter], *rows: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """Rows of all parameters back into those of each, by name."""
+    sizes = [p.numel() for p in parameters.values()]
+    return dict(zip(parameters, zip(*(row.split(sizes) for row in rows), strict=True), strict=True))

@@ -1,0 +1,202 @@
+"""Watches one epoch of a pipeline from outside: batches, forward passes, and the state before and after.
+
+The ledger (experiments/ledger.py) holds what is noted here against what should have been. No number that is
+computed changes, and the host never waits for an accelerator while steps are taken.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.training import EpochLosses, Pipeline
+from utils_quantization import WeightQuantization, quantizers
+
+TESTED_AGAIN = 8  # images whose logits are computed a second time after the test pass
+
+
+@dataclass(frozen=True)
+class State:
+    """What an epoch changes, copied; (P,) are all trained parameters in a row, in the model's order."""
+
+    values: Tensor  # (P,)
+    steps: list[float]  # AdamW's count of each trained parameter
+    statistics: Tensor  # running means and variances in a row
+    variances: Tensor
+    tracked: list[int]  # batches that each batch norm has counted
+
+
+class WatchedBatches:
+    """The training batches as they are, noted as they are handed out. Nothing here waits for the device."""
+
+    def __init__(self, watch: "EpochWatch") -> None:
+        self.watch, self.batches = watch, watch.pipeline.train_batches
+        self.sizes = self.batches.sizes
+        self.epochs: list[int] = []  # asked for
+        self.labels: list[Tensor] = []
+        self.images: list[Tensor] = []  # first and last of each batch
+        self.rates: list[list[Any]] = []  # of each optimizer group at each step
+        self.coefficients: list[Tensor] = []
+        self.first_gradients: dict[str, Tensor] = {}
+        self.first_values: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.epochs.append(epoch)
+        for images, labels in self.batches.epoch(epoch):
+            self.labels.append(labels)
+            self.images += _ends(images)
+            self.rates.append([_copied(g["lr"]) for g in self.watch.step.optimizer.param_groups])
+            yield images, labels
+            self.coefficients.append(self.watch.step.coefficient.clone())
+            if self.first_values is None:
+                self.first_values = flat(self.watch.parameters.values())
+                self.first_gradients = {
+                    n: p.grad.detach().clone() for n, p in self.watch.parameters.items() if p.grad is not None
+                }
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of the model, as a hook sees it."""
+
+    logits: Tensor
+    images: list[Tensor]  # first and last
+    training: set[bool]  # modes of the modules
+    quantized: bool  # whether every quantizer was switched on
+    gradients: bool  # whether gradients were recorded
+
+
+class EpochWatch:
+    """Watches one epoch (from 0) of a pipeline, inside `with`.
+
+        with EpochWatch(pipeline, epoch) as watch:
+            losses = train_epoch(step, watch.batches, ...)
+            watch.trained(losses)
+            renew_batch_norms(...)
+            watch.renewed()
+            measure_accuracy(...)
+            ...
+            check_epoch(watch, record)
+
+    On CUDA a training step may be the replay of a graph, in which no hook fires: there the training is known
+    by the state that it leaves and by the batches handed out.
+    """
+
+    def __init__(self, pipeline: Pipeline, epoch: int) -> None:
+        self.pipeline, self.epoch, self.settings = pipeline, epoch, pipeline.settings
+        self.step, self.model = pipeline.step, pipeline.model
+        self.processes = self.step.processes
+        self.parameters: dict[str, nn.Parameter] = {
+            n: p for n, p in self.model.named_parameters() if p.requires_grad
+        }
+        self.norms = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        self.momenta = [norm.momentum for norm in self.norms.values()]
+        self.modules = [m for n, m in self.model.named_modules() if "parametrizations" not in n]
+        self.quantizations = [m for m in self.model.modules() if isinstance(m, WeightQuantization)]
+        self.batches: Any = WatchedBatches(self)
+        self.before, self.weights_before = self.state(), self.weights()
+        self.moments = self._moment("exp_avg"), self._moment("exp_avg_sq")  # (P,) each, before the epoch
+        self.passes: dict[str, list[Pass]] = {"training": [], "renewal": [], "test": []}
+        self.phase = "training"
+        self.tested: list[Tensor] = []  # the first images of the test pass
+        self.last_norm: list[tuple[Tensor, Tensor]] = []  # mean and variance of what it saw in the renewal
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> "EpochWatch":
+        self.eager = self.step.device.type != "cuda" or self.processes.count > 1
+        if self.eager:
+            self.hooks.append(self.model.register_forward_hook(self._note))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def trained(self, losses: EpochLosses) -> None:
+        """To be called when the epoch's steps are over."""
+        self.losses, self.phase = losses, "renewal"
+        if not self.eager:
+            self.hooks.append(self.model.register_forward_hook(self._note))
+        if self.norms:
+            self.hooks.append(list(self.norms.values())[-1].register_forward_pre_hook(self._note_norm))
+        self.after = self.state()
+
+    def renewed(self) -> None:
+        """To be called before the test pass, whether batch norms were renewed or not."""
+        self.phase, self.ready = "test", self.state()
+
+    @torch.no_grad()
+    def state(self) -> State:
+        device = self.step.device
+        norms: list[Any] = [norm for norm in self.norms.values() if norm.running_mean is not None]
+        variances = flat([norm.running_var for norm in norms], device)
+        counts = [self.step.optimizer.state.get(p, {}).get("step") for p in self.parameters.values()]
+        return State(
+            values=flat(self.parameters.values(), device),
+            steps=numbers([torch.zeros(()) if count is None else count for count in counts]),
+            statistics=torch.cat([flat([norm.running_mean for norm in norms], device), variances]),
+            variances=variances,
+            tracked=[int(count) for count in numbers([norm.num_batches_tracked for norm in norms])],
+        )
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that the quantized layers compute with now, by layer name."""
+        layers: Any = {name: self.model.get_submodule(name) for name in quantizers(self.model)}
+        return {name: layer.parametrizations.weight() for name, layer in layers.items()}
+
+    def _moment(self, name: str) -> Tensor:
+        states = {p: self.step.optimizer.state.get(p, {}) for p in self.parameters.values()}
+        moments = [state[name] if name in state else torch.zeros_like(p) for p, state in states.items()]
+        return flat(moments, self.step.device)
+
+    def _note(self, model: nn.Module, inputs: tuple[Any, ...], logits: Any) -> None:
+        images = inputs[0]
+        if self.phase == "test" and not self.tested:
+            self.tested = [images[:TESTED_AGAIN].clone()]
+        self.passes[self.phase].append(
+            Pass(
+                logits.detach(),
+                _ends(images) if self.phase == "training" else [],
+                {m.training for m in self.modules},
+                all(q.enabled for q in self.quantizations),
+                torch.is_grad_enabled(),
+            )
+        )
+
+    def _note_norm(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.phase == "renewal":
+            var, mean = torch.var_mean(inputs[0].float(), (0, 2, 3))
+            self.last_norm.append((mean, var))
+
+
+def _copied(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _ends(images: Tensor) -> list[Tensor]:
+    """The first and the last image of a batch, copied; none of an empty share."""
+    return [images[0].detach().clone(), images[-1].detach().clone()] if len(images) else []
+
+
+def flat(tensors: Any, device: torch.device | str = "cpu") -> Tensor:
+    """Copies in a row, (n,)."""
+    rows = [t.detach().reshape(-1).float() for t in tensors]
+    return torch.cat(rows) if rows else torch.zeros(0, device=device)
+
+
+def numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """The numbers that scalars hold, with one wait for the device."""
+    return torch.stack([s.detach().double() for s in scalars]).tolist() if scalars else []
