@@ -1,15 +1,46 @@
 """Attach weight quantizers to a model, find them, switch them on and off, and take them off again."""
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 FULL_PRECISION_BITS = 32  # of a weight without a quantizer
+PARAMETER_GROUPS = ("weights", "bit", "deadzone")  # of the optimizer; each has its learning rate and decay
+
+
+class Quantizer(Protocol):
+    """What quantizes the weight of one layer: an nn.Module with these two methods.
+
+    >>> class Ternary(nn.Module):
+    ...     def forward(self, w: Tensor) -> Tensor:
+    ...         w_hat = w.abs().mean() * (w / w.abs().mean()).round().clamp(-1, 1)
+    ...         return w + (w_hat - w).detach()  # straight through
+    ...
+    ...     def get_bitwidth(self) -> int:
+    ...         return 2
+
+    The following is optional, and `src.quantizer.DeadZoneLDZCompander` has it all:
+
+    - `parameter_groups`, a mapping from the names of its parameters to `PARAMETER_GROUPS`: the learning rate
+      and decay that they are trained with. A parameter that it does not name is trained as the weights are.
+    - `get_learned_bitwidth()`, the bit-width before rounding. Without it, `get_bitwidth()` stands for it.
+    - `codes(w)`, the integers behind `forward(w)`, as `src.quantizer.Codes`. Without it, packed files hold
+      the quantized weights as float32.
+    - `max_bits`, `fixed_bit_val` and `learnable_bit`, arguments of its constructor, for --max-bits and
+      --fixed-bits. The constructor must work without arguments.
+    """
+
+    def forward(self, w: Tensor) -> Tensor:
+        """The quantized weight, of the shape and dtype of w, with a gradient to w."""
+
+    def get_bitwidth(self) -> Tensor | float:
+        """The whole number of bits of a weight as `forward` uses them, 1 to 32."""
 
 
 class WeightQuantization(nn.Module):
@@ -43,8 +74,8 @@ def attach_weight_quantizers(
 
     Returns: the names of the layers that were given a quantizer, in the model's order.
     Raises: ValueError for a pattern that is not a regular expression or matches no module, for a layer whose
-        weight is parametrized already, and for a weight that its quantizer refuses. The model is unchanged
-        then.
+        weight is parametrized already, for a weight that its quantizer refuses, and for a quantizer that is
+        not as `Quantizer` describes. The model is unchanged then.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     excluded = _matching(exclude_layers, [name for name, _ in model.named_modules() if name])
@@ -57,13 +88,31 @@ def attach_weight_quantizers(
     quantizations = {}
     for name, layer in chosen.items():
         quantization = WeightQuantization(quantizer(**quantizer_kwargs), enabled).to(layer.weight.device)
-        with torch.no_grad():
-            quantization(layer.weight)  # raises for a bad weight now, while no layer has been changed yet
+        # Refuse a bad weight or a bad quantizer now, while no layer has been changed yet.
+        _check(quantization, layer.weight)
         quantizations[name] = quantization
     for name, layer in chosen.items():
         parametrize.register_parametrization(layer, "weight", quantizations[name])
         layer.parametrizations.train(layer.training)  # type: ignore[union-attr]
     return list(chosen)
+
+
+@torch.no_grad()
+def _check(quantization: WeightQuantization, w: Tensor) -> None:
+    """Make sure that the quantizer of the weight w is as `Quantizer` describes. Raises: ValueError."""
+    quantizer: Any = quantization.quantizer
+    name = type(quantizer).__name__
+    if not callable(getattr(quantizer, "get_bitwidth", None)):
+        raise ValueError(f"{name} has no method get_bitwidth(); expected it to give the bits of a weight")
+    w_hat: object = quantization(w)
+    found = (tuple(w_hat.shape), w_hat.dtype) if isinstance(w_hat, Tensor) else type(w_hat).__name__
+    if found != (tuple(w.shape), w.dtype):
+        raise ValueError(
+            f"{name}.forward gives {found} for a weight of shape {tuple(w.shape)} and {w.dtype}; "
+            f"expected a tensor of that shape and dtype"
+        )
+    _bits(quantizer)
+    parameter_groups(quantizer)
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
@@ -107,6 +156,22 @@ def quantizers(model: nn.Module) -> dict[str, Any]:
     return {name: q.quantizer for name, q in found.items() if q is not None}
 
 
+def parameter_groups(quantizer: nn.Module) -> dict[str, str]:
+    """The optimizer's group of each parameter that the quantizer trains, by the parameter's name.
+
+    Raises: ValueError if its own `parameter_groups` name what is not there.
+    """
+    own: Mapping[str, str] = getattr(quantizer, "parameter_groups", {})
+    names = [name for name, _ in quantizer.named_parameters()]
+    for name, group in own.items():
+        if name not in names or group not in PARAMETER_GROUPS:
+            raise ValueError(
+                f"{type(quantizer).__name__}.parameter_groups has {name!r}: {group!r}; expected a name among "
+                f"its parameters ({', '.join(names) or 'none'}), and a group of {', '.join(PARAMETER_GROUPS)}"
+            )
+    return {n: own.get(n, "weights") for n, p in quantizer.named_parameters() if p.requires_grad}
+
+
 def toggle_quantization(model: nn.Module, enabled: bool) -> None:
     """Switch all quantizers of the model on, or off: its layers then compute in full precision."""
     for layer in quantized_layers(model).values():
@@ -145,5 +210,22 @@ def weight_bits(layer: nn.Module) -> tuple[int, float]:
     quantization = weight_quantization(layer)
     if quantization is None or not quantization.enabled:
         return FULL_PRECISION_BITS, float(FULL_PRECISION_BITS)
-    quantizer = quantization.quantizer
-    return int(quantizer.get_bitwidth().item()), quantizer.get_learned_bitwidth().item()  # type: ignore[operator]
+    return _bits(quantization.quantizer)
+
+
+def _bits(quantizer: Any) -> tuple[int, float]:
+    """As `weight_bits`. Raises: ValueError if the bits in use are no whole number from 1 to 32."""
+    bits = _number(quantizer.get_bitwidth())
+    if bits not in range(1, FULL_PRECISION_BITS + 1):
+        raise ValueError(
+            f"{type(quantizer).__name__}.get_bitwidth() gives {bits}; expected one whole number, 1 to 32"
+        )
+    has_learned = callable(getattr(quantizer, "get_learned_bitwidth", None))
+    return int(bits), _number(quantizer.get_learned_bitwidth()) if has_learned else float(bits)
+
+
+def _number(bits: Tensor | float) -> float:
+    """The one number that a method gives, NaN for what is none or several."""
+    if isinstance(bits, Tensor):
+        return bits.item() if bits.numel() == 1 else math.nan
+    return float(bits) if isinstance(bits, int | float) else math.nan

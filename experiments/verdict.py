@@ -23,7 +23,7 @@ ENOUGH_EPOCHS = 5  # fewer tell nothing about accuracy
 SLIM_TOLERANCE = 1e-4  # of the largest logit
 SLIM_AGREEMENT = 0.999  # two logits equal to rounding may change places
 OUTWEIGHS = 10  # weighted penalty over cross-entropy
-LOGITS = {"bit": "logit_bit", "deadzone": "logit_dz"}  # kind, and its name in the quantizer
+LOGITS = {"logit_bit": "bit logits", "logit_dz": "deadzone logits"}  # what CoDeQ's own quantizer trains
 
 
 def judge(passed: bool, name: str, measured: str, cause: str) -> Check:
@@ -44,7 +44,7 @@ def verdict(
     return [
         loss_is_finite(history),
         accuracy_climbs(history.epochs),
-        *(logits_live(history, kind) for kind in LOGITS),
+        *(parameters_live(history, name) for name in trained_names(history.start)),
         unstructured_grows(history.epochs),
         structured_follows_warmup(history),
         penalty_falls(history),
@@ -78,33 +78,45 @@ def accuracy_climbs(records: Sequence[EpochRecord]) -> Check:
     return judge(climbed, name, measured, "a penalty that swamps the cross-entropy, or a wrong --weights-lr")
 
 
-def logits_live(history: History, kind: str) -> Check:
-    """Every quantizer's logit gets a finite gradient that is not zero, in every epoch, and moves."""
-    name, logit, layers = f"{kind} logits learn", LOGITS[kind], history.epochs[-1].layers
-    dead = sorted({f"{layer} ({why})" for r in history.epochs for layer, why in _silent_logits(r, logit)})
+def trained_names(start: dict[str, LayerStart]) -> list[str]:
+    """The names of all parameters that quantizers train; those of CoDeQ's quantizer come first, always."""
+    return list(dict.fromkeys([*LOGITS, *(name for layer in start.values() for name in layer.parameters)]))
+
+
+def _words(parameter: str) -> str:
+    return LOGITS.get(parameter, f"{parameter} parameters")
+
+
+def parameters_live(history: History, parameter: str) -> Check:
+    """This parameter of each quantizer gets a finite gradient that is not zero, in every epoch, and moves."""
+    words, layers = _words(parameter), history.epochs[-1].layers
+    name, noun = f"{words} learn", words.split()[-1]
+    dead = sorted({f"{layer} ({why})" for r in history.epochs for layer, why in _silent(r, parameter)})
     moved = {
-        layer: abs(r.parameters[logit] - history.start[layer].parameters[logit])
+        layer: abs(r.parameters[parameter] - history.start[layer].parameters[parameter])
         for layer, r in layers.items()
-        if logit in r.parameters
+        if parameter in r.parameters
     }
     if not moved:
         return Check(SKIP, name, "no layer has one that is trained")
-    measured = f"{len(moved)} logits moved by {min(moved.values()):.3g} to {max(moved.values()):.3g}"
+    measured = f"{len(moved)} {noun} moved by {min(moved.values()):.3g} to {max(moved.values()):.3g}"
     if dead:
         measured += f"; gradient at fault in {_some(dead)}"
     still = [layer for layer, way in moved.items() if way == 0]
     if still:
         measured += f"; not moved: {_some(still)}"
     cause = "a layer of zeros, a logit at 0 or far into tanh's flat part, or a learning rate of 0"
+    if parameter not in LOGITS:
+        cause = f"a layer of zeros, a forward() that {parameter} does not act in, or a learning rate of 0"
     return judge(not dead and not still, name, measured, cause)
 
 
-def _silent_logits(record: EpochRecord, logit: str) -> Iterator[tuple[str, str]]:
-    """Layers whose logit has no usable gradient, and what it is."""
+def _silent(record: EpochRecord, parameter: str) -> Iterator[tuple[str, str]]:
+    """Layers whose quantizer gets no usable gradient for this parameter, and what it gets."""
     for layer, numbers in record.layers.items():
-        if logit not in numbers.gradients:  # it is not trained
+        if parameter not in numbers.gradients:  # it is not trained
             continue
-        gradient = numbers.gradients[logit]
+        gradient = numbers.gradients[parameter]
         if gradient is None or not math.isfinite(gradient):
             yield layer, f"gradient {gradient}"
         elif gradient == 0 and numbers.zero_weights < numbers.weights:
@@ -167,6 +179,8 @@ def bits_fall(history: History) -> Check:
     start = sum(layer.learned_bits for layer in history.start.values()) / len(history.start)
     end = records[-1].learned_bits
     measured = f"mean learned bits {start:.2f} -> {end:.2f}"
+    if "bit" not in history.parameter_groups.values() and end == start:
+        return Check(SKIP, name, f"{measured}; the quantizers train no bit-width")
     if len(records) < ENOUGH_EPOCHS:
         return Check(SKIP, name, f"{measured}; fewer than {ENOUGH_EPOCHS} epochs are too short a way")
     cause = "--bit-lr or --bit-decay too small for the logits to leave tanh's flat part in so few steps"
@@ -244,17 +258,18 @@ def pictures_exist(pictures: Sequence[Path]) -> Check:
 def early_warnings(start: dict[str, LayerStart], records: Sequence[EpochRecord]) -> Iterator[tuple[str, str]]:
     """What can be known already, from the records so far: pairs (what it is about, the sentence)."""
     now = records[-1]
-    for kind, logit in LOGITS.items():
-        silent = [f"{layer}: {why}" for layer, why in _silent_logits(now, logit)]
+    for parameter in trained_names(start):
+        words = _words(parameter)
+        silent = [f"{layer}: {why}" for layer, why in _silent(now, parameter)]
         if silent:
-            yield f"{kind} gradient", f"{kind} logits without a gradient: {_some(silent)}"
+            yield f"{parameter} gradient", f"{words} without a gradient: {_some(silent)}"
         still = [
             layer
             for layer, r in now.layers.items()
-            if logit in r.parameters and r.parameters[logit] == start[layer].parameters[logit]
+            if parameter in r.parameters and r.parameters[parameter] == start[layer].parameters[parameter]
         ]
         if still:
-            yield f"{kind} still", f"{kind} logits that have not moved: {_some(still)}"
+            yield f"{parameter} still", f"{words} that have not moved: {_some(still)}"
     for name, layer in now.layers.items():
         if layer.zero_weights == layer.weights:
             yield f"dead {name}", f"every weight of {name} is zero: its branch is gone"

@@ -18,7 +18,7 @@ so that |w| <= d/2 becomes exactly 0. Round, clip and max are straight-through: 
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +97,9 @@ class _DeadZoneRound(torch.autograd.Function):
 class Codes(NamedTuple):
     """A quantized tensor as integers, such that w_hat = step_size q + shift sign(q)."""
 
-    q: Tensor  # the shape of w, whole numbers in [-Q, Q], in w's dtype
+    q: Tensor  # the shape of w, whole numbers from -2^(b-1) to 2^(b-1) - 1 at b bits, in w's dtype
     step_size: Tensor  # (1,), weight units
-    shift: Tensor  # (1,), weight units
+    shift: Tensor = torch.zeros(1)  # (1,), weight units
 
 
 class DeadZoneLDZCompander(nn.Module):
@@ -120,6 +120,8 @@ class DeadZoneLDZCompander(nn.Module):
         every call, so there w_hat is NaN throughout instead.
     Source: see the head of this file.
     """
+
+    parameter_groups: ClassVar = {"logit_bit": "bit", "logit_dz": "deadzone"}
 
     def __init__(
         self,

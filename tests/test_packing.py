@@ -113,9 +113,19 @@ def test_a_layer_whose_quantizer_is_switched_off_is_float32():
     assert same_logits(model, unpack_network(content))
 
 
+class WithoutCodes(nn.Hardtanh):
+    """A quantizer of two methods."""
+
+    def __init__(self) -> None:
+        super().__init__(-0.1, 0.1)
+
+    def get_bitwidth(self):
+        return 32
+
+
 def test_a_layer_whose_quantizer_has_no_codes_is_float32():
     model = random_network(Deaths(0), 1).float()
-    attach_weight_quantizers(model, ["conv"], lambda: nn.Hardtanh(-0.1, 0.1), {})
+    attach_weight_quantizers(model, ["conv"], WithoutCodes, {})
     content = pack_network(model, SETTINGS)
     assert read_header(content).bits == {}
     assert same_logits(model, unpack_network(content))

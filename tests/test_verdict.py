@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runs import EPOCHS, LAYERS, LOGITS, WEIGHTS, changed, good_run, in_every_epoch, in_layer
 
 from experiments import verdict
-from experiments.history import Check, History
+from experiments.history import Check, History, LayerStart
 from experiments.verdict import (
     FAIL,
     PASS,
@@ -171,7 +171,7 @@ KINDS = pytest.mark.parametrize("kind", ["bit", "deadzone"])
 def test_logits_that_learn_pass_with_how_far_they_moved(kind):
     far = {"bit": "2", "deadzone": "2.4"}[kind]
     history = in_layer(good_run(), LAYERS[2], [EPOCHS], parameters={LOGITS[kind]: 3.5})
-    check(verdict.logits_live(history, kind), PASS, f"4 logits moved by 0.5 to {far}")
+    check(verdict.parameters_live(history, LOGITS[kind]), PASS, f"4 logits moved by 0.5 to {far}")
 
 
 @KINDS
@@ -181,14 +181,16 @@ def test_a_logit_without_a_finite_gradient_that_is_not_zero_fails_and_is_named_e
 ):
     history = in_layer(good_run(), LAYERS[1], [9], gradients={LOGITS[kind]: gradient})
     said = "gradient 0" if gradient == 0 else f"gradient {gradient}"
-    check(verdict.logits_live(history, kind), FAIL, f"{LAYERS[1]} ({said})", cause="layer of zeros")
+    check(
+        verdict.parameters_live(history, LOGITS[kind]), FAIL, f"{LAYERS[1]} ({said})", cause="layer of zeros"
+    )
 
 
 @KINDS
 def test_a_logit_that_ends_where_it_began_fails_and_is_named(kind):
     history = in_layer(good_run(), LAYERS[3], [EPOCHS], parameters={LOGITS[kind]: 3.0})
     check(
-        verdict.logits_live(history, kind),
+        verdict.parameters_live(history, LOGITS[kind]),
         FAIL,
         "moved by 0 to",
         f"not moved: {LAYERS[3]}",
@@ -200,14 +202,14 @@ def test_a_logit_that_ends_where_it_began_fails_and_is_named(kind):
 def test_one_kinds_fault_is_not_the_others(kind):
     other = {"bit": "deadzone", "deadzone": "bit"}[kind]
     history = in_layer(good_run(), LAYERS[0], [EPOCHS], {LOGITS[kind]: 3.0}, {LOGITS[kind]: 0.0})
-    assert verdict.logits_live(history, kind).status == FAIL
-    assert verdict.logits_live(history, other).status == PASS
+    assert verdict.parameters_live(history, LOGITS[kind]).status == FAIL
+    assert verdict.parameters_live(history, LOGITS[other]).status == PASS
 
 
 @KINDS
 def test_a_layer_of_zeros_may_have_a_gradient_of_zero(kind):
     history = in_layer(good_run(), LAYERS[0], [19, 20], gradients={LOGITS[kind]: 0.0}, zero_weights=WEIGHTS)
-    assert verdict.logits_live(history, kind).status == PASS
+    assert verdict.parameters_live(history, LOGITS[kind]).status == PASS
 
 
 @KINDS
@@ -217,17 +219,52 @@ def test_quantizers_without_such_a_logit_to_learn_are_neither_judged_nor_warned_
         for layer in layers.values():
             layer.parameters.pop(logit)
             getattr(layer, "gradients", layer.parameters).pop(logit, None)
-    check(verdict.logits_live(history, kind), SKIP, "trained")
+    check(verdict.parameters_live(history, LOGITS[kind]), SKIP, "trained")
     (other,) = set(LOGITS) - {kind}
-    assert verdict.logits_live(history, other).status == PASS
+    assert verdict.parameters_live(history, LOGITS[other]).status == PASS
     assert warnings_of(history) == []
+
+
+def with_quantizers_that_train(names: dict[str, str], history: History) -> History:
+    """Return the run of quantizers with parameters of these names, in these groups, that learn."""
+    layers = {name: LayerStart(dict.fromkeys(names, 1.0), 4.0) for name in LAYERS}
+    history = replace(in_every_epoch(history, learned_bits=4.0), start=layers, parameter_groups=names)
+    for r in history.epochs:
+        for name in LAYERS:
+            moved = dict.fromkeys(names, 1.0 + 0.1 * r.epoch)
+            r.layers[name] = replace(r.layers[name], parameters=moved, gradients=dict.fromkeys(names, 0.5))
+    return history
+
+
+def test_the_parameters_of_someones_own_quantizer_are_judged_by_their_names():
+    history = with_quantizers_that_train({"step_size": "weights"}, good_run())
+    assert verdict.trained_names(history.start) == ["logit_bit", "logit_dz", "step_size"]
+    check(verdict.parameters_live(history, "step_size"), PASS, "4 parameters moved by 2 to 2")
+    assert verdict.parameters_live(history, "step_size").name == "step_size parameters learn"
+    still = in_layer(history, LAYERS[2], [EPOCHS], parameters={"step_size": 1.0})
+    check(verdict.parameters_live(still, "step_size"), FAIL, LAYERS[2], cause="step_size does not act in")
+    silent = in_layer(history, LAYERS[2], [EPOCHS], gradients={"step_size": None})
+    (sentence,) = warnings_of(silent)
+    assert "step_size parameters without a gradient" in sentence and LAYERS[2] in sentence
+
+
+def test_bits_that_no_quantizer_trains_need_not_fall():
+    for names in ({}, {"step_size": "weights"}, {"logit_dz": "deadzone"}):
+        check(verdict.bits_fall(with_quantizers_that_train(names, good_run())), SKIP, "train no bit-width")
+    history = with_quantizers_that_train({"width": "bit"}, good_run())
+    check(verdict.bits_fall(history), FAIL, "4.00 -> 4.00", cause="--bit-lr")
+    # Bits that fell, whatever trained them, are judged.
+    history = changed(
+        with_quantizers_that_train({"width": "weights"}, good_run()), {20: {"learned_bits": 3.0}}
+    )
+    check(verdict.bits_fall(history), PASS, "4.00 -> 3.00")
 
 
 def test_many_names_are_cut_short_and_counted():
     history = good_run()
     for name in LAYERS:
         history = in_layer(history, name, [20], parameters={"logit_bit": 3.0})
-    check(verdict.logits_live(history, "bit"), FAIL, f"{', '.join(LAYERS[:3])} and 1 more")
+    check(verdict.parameters_live(history, "logit_bit"), FAIL, f"{', '.join(LAYERS[:3])} and 1 more")
 
 
 # Sparsity
