@@ -16,8 +16,10 @@ from experiments.training import (
     EpochLosses,
     NotFiniteError,
     TrainingStep,
+    logit_pace,
     make_optimizer,
     measure_accuracy,
+    predict,
     renew_batch_norms,
     set_learning_rates,
     train_epoch,
@@ -147,7 +149,7 @@ def test_the_schedule_scales_each_groups_own_rate_and_does_not_add_up():
 
 
 @pytest.mark.parametrize(
-    ("limit", "steps", "pace"),
+    ("logit_steps", "steps", "pace"),
     [
         (1960, 1960, 1.0),
         (1960, 20, 1.0),
@@ -157,8 +159,9 @@ def test_the_schedule_scales_each_groups_own_rate_and_does_not_add_up():
         (1960, 0, 1.0),
     ],
 )
-def test_in_a_longer_run_the_logits_and_only_they_go_slower_in_proportion(limit, steps, pace):
-    chosen = Settings(weights_lr=0.5, bit_lr=0.25, deadzone_lr=0.125, logit_steps=limit)
+def test_in_a_longer_run_the_logits_and_only_they_go_slower_in_proportion(logit_steps, steps, pace):
+    assert logit_pace(logit_steps, steps) == pace
+    chosen = Settings(weights_lr=0.5, bit_lr=0.25, deadzone_lr=0.125, logit_steps=logit_steps)
     optimizer = make_optimizer(quantized(), chosen, steps)
     assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.5, 0.25 * pace, 0.125 * pace])
     set_learning_rates(optimizer, 0.5)
@@ -211,18 +214,32 @@ def test_the_losses_are_means_over_images_however_these_fall_into_batches(images
     assert got.loss == pytest.approx(expected + penalty, rel=1e-6)
 
 
+def test_the_losses_of_each_step_are_kept_with_its_penalty_before_the_optimizer_moves():
+    model = Line()
+    batches = planted(3)
+    step = stepper(model, Settings(), squares)
+    expected = []
+    for batch in batches.batches:
+        with torch.no_grad():
+            penalty, cross_entropy = squares(model).item(), F.cross_entropy(model(batch[0]), batch[1]).item()
+        expected.append([cross_entropy + 0.25 * penalty, cross_entropy, penalty])
+        step(*batch, 0.25)
+    again = train_epoch(stepper(Line(), Settings(), squares), batches, 0, 0.25).steps
+    assert again == [pytest.approx(losses, rel=1e-6) for losses in expected]
+
+
 def test_the_losses_are_plain_numbers():
     got = train_epoch(stepper(Line(), NOTHING_MOVES, squares), planted(2), 0, 0.5)
     assert isinstance(got, EpochLosses)
     assert type(got.loss) is float and type(got.cross_entropy) is float
 
 
-def test_without_a_sparsity_weight_the_loss_is_the_cross_entropy():
+def test_with_a_coefficient_of_zero_the_loss_is_the_cross_entropy():
     got = train_epoch(stepper(quantized()), planted(2), 0, 0.0)
     assert got.loss == got.cross_entropy
 
 
-def test_a_penalty_of_weight_zero_is_not_computed():
+def test_a_penalty_with_a_coefficient_of_zero_is_not_computed():
     def refuse(model: nn.Module) -> Tensor:
         raise AssertionError("the penalty was computed")
 
@@ -231,7 +248,7 @@ def test_a_penalty_of_weight_zero_is_not_computed():
         train_epoch(stepper(quantized(), penalty=refuse), planted(1), 0, 0.1)
 
 
-def test_leaving_the_penalty_of_weight_zero_out_gives_the_same_bits_as_computing_it():
+def test_leaving_the_penalty_out_where_its_coefficient_is_zero_gives_the_same_bits_as_computing_it():
     without, with_it = quantized(**COARSE), quantized(**COARSE)
     computed = []
     lasso = coupled_group_lasso(with_it)
@@ -349,24 +366,24 @@ def test_bf16_is_close_to_float32_and_keeps_weights_and_gradients_in_float32():
 # What is dead stays dead
 
 
-def steps_with(keep_dead: bool, sparsity_weight: float) -> tuple[ResNet, dict[str, tuple[slice | int, ...]]]:
+def steps_with(keep_dead: bool, coefficient: float) -> tuple[ResNet, dict[str, tuple[slice | int, ...]]]:
     model = quantized(**COARSE)
     buried = bury(model)
     kept = keep_dead_slices(model) if keep_dead else None
     step = TrainingStep(model, make_optimizer(model, MEASURED), coupled_group_lasso(model), keep_dead=kept)
-    train_epoch(step, planted(3), 0, sparsity_weight)
+    train_epoch(step, planted(3), 0, coefficient)
     return model, buried
 
 
 def test_slices_in_the_dead_zone_are_zero_for_good_while_the_penalty_acts():
-    model, buried = steps_with(keep_dead=True, sparsity_weight=0.01)
+    model, buried = steps_with(keep_dead=True, coefficient=0.01)
     for name, place in buried.items():
         assert not model.get_parameter(name)[place].any()
 
 
-@pytest.mark.parametrize(("keep_dead", "sparsity_weight"), [(True, 0.0), (False, 0.01)])
-def test_without_a_penalty_or_without_the_setting_they_may_come_back(keep_dead, sparsity_weight):
-    model, buried = steps_with(keep_dead, sparsity_weight)
+@pytest.mark.parametrize(("keep_dead", "coefficient"), [(True, 0.0), (False, 0.01)])
+def test_without_a_penalty_or_without_the_setting_they_may_come_back(keep_dead, coefficient):
+    model, buried = steps_with(keep_dead, coefficient)
     for name, place in buried.items():
         assert model.get_parameter(name)[place].all()
 
@@ -429,7 +446,7 @@ def test_batch_norms_taken_afresh_leave_weights_gradients_and_later_training_alo
     assert momenta == {0.1}
 
 
-# Accuracy
+# Logits and accuracy
 
 
 class Sure(nn.Module):
@@ -451,6 +468,46 @@ def test_accuracy_is_the_share_of_images_whose_largest_logit_is_their_labels(bat
     images = answers.to(torch.uint8)[:, None, None, None].expand(10, 3, 32, 32).contiguous()
     dataset = Dataset("", "", True, images, labels, images, labels)
     assert measure_accuracy(Sure(), TestBatches(dataset, "cpu", batch_size)) == 0.7
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 24])
+def test_predicting_gives_the_logits_and_labels_of_all_images_in_their_order(batch_size):
+    dataset = small_dataset(4, test=24)
+    model = quantized().eval()
+    ((images, _),) = TestBatches(dataset, "cpu", 24)
+    logits, labels = predict(model, TestBatches(dataset, "cpu", batch_size))
+    assert logits.shape == (24, 10) and torch.equal(labels, dataset.test_labels)
+    torch.testing.assert_close(logits, model(images).detach(), rtol=1e-4, atol=1e-5)
+    assert not logits.requires_grad
+
+
+def test_a_rank_whose_shard_holds_no_image_predicts_none():
+    logits, labels = predict(quantized().eval(), TestBatches(small_dataset(4, test=0), "cpu"))
+    assert logits.shape == (0, 10) and labels.shape == (0,)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predicting_leaves_the_network_in_the_mode_that_it_is_in(training):
+    model = quantized().train(training)
+    predict(model, TestBatches(small_dataset(4), "cpu"))
+    assert all(m.training == training for m in model.modules())
+
+
+def test_predicting_in_bf16_gives_other_logits_that_are_close():
+    model, batches = quantized().eval(), TestBatches(small_dataset(4, test=24), "cpu")
+    full, half = predict(model, batches)[0], predict(model, batches, "bf16")[0].float()
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(half, full, rtol=0.1, atol=0.05)
+
+
+def test_predicting_evaluates_each_quantizer_once(monkeypatch):
+    model, calls = quantized().eval(), []
+    forward = DeadZoneLDZCompander.forward
+    monkeypatch.setattr(
+        DeadZoneLDZCompander, "forward", lambda self, w: (calls.append(id(self)), forward(self, w))[1]
+    )
+    predict(model, TestBatches(small_dataset(4, test=24), "cpu", batch_size=5))
+    assert sorted(calls) == sorted(id(q) for q in quantizers(model).values())
 
 
 def test_measuring_is_in_evaluation_mode_and_changes_no_weight_statistic_or_gradient():
@@ -594,7 +651,8 @@ def zeros(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {x.name: (x.zero_weights, x.zero_filters) for x in count_network(model).quantized}
 
 
-def sparsity_weight(step: int) -> float:
+def coefficient(step: int) -> float:
+    """The penalty's coefficient at a step (from 0)."""
     return 0.0 if step < 4 else min(step - 3, 8) / 1024  # exact in binary, up to 2^-7
 
 
@@ -608,9 +666,9 @@ def test_over_twenty_steps_in_float64_the_losses_and_counts_are_those_of_the_slo
     optimizer, penalty = make_optimizer(model, MEASURED), coupled_group_lasso(model)
     step = TrainingStep(model, optimizer, penalty, keep_dead=keep_dead_slices(model))
     for i in range(20):
-        losses = train_epoch(step, batches, i, sparsity_weight(i))
+        losses = train_epoch(step, batches, i, coefficient(i))
         ((images, labels),) = batches.epoch(i)
-        expected = reference.step(images, labels, sparsity_weight(i), keep_dead=True)
+        expected = reference.step(images, labels, coefficient(i), keep_dead=True)
         assert (losses.loss, losses.cross_entropy) == pytest.approx(expected, rel=1e-6), f"step {i}"
         assert zeros(model) == reference.zeros(), f"step {i}"
     assert all(not model.get_parameter(name)[place].any() for name, place in buried.items())
@@ -628,9 +686,9 @@ def test_each_of_twenty_float32_steps_has_the_loss_and_counts_of_the_slow_refere
     weights = sum(x.weights for x in count_network(model).quantized)
     for i in range(20):
         copy_state(model, optimizer, reference)
-        losses = train_epoch(step, batches, i, sparsity_weight(i))
+        losses = train_epoch(step, batches, i, coefficient(i))
         ((images, labels),) = batches.epoch(i)
-        expected = reference.step(images, labels, sparsity_weight(i))
+        expected = reference.step(images, labels, coefficient(i))
         assert (losses.loss, losses.cross_entropy) == pytest.approx(expected, rel=1e-5), f"step {i}"
         ours, theirs = zeros(model), reference.zeros()
         assert sum(abs(ours[n][0] - theirs[n][0]) for n in ours) <= 5e-5 * weights, f"step {i}"
@@ -669,10 +727,10 @@ def test_on_cuda_no_step_makes_the_host_wait(precision):
         model, make_optimizer(model, MEASURED), coupled_group_lasso(model), precision, keep_dead_slices(model)
     )
     dataset = small_dataset(32 * 6 + 8)
-    for epoch, weight in enumerate((0.0, 0.0, 0.01, 0.01)):
+    for epoch, coefficient in enumerate((0.0, 0.0, 0.01, 0.01)):
         kind = TrainBatches if epoch % 2 == 0 else Watched  # the first epoch of a kind sets things up
-        losses = train_epoch(step, kind(dataset, 32, 0, "cuda"), epoch, weight, lambda *_: None)
-        assert losses.loss > losses.cross_entropy if weight else losses.loss == losses.cross_entropy
+        losses = train_epoch(step, kind(dataset, 32, 0, "cuda"), epoch, coefficient, lambda *_: None)
+        assert losses.loss > losses.cross_entropy if coefficient else losses.loss == losses.cross_entropy
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -691,9 +749,9 @@ def test_on_cuda_the_steps_are_those_of_the_cpu():
     models = [quantized(**COARSE).double(), quantized(**COARSE).double().cuda()]
     steps = [stepper(model) for model in models]
     dataset = small_dataset(8 * 5 + 3)
-    for epoch, weight in enumerate((0.0, 2**-7, 2**-6, 0.0)):
+    for epoch, coefficient in enumerate((0.0, 2**-7, 2**-6, 0.0)):
         ours = [
-            train_epoch(step, InDouble(TrainBatches(dataset, 8, 0, step.device)), epoch, weight)
+            train_epoch(step, InDouble(TrainBatches(dataset, 8, 0, step.device)), epoch, coefficient)
             for step in steps
         ]
         assert ours[1].loss == pytest.approx(ours[0].loss, rel=1e-5), f"epoch {epoch}"
