@@ -24,7 +24,7 @@ from planted import (
 from torch import Tensor, nn
 
 from experiments.evaluator import Evaluator
-from metrics import count_network
+from metrics import NetworkCount, count_ceiling, count_network
 from resnet import ResNet, resnet20, resnet32
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantizers, toggle_quantization
@@ -124,6 +124,21 @@ def test_the_ceilings_are_those_of_the_layers_left_in_full_precision():
     reached = evaluator.evaluate(model)
     structured, unstructured = compression.structured_ceiling, compression.unstructured_ceiling
     assert [getattr(reached, name) for name in RATIOS] == [structured, unstructured] * 2
+
+
+def test_the_ceiling_is_counted_when_it_is_first_asked_for_and_once(monkeypatch):
+    counted = []
+
+    def counting(*arguments: object) -> NetworkCount:
+        counted.append(1)
+        return count_ceiling(*arguments)
+
+    monkeypatch.setattr("experiments.evaluator.count_ceiling", counting)
+    model = dense_network()
+    compression = Evaluator(model).evaluate(model)
+    assert compression.structured_bops_ratio == 1 and counted == []
+    assert (compression.structured_ceiling, compression.unstructured_ceiling) == (1, 1)
+    assert compression.ceiling == count_ceiling(model) and len(counted) == 1
 
 
 def test_a_network_with_nothing_left_has_infinite_structured_ratios():
