@@ -1,0 +1,439 @@
+"""The ledger passes an epoch as it should be, and names each thing that goes another way."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments import debug_run, training
+from experiments.data import Dataset, TestBatches, TrainBatches
+from experiments.debug_run import one_epoch
+from experiments.evaluator import Evaluator
+from experiments.history import Check, EpochRecord
+from experiments.ledger import FAIL, PASS, SKIP, adamw_reach
+from experiments.schedules import cosine_anneal, linear_warmup
+from experiments.settings import Settings
+from experiments.sparsity import coupled_group_lasso, keep_dead_slices
+from experiments.training import Pipeline, TrainingStep, make_optimizer
+from resnet import ResNet
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers, quantized_layers, quantizers, toggle_quantization
+
+SETTINGS = Settings(epochs=4, batch_size=8, sparsity_delay=0.0, sparsity_ramp=2.0, batch_norm_batches=2)
+PENALISED = 1  # an epoch, from 0, in which the penalty acts
+
+
+def images_of(train: int = 24, test: int = 10) -> Dataset:
+    generator = torch.Generator().manual_seed(train)
+    images = torch.randint(256, (train + test, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (train + test,), generator=generator)
+    return Dataset("random", "here", True, images[:train], labels[:train], images[train:], labels[train:])
+
+
+def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
+    torch.manual_seed(0)
+    model = ResNet(1)
+    evaluator = Evaluator(model)
+    attach_weight_quantizers(model, settings.exclude_layers, DeadZoneLDZCompander, {})
+    with torch.no_grad():  # a dead filter and a dead input slice, to be kept dead
+        model.layer1[0].conv1.parametrizations.weight.original[3] = 0
+        model.layer2[0].conv2.parametrizations.weight.original[:, 5] = 0
+    batches = TrainBatches(images_of(), settings.batch_size, settings.seed, "cpu")
+    optimizer = make_optimizer(model, settings, settings.epochs * len(batches))
+    keep_dead = keep_dead_slices(model) if settings.keep_dead else None
+    step = TrainingStep(model, optimizer, coupled_group_lasso(model), settings.precision, keep_dead)
+    whole = Pipeline(
+        settings,
+        step,
+        batches,
+        TestBatches(images_of(), "cpu"),
+        evaluator,
+        rate_schedule=cosine_anneal(0),
+        sparsity_schedule=linear_warmup(settings.sparsity_delay, settings.sparsity_ramp),
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+def found(whole: Pipeline, epochs: int = 2) -> dict[str, Check]:
+    """What the ledger says of the last of these epochs."""
+    records = [one_epoch(whole, epoch)[0] for epoch in range(epochs)]
+    return {check.name: check for check in records[-1].ledger}
+
+
+def failures(checks: dict[str, Check]) -> list[str]:
+    return [name for name, check in checks.items() if check.status == FAIL]
+
+
+def assert_only(checks: dict[str, Check], name: str, *words: str) -> None:
+    """This check alone fails, with these words, in one line that has a likely cause."""
+    assert failures(checks) == [name], [str(c) for c in checks.values() if c.status == FAIL]
+    message = checks[name].message
+    assert "Likely cause: " in message and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("batch_norm_batches", [0, 2, 100])
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.81, 0.99, 0.999])
+def test_epochs_as_they_should_be_pass_every_check(precision, batch_norm_batches, beta2):
+    settings = dataclasses.replace(
+        SETTINGS, precision=precision, batch_norm_batches=batch_norm_batches, beta2=beta2
+    )
+    for epoch in (0, 1, 3):
+        whole = pipeline(settings)
+        records = [one_epoch(whole, e)[0] for e in range(epoch + 1)]
+        assert {c.status for r in records for c in r.ledger} == {PASS}, [
+            str(c) for r in records for c in r.ledger if c.status != PASS
+        ]
+
+
+# Rates, the optimizer and the penalty's coefficient.
+
+
+def test_a_rate_that_follows_another_schedule_is_named(monkeypatch):
+    whole = pipeline(rate_schedule=cosine_anneal(1))
+    assert failures(found(whole, 1)) == []  # the same in the first epoch
+    checks = found(pipeline(rate_schedule=cosine_anneal(1)), 2)
+    assert failures(checks)[0] == "learning rates and decays"
+    assert "expected 0.00682843" in checks["learning rates and decays"].message
+
+
+def test_someone_elses_schedules_are_taken_at_their_word():
+    checks = found(pipeline(rate_schedule=lambda e, total: 0.5, sparsity_schedule=lambda e, total: 0.25))
+    assert failures(checks) == []
+    assert checks["penalty coefficient"].message == "0.001"
+
+
+def test_rates_that_are_set_after_the_training_are_named(monkeypatch):
+    monkeypatch.setattr(debug_run, "set_learning_rates", lambda optimizer, factor: None)
+    assert "learning rates and decays" in failures(found(pipeline()))
+
+
+@pytest.mark.parametrize("field", ["weights_lr", "weights_decay", "bit_lr", "deadzone_decay", "beta2"])
+def test_an_optimizer_with_another_setting_is_named(field):
+    whole = pipeline()
+    other = dataclasses.replace(SETTINGS, **{field: 0.5 * getattr(SETTINGS, field) + 1e-3})
+    whole.step.optimizer = make_optimizer(whole.model, other)
+    assert failures(found(whole))[0] == "learning rates and decays"
+
+
+def test_another_optimizer_is_named():
+    whole = pipeline()
+    groups = [dict(g, weight_decay=0.1) for g in whole.step.optimizer.param_groups]
+    plain = dict(groups[0], params=list(whole.model.parameters()))
+    whole.step.optimizer = torch.optim.Adam([plain], betas=(0.9, SETTINGS.beta2))
+    assert "first update is AdamW's" in failures(found(whole))
+
+
+def test_a_parameter_that_the_optimizer_misses_is_named():
+    whole = pipeline()
+    del whole.step.optimizer.param_groups[0]["params"][1]
+    checks = found(whole)
+    assert {"optimizer steps", "every parameter moves"} <= set(failures(checks))
+    assert "took 0" in checks["optimizer steps"].message
+
+
+def test_a_frozen_parameter_is_named():
+    whole = pipeline()
+    whole.model.layer3[0].conv2.parametrizations.weight.original.requires_grad_(False)
+    checks = found(whole)
+    assert_only(checks, "optimizer steps", "frozen", "layer3.0.conv2")
+
+
+def test_a_quantizer_that_does_not_learn_its_bits_by_design_is_no_fault():
+    torch.manual_seed(0)
+    whole = pipeline()
+    for quantizer in quantizers(whole.model).values():
+        quantizer.learnable_bit, quantizer.fixed_bit_val = False, 4
+        quantizer.logit_bit.requires_grad_(False)
+    whole.step.optimizer = make_optimizer(whole.model, SETTINGS, SETTINGS.epochs * 3)
+    assert failures(found(whole)) == []
+
+
+def test_a_weight_that_something_else_writes_is_named(monkeypatch):
+    step = TrainingStep.__call__
+
+    def written(self: TrainingStep, images: Tensor, *rest: Any) -> Tensor:
+        losses = step(self, images, *rest)
+        with torch.no_grad():
+            self.model.linear.weight.add_(1.0)
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", written)
+    checks = found(pipeline())
+    assert failures(checks) == ["first update is AdamW's", "every parameter moves"]
+    assert "times as far as AdamW can" in checks["every parameter moves"].message
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.99), (0.9, 0.999), (0.9, 0.81), (0.9, 0.7), (0.5, 0.9)])
+def test_no_gradients_move_adamw_further_than_its_reach_and_the_worst_ones_come_near(beta1, beta2):
+    steps, furthest = 40, 0.0
+    generator = torch.Generator().manual_seed(0)
+    ratio = beta1 / beta2  # gradients in this proportion make Cauchy and Schwarz an equality
+    for gradients in (
+        *(torch.randn(steps, generator=generator).mul(10.0**k).exp() for k in (-1, 0, 0.5)),
+        torch.tensor([ratio**-t for t in range(steps)], dtype=torch.double),
+        torch.tensor([ratio**t for t in range(steps)], dtype=torch.double),
+    ):
+        w = nn.Parameter(torch.zeros(1, dtype=torch.double))
+        optimizer = torch.optim.AdamW([w], lr=1.0, betas=(beta1, beta2), eps=1e-300, weight_decay=0.0)
+        for t, g in enumerate(gradients.double()):
+            before = w.item()
+            w.grad = g.reshape(1).clone()
+            optimizer.step()
+            moved = abs(w.item() - before)
+            reach = adamw_reach(beta1, beta2, t, 1)
+            assert moved <= reach * (1 + 1e-9), t
+            furthest = max(furthest, moved / reach)
+        assert abs(w.item()) <= adamw_reach(beta1, beta2, 0, steps) * (1 + 1e-9)
+    assert furthest > 0.99
+
+
+def test_a_coefficient_that_leaves_zero_in_another_epoch_is_named():
+    checks = found(pipeline(sparsity_schedule=linear_warmup(1.0, 2.0)))
+    assert_only(checks, "penalty coefficient", "expected 0.002", "used 0")
+
+
+def test_a_penalty_that_is_not_added_is_named(monkeypatch):
+    run = TrainingStep._run
+    monkeypatch.setattr(TrainingStep, "_run", lambda self, x, y, penalised, *a: run(self, x, y, False, *a))
+    checks = found(pipeline())
+    assert "loss and penalty" in failures(checks)
+    assert "the first step's penalty is 0" in checks["loss and penalty"].message
+
+
+def test_a_penalty_that_is_weighted_otherwise_is_named():
+    whole = pipeline()
+    lasso = whole.step.penalty
+    whole.step.penalty = lambda model: 0.5 * lasso(model)
+    whole.step.penalty.__module__ = "experiments.sparsity"
+    assert_only(found(whole), "loss and penalty", "counted anew")
+
+
+def test_someone_elses_penalty_is_left_alone_and_said_so():
+    whole = pipeline()
+    whole.step.penalty = lambda model: sum(p.square().sum() for p in model.parameters())
+    checks = found(whole)
+    assert failures(checks) == []
+    assert checks["loss and penalty"].status == SKIP
+
+
+# Images and losses.
+
+
+class Wrapped:
+    """Training batches that were tampered with, and that still say they are `TrainBatches`."""
+
+
+def tampered(change: Callable[[Any, int], Iterator[tuple[Tensor, Tensor]]], monkeypatch) -> Pipeline:
+    epoch = TrainBatches.epoch
+    monkeypatch.setattr(TrainBatches, "epoch", lambda self, e: change(lambda i: epoch(self, i), e))
+    return pipeline()
+
+
+def test_the_same_order_in_every_epoch_is_named(monkeypatch):
+    checks = found(tampered(lambda epoch, e: epoch(0), monkeypatch))
+    assert failures(checks) == ["images and their order", "cross-entropy"]
+    assert "order of epoch 0, not 1" in checks["images and their order"].message
+
+
+def test_labels_moved_against_images_are_named(monkeypatch):
+    whole = tampered(lambda epoch, e: ((x, y.roll(1)) for x, y in epoch(e)), monkeypatch)
+    assert failures(found(whole)) == ["images and their order", "cross-entropy"]
+
+
+def test_images_without_augmentation_are_named(monkeypatch):
+    whole = tampered(lambda epoch, e: ((x.flip(3), y) for x, y in epoch(e)), monkeypatch)
+    assert_only(found(whole), "images and their order", "images looked at are not what their draw gives")
+
+
+def test_a_batch_left_out_is_named(monkeypatch):
+    def train(step: TrainingStep, batches: Any, epoch: int, *rest: Any) -> Any:
+        real = batches.epoch
+        batches.epoch = lambda e: list(real(e))[1:]
+        return training.train_epoch(step, batches, epoch, *rest)
+
+    monkeypatch.setattr(debug_run, "train_epoch", train)
+    assert "optimizer steps" in failures(found(pipeline()))
+
+
+def test_a_second_softmax_is_named(monkeypatch):
+    cross_entropy = TrainingStep._cross_entropy
+    monkeypatch.setattr(
+        TrainingStep, "_cross_entropy", lambda self, logits, *a: cross_entropy(self, logits.softmax(1), *a)
+    )
+    assert_only(found(pipeline()), "cross-entropy", "its logits give", "second softmax")
+
+
+def test_an_epoch_that_reports_another_mean_is_named(monkeypatch):
+    def train(*arguments: Any) -> Any:
+        losses = training.train_epoch(*arguments)
+        return dataclasses.replace(losses, loss=losses.loss / 2, cross_entropy=losses.cross_entropy / 2)
+
+    monkeypatch.setattr(debug_run, "train_epoch", train)
+    assert failures(found(pipeline())) == ["cross-entropy", "loss and penalty"]
+
+
+def test_batches_of_another_kind_are_trained_on_without_an_alarm():
+    class Few:
+        def __init__(self, batches: TrainBatches) -> None:
+            self.batches, self.sizes = batches, batches.sizes[:2]
+
+        def __len__(self) -> int:
+            return 2
+
+        def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(list(self.batches.epoch(epoch))[:2])
+
+    whole = pipeline()
+    whole = dataclasses.replace(whole, train_batches=Few(whole.train_batches))
+    record, _ = one_epoch(whole, 3)
+    checks = {c.name: c for c in record.ledger}
+    assert failures(checks) == []
+    assert checks["images and their order"].status == SKIP
+
+
+# Modes, statistics, the test pass.
+
+
+def test_training_in_evaluation_mode_is_named(monkeypatch):
+    monkeypatch.setattr(ResNet, "train", lambda self, mode=True: nn.Module.train(self, False))
+    checks = found(pipeline())
+    assert "training mode" in failures(checks)
+
+
+def test_testing_in_training_mode_is_named(monkeypatch):
+    monkeypatch.setattr(ResNet, "eval", lambda self: nn.Module.train(self, True))
+    assert "test pass" in failures(found(pipeline()))
+
+
+def test_batch_norms_that_are_not_renewed_are_named(monkeypatch):
+    monkeypatch.setattr(debug_run, "renew_batch_norms", lambda *_: None)
+    assert_only(found(pipeline()), "batch norm statistics", "expected 2")
+
+
+def test_a_renewal_by_the_moving_average_is_named(monkeypatch):
+    def renew(model: nn.Module, batches: TrainBatches, epoch: int, count: int, precision: str) -> None:
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+        with torch.no_grad():
+            for images, _ in list(batches.epoch(epoch))[:count]:
+                model.train()(images)
+
+    monkeypatch.setattr(debug_run, "renew_batch_norms", renew)
+    assert_only(found(pipeline()), "batch norm statistics", "from the mean over these batches")
+
+
+def test_a_test_with_quantizers_off_is_named(monkeypatch):
+    def measure(model: nn.Module, *rest: Any) -> float:
+        toggle_quantization(model, False)
+        accuracy = training.measure_accuracy(model, *rest)
+        toggle_quantization(model, True)
+        return accuracy
+
+    monkeypatch.setattr(debug_run, "measure_accuracy", measure)
+    assert "quantizers switched off" in found(pipeline())["test pass"].message
+
+
+def test_a_weight_changed_by_the_test_pass_is_named(monkeypatch):
+    def measure(model: nn.Module, *rest: Any) -> float:
+        with torch.no_grad():
+            model.linear.bias[0] += 1e-3
+        return training.measure_accuracy(model, *rest)
+
+    monkeypatch.setattr(debug_run, "measure_accuracy", measure)
+    assert_only(found(pipeline()), "test pass", "linear.bias")
+
+
+@pytest.mark.parametrize("change", [lambda a: a + 0.1, lambda a: a + 0.03, lambda a: 100 * a + 1])
+def test_an_accuracy_that_is_not_the_logits_is_named(monkeypatch, change):
+    monkeypatch.setattr(debug_run, "measure_accuracy", lambda *args: change(training.measure_accuracy(*args)))
+    assert_only(found(pipeline()), "accuracy", "the logits")
+
+
+def test_an_accuracy_over_a_part_of_the_test_set_is_named(monkeypatch):
+    iterate = TestBatches.__iter__
+    monkeypatch.setattr(TestBatches, "__iter__", lambda self: ((x[:7], y[:7]) for x, y in iterate(self)))
+    predict = training.predict
+    monkeypatch.setattr(training, "predict", lambda n, b, p: (predict(n, b, p)[0], b.labels[:7]))
+    assert_only(found(pipeline()), "accuracy", "7 images were tested, the test set has 10")
+
+
+# What the epoch left.
+
+
+def test_dead_slices_that_are_not_kept_are_named():
+    whole = pipeline()
+    whole.step.keep_dead = lambda model: []
+    checks = found(whole)
+    assert_only(checks, "dead slices stay dead", "layer1.0.conv1", "layer2.0.conv2")
+
+
+def test_a_step_without_the_masks_that_the_setting_asks_for_is_named():
+    whole = pipeline()
+    whole.step.keep_dead = None
+    assert failures(found(whole)) == ["dead slices stay dead"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"zero_weights": 1}, {"weights": 8}, {"zero_filters": 1}, {"bits": 1}, {"learned_bits": 0.01}]
+)
+def test_a_count_of_a_layer_that_is_wrong_is_named(monkeypatch, changes):
+    record_of = debug_run.epoch_record
+
+    def wrong(*args: Any, **kwargs: Any) -> EpochRecord:
+        record = record_of(*args, **kwargs)
+        layer = record.layers["layer2.0.conv1"]
+        by = {name: getattr(layer, name) + much for name, much in changes.items()}
+        layers = record.layers | {"layer2.0.conv1": dataclasses.replace(layer, **by)}
+        return dataclasses.replace(record, layers=layers)
+
+    monkeypatch.setattr(debug_run, "epoch_record", wrong)
+    assert_only(found(pipeline()), "counts of the row", "layer2.0.conv1")
+
+
+@pytest.mark.parametrize("field", ["unstructured_sparsity", "structured_sparsity", "bits", "learned_bits"])
+def test_a_mean_of_the_row_that_is_wrong_is_named(monkeypatch, field):
+    record_of = debug_run.epoch_record
+
+    def wrong(*args: Any, **kwargs: Any) -> EpochRecord:
+        record = record_of(*args, **kwargs)
+        return dataclasses.replace(record, **{field: getattr(record, field) + 1e-3})
+
+    monkeypatch.setattr(debug_run, "epoch_record", wrong)
+    assert_only(found(pipeline()), "counts of the row", "counted anew")
+
+
+def test_watching_changes_no_bit_and_leaves_no_hook():
+    watched, alone = pipeline(), pipeline()
+    for epoch in (0, 1):
+        record, _ = one_epoch(watched, epoch)
+        training.set_learning_rates(alone.step.optimizer, alone.rate_schedule(epoch, SETTINGS.epochs))
+        coefficient = SETTINGS.sparsity_weight * alone.sparsity_schedule(epoch, SETTINGS.epochs)
+        losses = training.train_epoch(alone.step, alone.train_batches, epoch, coefficient)
+        training.renew_batch_norms(alone.model, alone.train_batches, epoch, 2)
+        accuracy = training.measure_accuracy(alone.model, alone.test_batches)
+        assert (record.loss, record.accuracy) == (losses.loss, accuracy)
+    theirs = alone.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in watched.model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in watched.model.modules())
+
+
+def test_an_epoch_that_is_cut_short_leaves_no_hook():
+    whole = pipeline()
+    with torch.no_grad():
+        whole.model.linear.weight[0, 0] = math.nan
+    with pytest.raises(training.NotFiniteError):
+        one_epoch(whole, 0)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in whole.model.modules())
+
+
+def test_every_quantized_layer_was_looked_at():
+    whole = pipeline()
+    record, _ = one_epoch(whole, PENALISED)
+    assert list(record.layers) == list(quantized_layers(whole.model))
