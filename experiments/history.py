@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
 from utils_quantization import parameter_groups, quantizers, weight_bits
 
-T = TypeVar("T")
 PACKAGES = ("torch", "numpy", "matplotlib")
 
 
@@ -304,7 +303,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _read(inner[1], item, f"{where}, {key}") for key, item in value.items()}
     if origin in (list, tuple) and isinstance(value, list | tuple):
-        return origin(_read(inner[0], item, where) for item in value)
+        return origin(_read(inner[0], item, f"{where}, item {i}") for i, item in enumerate(value, 1))
     if kind is float and value in ("nan", "inf", "-inf"):  # how strict JSON is given them
         return float(value)
     if kind is float and type(value) in (float, int) and not (type(value) is int and abs(value) > 2**53):
