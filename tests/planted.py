@@ -161,6 +161,21 @@ class Plumbing:
     inputs: dict[str, Tensor]  # (I,) bool: a fed input that this very layer passes on to a logit
 
 
+def lively_network(seed: int = 0) -> ResNet:
+    """Return a network in which nothing is dead and every batch norm adds something."""
+    return random_network(Deaths(seed))
+
+
+@torch.no_grad()
+def kill(model: ResNet, layer: str, channel: int | list[int], bias: float | None = None) -> None:
+    """Make filters all zeros, and the batch norm behind them emit `bias` where that is given."""
+    model.get_submodule(layer).weight[channel] = 0
+    if bias is not None:
+        norm = model.get_submodule(norm_of(layer))
+        norm.running_mean[channel] = 0
+        norm.bias[channel] = bias
+
+
 def plumbing(model: ResNet, size: tuple[int, int, int] = SMALL) -> Plumbing:
     """The oracle: the same network as pipes, every weight and scale that is not zero set to 1.
 

@@ -22,7 +22,7 @@ def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
 
 
 def quantize(w: Tensor, logit_bit: Tensor, logit_dz: Tensor) -> Tensor:
-    """Issue 2, section 3, line for line."""
+    """Return the quantized weights by the formulas of CoDeQ (arXiv 2512.12981), one a line."""
     # In float32, torch.quantile would round the place of the quantile to a thousandth.
     r = torch.quantile(w.detach().double().abs().flatten(), 0.99).to(w.dtype)
     b = 2 + (MAX_BITS - 2) * logit_bit.tanh().abs()
@@ -99,7 +99,7 @@ class Reference:
         return x.mean((2, 3)) @ self.weight("linear").T + self.values["linear.bias"]
 
     def penalty(self) -> Tensor:
-        """The norm of all that must vanish for a channel to go, summed over channels (issue 2, section 5)."""
+        """Sum over channels the norm of all weights that must vanish for the channel to go."""
         weights = {layer: self.weight(layer) for layer in self.quantized}
         total = torch.zeros(())
         for group in channel_groups():

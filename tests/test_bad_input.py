@@ -1,8 +1,8 @@
-"""Bad input: one sentence that names the value, what was expected and what to do, status 2, nothing lost.
+"""Bad input gets status 2 and one sentence with the value, what was expected and what to do; no file is lost.
 
-The table below is read as: what lies in the folder, the command line, what the sentence must say. Strange
-surroundings (no home, no terminal, a full disk below standard output ...) follow it, and at the end any
-combination of settings.
+A row of the table below is a command line, what the sentence must say, and how the folder is prepared. Then
+come runs in strange surroundings (no home, no terminal, standard output on a full disk ...), and at the end
+any combination of settings.
 """
 
 import contextlib
@@ -27,8 +27,10 @@ from typing import Any
 
 import pytest
 import torch
+from folders import tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from programs import DEADLINE, environment
 from torch import nn
 
 from experiments import cifar10, data, debug_run, device, plots, proofs, verify
@@ -39,14 +41,13 @@ from experiments.settings import Settings, flag, parse_settings
 from resnet import resnet20
 from src.packing import pack_network
 
-ROOT = Path(__file__).parent.parent
 PROGRAMS = {"debug_run": debug_run.main, "verify": verify.main}
 TRAIN_IMAGES, TEST_IMAGES = 16, 8
 REFUSING = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # nobody listens on port 9
 EARLIER = "of an earlier run"
 
 
-def handful(source: str) -> Dataset:
+def small_stand_in(source: str) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     shape = (TRAIN_IMAGES + TEST_IMAGES, 3, 32, 32)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
@@ -57,10 +58,10 @@ def handful(source: str) -> Dataset:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A folder to run in, with a handful of images for a stand-in, no network and no GPU."""
+    """A working folder for runs whose stand-in is 24 images, without a network and a GPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(device, "keep_freed_memory", lambda: True)
-    monkeypatch.setattr(data, "synthetic_dataset", handful)
+    monkeypatch.setattr(data, "synthetic_dataset", small_stand_in)
     monkeypatch.setattr(cifar10, "SOURCES", (REFUSING,))
     for name in ("TRAIN_FILES", "TEST_FILES"):
         table = {file: hashlib.md5(file.encode()).hexdigest() for file in getattr(cifar10, name)}
@@ -71,8 +72,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
-def run(command: str | list[str]) -> tuple[int | str | None, str, str]:
-    """A command line in this process: its exit status, standard output and standard error."""
+def run_command(command: str | list[str]) -> tuple[int | str | None, str, str]:
+    """Run a command line in this process; return its exit status, standard output and standard error."""
     program, *arguments = shlex.split(command) if isinstance(command, str) else command
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
@@ -82,24 +83,12 @@ def run(command: str | list[str]) -> tuple[int | str | None, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-def snapshot(folder: Path) -> dict[str, bytes | str]:
-    """Every name below the folder, with a file's bytes, and what else the others are."""
-    return {
-        str(path.relative_to(folder)): f"link to {path.readlink()}"
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else "folder"
-        for path in folder.rglob("*")
-    }
-
-
 def assert_one_sentence(err: str) -> None:
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
     assert "Traceback" not in err
 
 
-# How a folder is prepared. What a function returns is kept until the end of its test.
+# Functions that prepare a folder. What one returns, such as a lock, is kept until the end of the test.
 
 Prepare = Callable[[Path], object]
 
@@ -137,7 +126,7 @@ def unpacked_cifar10(folder: Path) -> Path:
     return batches
 
 
-def batch_file(content: bytes) -> Prepare:
+def other_batch_file(content: bytes) -> Prepare:
     return lambda folder: (unpacked_cifar10(folder) / "data_batch_3").write_bytes(content)
 
 
@@ -177,7 +166,7 @@ def a_folder_as_archive(folder: Path) -> None:
 
 
 def both_altered(folder: Path) -> None:
-    batch_file(b"half of it")(folder)
+    other_batch_file(b"half of it")(folder)
     (folder / "data" / cifar10.ARCHIVE).write_bytes(b"half of it")
 
 
@@ -192,7 +181,7 @@ FIRST = "debug_output/checkpoint_0001.pt"
 
 
 def checkpoint(**changes: Any) -> Prepare:
-    """The checkpoint after the first epoch of RESUMED, as far as it is read before it is refused."""
+    """The checkpoint after the first epoch of RESUMED, with only what is read before a refusal."""
     state: dict[str, Any] = {
         "settings": RESUMED.to_json(),
         "surroundings": {"torch": str(torch.__version__), "device": "cpu, 1 threads", "data": DATA_HERE},
@@ -223,19 +212,19 @@ def spoilt(spoil: Callable[[bytes], bytes]) -> Prepare:
     return prepare
 
 
-def sealed(content: bytes) -> Prepare:
-    """A checkpoint whose SHA-256 is right, whatever its content."""
+def with_checksum(content: bytes) -> Prepare:
+    """A file with any content and, as a checkpoint has it, the right SHA-256 at its end."""
     return spoilt(lambda _: content + hashlib.sha256(content).digest())
 
 
-def saved(value: Any) -> bytes:
+def serialized(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def flipped(content: bytes) -> bytes:
-    """The middle third altered."""
+    """The content with every bit of its middle third flipped."""
     third = len(content) // 3
     return content[:third] + bytes(b ^ 0xFF for b in content[third : 2 * third]) + content[2 * third :]
 
@@ -251,14 +240,14 @@ def two_bad_checkpoints(folder: Path) -> None:
 
 
 @functools.cache
-def packed(claim: str = "null") -> bytes:
+def packed_network(claim: str = "null") -> bytes:
     torch.manual_seed(0)
     return pack_network(resnet20(), {"preset": "debug"}, {"structured_macs": json.loads(claim)})
 
 
 @functools.cache
 def exported() -> bytes:
-    """A whole and sound .pt2 file, of no image classifier."""
+    """A valid .pt2 file whose network takes no images."""
     content = io.BytesIO()
     torch.export.save(torch.export.export(nn.Linear(3, 2), (torch.zeros(2, 3),)), content)
     return content.getvalue()
@@ -288,7 +277,7 @@ class Case:
 WHOLE = [item.name for item in fields(Settings) if item.type in (int, int | None)]
 NUMBERS = [item.name for item in fields(Settings) if item.type is float and item.name != "beta2"]
 CHOSEN = {item.name: item.metadata["choices"] for item in fields(Settings) if item.metadata["choices"]}
-LEAST = {"seed": 0, "batch_norm_batches": 0, "logit_steps": 0}  # of the others 1
+LEAST = {"seed": 0, "batch_norm_batches": 0, "logit_steps": 0}  # The least value of any other is 1.
 MOST = {"epochs": 10**6, "seed": 2**63 - 1, "threads": 4096}
 LARGEST_FLOAT, LARGEST_FLOAT32 = "1.7976931348623157e308", "3.4028234663852886e38"
 LONG = "x" * 300
@@ -408,17 +397,17 @@ CASES = dict(refused_values()) | {
     "a batch file cut short": Case(
         "debug_run",
         ("data_batch_3 is truncated or altered", "11 bytes", "good copy"),
-        batch_file(b"data_batch_"),
+        other_batch_file(b"data_batch_"),
     ),
     "a batch file altered": Case(
-        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), batch_file(b"data_batch_4")
+        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), other_batch_file(b"data_batch_4")
     ),
-    "an empty batch file": Case("debug_run", ("data_batch_3", "(0 bytes"), batch_file(b"")),
+    "an empty batch file": Case("debug_run", ("data_batch_3", "(0 bytes"), other_batch_file(b"")),
     "CIFAR-100 in a batch file's place": Case(
-        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), batch_file(CIFAR100)
+        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), other_batch_file(CIFAR100)
     ),
     "MNIST in a batch file's place": Case(
-        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), batch_file(MNIST)
+        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), other_batch_file(MNIST)
     ),
     "a folder in a batch file's place": Case(
         "debug_run", ("data_batch_1 cannot be read", "Is a directory"), a_folder_as_batch_file
@@ -491,18 +480,26 @@ CASES = dict(refused_values()) | {
     "an empty checkpoint": Case(RESUME, NO_CHECKPOINT, spoilt(lambda _: b"")),
     "a folder in a checkpoint's place": Case(RESUME, NO_CHECKPOINT, a_folder_as_checkpoint),
     "two checkpoints, none good": Case(RESUME, NO_CHECKPOINT, two_bad_checkpoints),
-    "a checkpoint of a later version": Case(RESUME, NO_CHECKPOINT, sealed(saved({"version": VERSION + 1}))),
-    "a checkpoint without a version": Case(RESUME, NO_CHECKPOINT, sealed(saved({"model": {}}))),
-    "a checkpoint that lacks a part": Case(RESUME, NO_CHECKPOINT, sealed(saved({"version": VERSION}))),
-    "a checkpoint with a list in it": Case(RESUME, NO_CHECKPOINT, sealed(saved([1, 2]))),
-    "a checkpoint that is text": Case(RESUME, NO_CHECKPOINT, sealed(b"hello")),
-    "a checkpoint that is random bytes": Case(RESUME, NO_CHECKPOINT, sealed(random.Random(0).randbytes(999))),
-    "a checkpoint that is nothing but its checksum": Case(RESUME, NO_CHECKPOINT, sealed(b"")),
-    "a checkpoint that is a picture": Case(RESUME, NO_CHECKPOINT, sealed(b"\x89PNG\r\n\x1a\n")),
-    "a checkpoint that is an object of another class": Case(
-        RESUME, NO_CHECKPOINT, sealed(saved(Path("harmless")))
+    "a checkpoint of a later version": Case(
+        RESUME, NO_CHECKPOINT, with_checksum(serialized({"version": VERSION + 1}))
     ),
-    "a checkpoint that is a plain pickle": Case(RESUME, NO_CHECKPOINT, sealed(pickle.dumps({"version": 1}))),
+    "a checkpoint without a version": Case(RESUME, NO_CHECKPOINT, with_checksum(serialized({"model": {}}))),
+    "a checkpoint that lacks a part": Case(
+        RESUME, NO_CHECKPOINT, with_checksum(serialized({"version": VERSION}))
+    ),
+    "a checkpoint with a list in it": Case(RESUME, NO_CHECKPOINT, with_checksum(serialized([1, 2]))),
+    "a checkpoint that is text": Case(RESUME, NO_CHECKPOINT, with_checksum(b"hello")),
+    "a checkpoint that is random bytes": Case(
+        RESUME, NO_CHECKPOINT, with_checksum(random.Random(0).randbytes(999))
+    ),
+    "a checkpoint that is nothing but its checksum": Case(RESUME, NO_CHECKPOINT, with_checksum(b"")),
+    "a checkpoint that is a picture": Case(RESUME, NO_CHECKPOINT, with_checksum(b"\x89PNG\r\n\x1a\n")),
+    "a checkpoint that is an object of another class": Case(
+        RESUME, NO_CHECKPOINT, with_checksum(serialized(Path("harmless")))
+    ),
+    "a checkpoint that is a plain pickle": Case(
+        RESUME, NO_CHECKPOINT, with_checksum(pickle.dumps({"version": 1}))
+    ),
     "a checkpoint whose settings are a list": Case(RESUME, ("--resume",), checkpoint(settings=[])),
     "a checkpoint of another network": Case(
         RESUME, ("--resume",), checkpoint(model={"weight": torch.zeros(3)})
@@ -548,15 +545,15 @@ CASES = dict(refused_values()) | {
     "a limit of nothing, for verify": Case(
         "verify a.codeq --data synthetic --limit-test 0",
         ("--limit-test is 0", "1 to 8"),
-        received("a.codeq", packed),
+        received("a.codeq", packed_network),
     ),
     "a limit too large, for verify": Case(
         "verify a.codeq --data synthetic --limit-test 9",
         ("--limit-test is 9", "1 to 8"),
-        received("a.codeq", packed),
+        received("a.codeq", packed_network),
     ),
     "no data to verify on": Case(
-        "verify a.codeq --data cifar10", (*NOT_HAD, "Connection refused"), received("a.codeq", packed)
+        "verify a.codeq --data cifar10", (*NOT_HAD, "Connection refused"), received("a.codeq", packed_network)
     ),
     "a received file that is not there": Case(f"verify a.codeq {FEW}", ("a.codeq", "No such file")),
     "a received file below a file": Case(
@@ -569,19 +566,23 @@ CASES = dict(refused_values()) | {
         f"verify a.pt2 {FEW}", ("a.pt2", "Is a directory"), a_received_folder
     ),
     "a received file of another ending": Case(
-        f"verify a.pt {FEW}", ("a.pt", "expected", ".codeq or .pt2"), received("a.pt", packed)
+        f"verify a.pt {FEW}", ("a.pt", "expected", ".codeq or .pt2"), received("a.pt", packed_network)
     ),
     "an empty packed file": Case(
         f"verify a.codeq {FEW}", ("a.codeq", "truncated"), received("a.codeq", bytes)
     ),
     "a packed file cut short": Case(
-        f"verify a.codeq {FEW}", ("a.codeq", "truncated"), received("a.codeq", lambda: packed()[:-1])
+        f"verify a.codeq {FEW}", ("a.codeq", "truncated"), received("a.codeq", lambda: packed_network()[:-1])
     ),
     "a packed file altered": Case(
-        f"verify a.codeq {FEW}", ("a.codeq", "altered"), received("a.codeq", lambda: flipped(packed()))
+        f"verify a.codeq {FEW}",
+        ("a.codeq", "altered"),
+        received("a.codeq", lambda: flipped(packed_network())),
     ),
     "a packed file with more behind it": Case(
-        f"verify a.codeq {FEW}", ("a.codeq", "followed"), received("a.codeq", lambda: packed() + b"\n")
+        f"verify a.codeq {FEW}",
+        ("a.codeq", "followed"),
+        received("a.codeq", lambda: packed_network() + b"\n"),
     ),
     "random bytes for a packed file": Case(
         f"verify a.codeq {FEW}", ("a.codeq", "no packed network"), received("a.codeq", lambda: b"\x00" * 9999)
@@ -590,10 +591,10 @@ CASES = dict(refused_values()) | {
         f"verify a.codeq {FEW}", ("a.codeq", "no packed network"), received("a.codeq", exported)
     ),
     "a packed file that claims a word": Case(
-        f"verify a.codeq {FEW}", ("a.codeq", "many"), received("a.codeq", lambda: packed('"many"'))
+        f"verify a.codeq {FEW}", ("a.codeq", "many"), received("a.codeq", lambda: packed_network('"many"'))
     ),
     "a packed file that claims a list": Case(
-        f"verify a.codeq {FEW}", ("a.codeq", "[1]"), received("a.codeq", lambda: packed("[1]"))
+        f"verify a.codeq {FEW}", ("a.codeq", "[1]"), received("a.codeq", lambda: packed_network("[1]"))
     ),
     "an empty exported file": Case(f"verify a.pt2 {FEW}", ("a.pt2", "again"), received("a.pt2", bytes)),
     "an exported file cut short": Case(
@@ -606,10 +607,10 @@ CASES = dict(refused_values()) | {
         f"verify a.pt2 {FEW}", ("a.pt2", "again"), received("a.pt2", lambda: random.Random(0).randbytes(999))
     ),
     "a state_dict for an exported file": Case(
-        f"verify a.pt2 {FEW}", ("a.pt2", "again"), received("a.pt2", lambda: saved({"weight": 1}))
+        f"verify a.pt2 {FEW}", ("a.pt2", "again"), received("a.pt2", lambda: serialized({"weight": 1}))
     ),
     "a packed file for an exported file": Case(
-        f"verify a.pt2 {FEW}", ("a.pt2", "again"), received("a.pt2", packed)
+        f"verify a.pt2 {FEW}", ("a.pt2", "again"), received("a.pt2", packed_network)
     ),
     "an exported network that takes no images": Case(
         f"verify a.pt2 {FEW}", ("a.pt2",), received("a.pt2", exported)
@@ -625,10 +626,10 @@ def test_bad_input_gets_one_sentence_and_status_2_and_leaves_every_file_as_it_wa
         raise AssertionError("training began")
 
     monkeypatch.setattr(debug_run, "train_epoch", refuse)
-    kept = case.prepare(here)  # until the end
-    before = snapshot(here)
-    status, out, err = run(case.command)
-    assert snapshot(here) == before
+    kept = case.prepare(here)
+    before = tree(here)
+    status, out, err = run_command(case.command)
+    assert tree(here) == before
     assert_one_sentence(err)
     assert [word for word in case.words if word not in err] == []
     assert status == 2
@@ -651,7 +652,7 @@ def test_a_value_at_the_end_of_its_range_is_taken_as_it_is(name: str, value: Any
         assert getattr(parse_settings(arguments), name) == value
 
 
-# What only a run shows: the same rule, on runs of one step or two.
+# Mistakes that show only in a run follow the same rule, on runs of one step or two.
 
 
 @pytest.fixture
@@ -696,20 +697,20 @@ def assert_ended_well_or_was_refused_before_the_work(
 def test_a_run_with_extreme_settings_ends_with_its_report_or_is_refused_before_it_trains(
     quick: Path, arguments: str
 ) -> None:
-    assert_ended_well_or_was_refused_before_the_work(quick, *run(f"{QUICK} {arguments}"))
+    assert_ended_well_or_was_refused_before_the_work(quick, *run_command(f"{QUICK} {arguments}"))
 
 
 def test_a_batch_size_larger_than_a_machine_word_can_be_resumed(quick: Path) -> None:
     command = f"{QUICK} --batch-size {10**30}"
-    run(command)
-    status, out, err = run(f"{command} --epochs 2 --resume")
+    run_command(command)
+    status, out, err = run_command(f"{command} --epochs 2 --resume")
     assert status in (0, 1) and err == "" and "Resumed:   after epoch 1" in out
 
 
 def test_a_folder_with_the_name_of_a_later_checkpoint_stops_no_run_that_goes_on(quick: Path) -> None:
-    run(QUICK)
+    run_command(QUICK)
     (quick / "debug_output" / "checkpoint_0009.pt").mkdir()
-    status, out, err = run(f"{QUICK} --epochs 2 --resume")
+    status, out, err = run_command(f"{QUICK} --epochs 2 --resume")
     assert "checkpoint_0009.pt cannot be read (Is a directory)" in out and "Resumed:   after epoch 1" in out
     assert status in (0, 1) and err == ""
 
@@ -718,24 +719,24 @@ def test_a_folder_with_the_name_of_a_later_checkpoint_stops_no_run_that_goes_on(
 def test_a_checkpoint_that_the_user_has_put_by_is_still_there_after_a_run_that_goes_on(
     quick: Path, name: str
 ) -> None:
-    run(QUICK)
+    run_command(QUICK)
     (quick / "debug_output" / name).write_bytes((quick / FIRST).read_bytes())
-    before = snapshot(quick)
-    status, out, err = run(f"{QUICK} --epochs 2 --resume")
+    before = tree(quick)
+    status, out, err = run_command(f"{QUICK} --epochs 2 --resume")
     assert status in (0, 1) and err == "" and "Resumed:   after epoch 1" in out
-    assert snapshot(quick).get(f"debug_output/{name}") == before[f"debug_output/{name}"]
+    assert tree(quick).get(f"debug_output/{name}") == before[f"debug_output/{name}"]
 
 
 def test_a_folder_with_the_name_of_litter_stops_no_run(quick: Path) -> None:
     (quick / "debug_output" / ".mine.1.part").mkdir(parents=True)
-    assert_ended_well_or_was_refused_before_the_work(quick, *run(QUICK))
+    assert_ended_well_or_was_refused_before_the_work(quick, *run_command(QUICK))
     assert (quick / "debug_output" / ".mine.1.part").is_dir()
 
 
 def test_what_a_received_file_says_of_itself_stays_on_its_line(here: Path) -> None:
     forged = "debug\x1b[2K\nAccuracy: 99.99 %"
     (here / "a.codeq").write_bytes(pack_network(resnet20(), {"preset": forged}, {}))
-    status, out, _ = run(f"verify a.codeq {FEW}")
+    status, out, _ = run_command(f"verify a.codeq {FEW}")
     assert status in (0, 2)
     assert "\x1b" not in out and "\nAccuracy: 99.99 %" not in out
 
@@ -743,7 +744,7 @@ def test_what_a_received_file_says_of_itself_stays_on_its_line(here: Path) -> No
 def test_verify_shows_a_name_whose_letters_standard_output_does_not_have(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (here / "größe.codeq").write_bytes(packed())
+    (here / "größe.codeq").write_bytes(packed_network())
     shown = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", shown)
     assert verify.main(["größe.codeq", *shlex.split(FEW)]) == 0
@@ -751,7 +752,7 @@ def test_verify_shows_a_name_whose_letters_standard_output_does_not_have(
     assert "gr\\xf6\\xdfe.codeq" in shown.read()
 
 
-# Strange surroundings: each run in a process of its own, two at a time.
+# Strange surroundings. Each run is a process of its own, and two run at a time.
 
 WHOLE_RUN = [sys.executable, "-m", "experiments.debug_run"]
 VERIFY = [sys.executable, "-m", "experiments.verify"]
@@ -785,7 +786,8 @@ class Place:
 
 RUNS = {
     "no HOME, no temporary folder, no terminal, Ctrl-C ignored": Place(
-        """unset HOME; trap '' INT; "$@" < /dev/null & sleep 3; kill -INT $!; wait $!""",
+        """unset HOME; trap '' INT; "$@" < /dev/null > out.txt &
+        until grep -q 'Epoch |' out.txt || ! kill -0 $!; do sleep 0.1; done; kill -INT $!; wait $!""",
         (*WHOLE_RUN, *TINY),
         {"TMPDIR": "/dev/null/none", "TERM": ""},
     ),
@@ -828,13 +830,11 @@ class Ended:
 def run_in(place: Place, folder: Path) -> Ended:
     output_dir = folder / place.output_dir
     command = [*place.command, *(["--output-dir", str(output_dir)] if "--epochs" in place.command else [])]
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | place.environment
     master, inside = pty.openpty() if place.terminal else (None, None)
     with subprocess.Popen(
-        ["timeout", "120", "bash", "-c", place.script, "bash", *command],
+        ["timeout", str(DEADLINE), "bash", "-c", place.script, "bash", *command],
         cwd=folder,
-        env=environment,
+        env=environment() | place.environment,
         stdin=inside,
         stdout=inside or subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -842,7 +842,7 @@ def run_in(place: Place, folder: Path) -> Ended:
         out = b""
         if master is not None:
             os.close(inside)
-            with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            with contextlib.suppress(OSError):  # Linux reports a closed other end as an error.
                 while block := os.read(master, 1 << 16):
                     out += block
             os.close(master)
@@ -852,7 +852,7 @@ def run_in(place: Place, folder: Path) -> Ended:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
-    (received_file := tmp_path_factory.mktemp("received") / "a.codeq").write_bytes(packed())
+    (received_file := tmp_path_factory.mktemp("received") / "a.codeq").write_bytes(packed_network())
     with ThreadPoolExecutor(2) as pool:
         futures = {}
         for name, place in (RUNS | REFUSED | UNHEARD).items():
@@ -861,7 +861,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future
                 shutil.copy(received_file, folder)
             futures[name] = pool.submit(run_in, place, folder)
         yield futures
-        pool.shutdown(cancel_futures=True)  # where only some of the tests were asked for
+        pool.shutdown(cancel_futures=True)  # With only some of the tests selected, some runs are not needed.
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -971,4 +971,4 @@ def test_any_settings_that_are_taken_run_to_their_end_or_are_refused_in_one_sent
 ) -> None:
     shutil.rmtree(quick / "debug_output", ignore_errors=True)
     command = [*shlex.split(QUICK), *(f"{flag(name)}={value}" for name, value in chosen.items())]
-    assert_ended_well_or_was_refused_before_the_work(quick, *run(command))
+    assert_ended_well_or_was_refused_before_the_work(quick, *run_command(command))

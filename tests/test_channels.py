@@ -16,7 +16,8 @@ from planted import (
     Deaths,
     convolutions,
     images,
-    norm_of,
+    kill,
+    lively_network,
     planted_deaths,
     plumbing,
     random_network,
@@ -43,27 +44,12 @@ from utils_quantization import attach_weight_quantizers, toggle_quantization
 NULL, CONSTANT, ALIVE = ChannelState.NULL, ChannelState.CONSTANT, ChannelState.ALIVE
 
 
-def network(seed: int = 0) -> ResNet:
-    """Nothing dead, every batch norm adds something: a channel is what it is by what a test then plants."""
-    return random_network(Deaths(seed))
-
-
 def trace(model: nn.Module) -> ChannelAccount:
     return trace_channels(model, SMALL)
 
 
-def state(model: nn.Module, layer: str, channel: int) -> ChannelState:
+def channel_state(model: nn.Module, layer: str, channel: int) -> ChannelState:
     return ChannelState(int(trace(model).layers[layer].states[channel]))
-
-
-@torch.no_grad()
-def kill(model: ResNet, layer: str, channel: int, bias: float | None = None) -> None:
-    """Make a filter all zeros; `bias` is then what the batch norm behind it emits."""
-    model.get_submodule(layer).weight[channel] = 0
-    if bias is not None:
-        bn = model.get_submodule(norm_of(layer))
-        bn.running_mean[channel] = 0
-        bn.bias[channel] = bias
 
 
 @torch.no_grad()
@@ -78,33 +64,33 @@ def unread(model: ResNet, layer: str, channel: int) -> None:
 @pytest.mark.parametrize(("bias", "expected"), [(0.5, CONSTANT), (0.0, NULL), (-0.5, NULL)])
 @pytest.mark.parametrize("layer", ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.1.conv1"])
 def test_a_dead_filter_before_a_relu_is_constant_only_where_its_bias_is_above_zero(layer, bias, expected):
-    model = network()
+    model = lively_network()
     kill(model, layer, 3, bias)
-    assert state(model, layer, 3) is expected
+    assert channel_state(model, layer, 3) is expected
 
 
 @pytest.mark.parametrize(("bias", "expected"), [(0.5, CONSTANT), (0.0, NULL), (-0.5, CONSTANT)])
 @pytest.mark.parametrize("layer", ["layer1.0.conv2", "layer2.0.conv2", "layer3.1.conv2"])
 def test_a_dead_filter_before_a_sum_is_constant_where_its_bias_is_not_zero(layer, bias, expected):
-    model = network()
+    model = lively_network()
     kill(model, layer, 9, bias)
-    assert state(model, layer, 9) is expected
+    assert channel_state(model, layer, 9) is expected
 
 
 def test_it_is_the_folded_batch_norm_that_counts_and_not_its_bias():
-    model = network()
+    model = lively_network()
     kill(model, "layer1.0.conv1", 0, bias=0.0)
     model.layer1[0].bn1.running_mean[0] = -1.0  # (0 + 1) * scale / sqrt(var + eps)
     with torch.no_grad():
         model.layer1[0].bn1.weight[0] = 0.7
-    assert state(model, "layer1.0.conv1", 0) is CONSTANT
+    assert channel_state(model, "layer1.0.conv1", 0) is CONSTANT
     with torch.no_grad():
         model.layer1[0].bn1.weight[0] = -0.7
-    assert state(model, "layer1.0.conv1", 0) is NULL
+    assert channel_state(model, "layer1.0.conv1", 0) is NULL
 
 
 def test_every_channel_of_a_network_without_zeros_is_alive():
-    account = trace(network())
+    account = trace(lively_network())
     assert list(account.layers) == [*CONVOLUTIONS, "linear"]
     for layer in account.layers.values():
         assert layer.states.tolist() == [ALIVE] * len(layer.states)
@@ -113,36 +99,36 @@ def test_every_channel_of_a_network_without_zeros_is_alive():
 
 
 def test_a_filter_whose_weights_cancel_to_a_zero_sum_is_alive():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         w = model.layer1[0].conv1.weight
         w[2] = 0
         w[2, :, 0, 0], w[2, :, 1, 1] = 1.0, -1.0
     assert not w[2].sum((1, 2)).any()
-    assert state(model, "layer1.0.conv1", 2) is ALIVE
+    assert channel_state(model, "layer1.0.conv1", 2) is ALIVE
 
 
 def test_an_input_slice_whose_weights_cancel_is_still_a_reader():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         w = model.layer1[0].conv2.weight
         w[:, 2] = 0
         w[:, 2, 0, 0], w[:, 2, 1, 1] = 1.0, -1.0
     account = trace(model)
     assert account.layers["layer1.0.conv2"].inputs[2]
-    assert state(model, "layer1.0.conv1", 2) is ALIVE
+    assert channel_state(model, "layer1.0.conv1", 2) is ALIVE
 
 
 def test_one_small_weight_keeps_a_filter_alive():
-    model = network()
+    model = lively_network()
     kill(model, "layer2.1.conv1", 5)
     with torch.no_grad():
         model.layer2[1].conv1.weight[5, 7, 0, 2] = -1e-30
-    assert state(model, "layer2.1.conv1", 5) is ALIVE
+    assert channel_state(model, "layer2.1.conv1", 5) is ALIVE
 
 
 def test_a_residual_channel_with_one_dead_branch_goes_on_alive():
-    model = network()
+    model = lively_network()
     kill(model, "layer1.1.conv2", 4, bias=-0.5)
     account = trace(model)
     assert account.layers["layer1.1.conv2"].states[4] == CONSTANT
@@ -153,7 +139,7 @@ def test_a_residual_channel_with_one_dead_branch_goes_on_alive():
 
 
 def test_a_residual_channel_without_a_live_producer_is_gone_from_every_reader():
-    model = network()
+    model = lively_network()
     for layer, bias in (("conv1", 0.5), ("layer1.0.conv2", -2.0), ("layer1.1.conv2", 1.0)):
         kill(model, layer, 4, bias)
     account = trace(model)
@@ -172,7 +158,7 @@ def test_a_residual_channel_without_a_live_producer_is_gone_from_every_reader():
 def test_a_channel_that_lives_in_the_padding_is_constant_until_its_first_live_producer(
     stage, padded, carried
 ):
-    model = network()
+    model = lively_network()
     kill(model, f"layer{stage}.0.conv2", padded, bias=0.25)
     kill(model, f"layer{stage}.0.conv2", carried, bias=0.25)
     account = trace(model)
@@ -189,7 +175,7 @@ def test_a_channel_that_lives_in_the_padding_is_constant_until_its_first_live_pr
 
 
 def test_a_channel_that_nobody_reads_is_null_whatever_it_carries():
-    model = network()
+    model = lively_network()
     unread(model, "layer2.0.conv2", 6)  # a live filter
     kill(model, "layer2.0.conv1", 7, bias=0.5)
     unread(model, "layer2.0.conv2", 7)  # a constant
@@ -200,13 +186,13 @@ def test_a_channel_that_nobody_reads_is_null_whatever_it_carries():
 
 
 def test_a_residual_channel_is_read_through_the_shortcut_by_what_comes_later():
-    model = network()
+    model = lively_network()
     unread(model, "layer2.1.conv1", 11)  # layer2.0's channel 11 is still read by stage 3, as its channel 27
-    assert state(model, "layer2.0.conv2", 11) is ALIVE
+    assert channel_state(model, "layer2.0.conv2", 11) is ALIVE
     unread(model, "layer3.0.conv1", 11)
-    assert state(model, "layer2.0.conv2", 11) is ALIVE
+    assert channel_state(model, "layer2.0.conv2", 11) is ALIVE
     unread(model, "layer3.1.conv1", 27)
-    assert state(model, "layer2.0.conv2", 11) is ALIVE
+    assert channel_state(model, "layer2.0.conv2", 11) is ALIVE
     unread(model, "linear", 27)
     account = trace(model)
     assert account.layers["layer2.0.conv2"].states[11] == NULL
@@ -217,7 +203,7 @@ def test_a_residual_channel_is_read_through_the_shortcut_by_what_comes_later():
 
 
 def test_dead_columns_of_the_classifier_silence_the_last_block_alone():
-    model = network()
+    model = lively_network()
     for channel in (0, 20, 63):
         unread(model, "linear", channel)
     account = trace(model)
@@ -229,7 +215,7 @@ def test_dead_columns_of_the_classifier_silence_the_last_block_alone():
 
 
 def test_a_filter_that_reads_only_constant_channels_is_constant_and_so_on_down():
-    model = network()
+    model = lively_network()
     kill(model, "layer1.0.conv1", 0, bias=0.5)
     with torch.no_grad():
         model.layer1[0].conv2.weight[5, 1:] = 0  # conv2's filter 5 reads inner channel 0 alone
@@ -246,7 +232,7 @@ def test_a_filter_that_reads_only_constant_channels_is_constant_and_so_on_down()
 
 
 def test_a_filter_that_only_an_unread_filter_reads_is_null_and_so_on_up():
-    model = network()
+    model = lively_network()
     unread(model, "linear", 40)  # layer3.1.conv2's filter 40 is unread
     with torch.no_grad():
         for i in (1, 2):
@@ -264,7 +250,7 @@ def test_a_filter_that_only_an_unread_filter_reads_is_null_and_so_on_up():
 
 
 def test_a_filter_with_batch_norm_scale_zero_is_constant_and_reads_nothing():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.layer1[0].bn2.weight[3] = 0
         model.layer1[0].bn2.bias[3] = -0.5
@@ -279,7 +265,7 @@ def test_a_filter_with_batch_norm_scale_zero_is_constant_and_reads_nothing():
 
 @pytest.mark.parametrize("dead", ["layer2.1.conv1", "layer2.1.conv2"])
 def test_a_block_whose_branch_is_dead_costs_nothing_and_lets_the_stream_through(dead):
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.get_submodule(dead).weight.zero_()
     account = trace(model)
@@ -295,7 +281,7 @@ def test_a_block_whose_branch_is_dead_costs_nothing_and_lets_the_stream_through(
 
 @pytest.mark.parametrize("layers", [["conv1"], ["linear"], [*CONVOLUTIONS, "linear"]])
 def test_a_network_with_nothing_left_says_what_its_logits_are(layers):
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         for layer in layers:
             model.get_submodule(layer).weight.zero_()
@@ -310,7 +296,7 @@ def test_a_network_with_nothing_left_says_what_its_logits_are(layers):
 
 
 def test_a_class_that_reads_nothing_is_constant_or_null_by_its_bias():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.linear.weight[[2, 5]] = 0
         model.linear.bias[2] = -1.0
@@ -319,7 +305,7 @@ def test_a_class_that_reads_nothing_is_constant_or_null_by_its_bias():
 
 
 def test_a_constant_beside_zero_padding_is_a_map_and_not_a_number():
-    model = with_norms(network(), bias=0.0)
+    model = with_norms(lively_network(), bias=0.0)
     kill(model, "layer1.0.conv1", 0, bias=1.0)
     with torch.no_grad():
         model.layer1[0].conv2.weight[5] = 0
@@ -484,9 +470,9 @@ def test_the_account_does_not_depend_on_the_precision():
         assert torch.equal(layer.inputs, other.inputs)
 
 
-def quantized_network() -> ResNet:
+def coarsely_quantized_network() -> ResNet:
     """Weights of which about half fall in the dead zone; one filter of each convolution wholly."""
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         for _, conv, _ in convolutions(model):
             conv.weight[1] *= 0.01
@@ -496,9 +482,9 @@ def quantized_network() -> ResNet:
 
 
 def test_it_is_the_quantized_weights_that_count():
-    model = quantized_network()
+    model = coarsely_quantized_network()
     account = trace(model)
-    plain = network().float()
+    plain = lively_network().float()
     with torch.no_grad():
         for name, weight in read_weights(model).items():
             plain.get_submodule(name).weight.copy_(weight)
@@ -508,13 +494,13 @@ def test_it_is_the_quantized_weights_that_count():
 
 
 def test_a_quantizer_that_is_switched_off_kills_nothing():
-    model = quantized_network()
+    model = coarsely_quantized_network()
     toggle_quantization(model, enabled=False)
     assert all((layer.states == ALIVE).all() for layer in trace(model).layers.values())
 
 
 def test_the_weights_can_be_given_by_name():
-    model = network()
+    model = lively_network()
     weights = read_weights(model)
     assert list(weights) == [*CONVOLUTIONS, "linear"]
     weights["layer1.0.conv1"] = torch.zeros_like(weights["layer1.0.conv1"])
@@ -606,7 +592,7 @@ def without_group(model: ResNet, group: str, channel: int) -> ResNet:
 
 @pytest.mark.parametrize("block", ["layer1.0", "layer2.0", "layer3.1"])
 def test_an_inner_channel_whose_group_has_vanished_is_gone_without_a_trace(block):
-    account = trace(without_group(network(), f"{block} inner", 3))
+    account = trace(without_group(lively_network(), f"{block} inner", 3))
     alone = [int(i == 3) for i in range(len(account.layers[f"{block}.conv1"].states))]
     assert (account.layers[f"{block}.conv1"].states == NULL).int().tolist() == alone
     assert (~account.layers[f"{block}.conv2"].inputs).int().tolist() == alone
@@ -616,7 +602,7 @@ def test_an_inner_channel_whose_group_has_vanished_is_gone_without_a_trace(block
 
 @pytest.mark.parametrize(("stage", "channel", "left"), [(2, 3, 0), (3, 60, 0), (1, 7, 1)])
 def test_a_residual_channel_whose_group_has_vanished_has_no_producer_but_the_stem(stage, channel, left):
-    model = without_group(network(), f"layer{stage} residual", channel)  # padding in stages 2 and 3
+    model = without_group(lively_network(), f"layer{stage} residual", channel)  # padding in stages 2 and 3
     account = trace(model)
     for block in range(BLOCKS):
         name = f"layer{stage}.{block}"

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from folders import names, silent
 from same import assert_same
 from torch import nn
 
@@ -57,14 +58,6 @@ def made(epochs: int, settings: Settings | None = None) -> Checkpoint:
         records=[{"epoch": i + 1, "loss": 0.1 * i, "layers": {"a": {"bits": None}}} for i in range(epochs)],
         resumed=[{"after_epoch": 1, "said": ["a", "b"]}],
     )
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def silent(sentence: str) -> None:
-    raise AssertionError(f"said: {sentence}")
 
 
 def with_digest(content: bytes) -> bytes:

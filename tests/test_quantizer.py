@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from reference import straight_through
 from torch import Tensor, nn
 
 from src.quantizer import DeadZoneLDZCompander, NotFiniteWeightError, range_quantile
@@ -46,36 +47,34 @@ def oracle(w: np.ndarray, bits: int, logit_dz: float) -> Oracle:
     return Oracle(s * q + h * np.sign(q), q, u, r, d, s, h, Q)
 
 
-def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    return x + (value - x).detach()
-
-
-class Reference(NamedTuple):
+class QuantizedWeights(NamedTuple):
     w_hat: Tensor
     s: Tensor
     h: Tensor
 
 
-def reference(w: Tensor, logit_bit: Tensor, logit_dz: Tensor, max_bits: int, fixed: int | None) -> Reference:
+def reference(
+    w: Tensor, logit_bit: Tensor, logit_dz: Tensor, max_bits: int, fixed: int | None
+) -> QuantizedWeights:
     """The same formulas in torch: autograd goes through every operation except the round, clip and max."""
     r = torch.quantile(w.detach().abs(), 0.99)
     if fixed is None:
         learned = 2 + (max_bits - 2) * torch.tanh(logit_bit).abs()
-        b = straight_through(learned, learned.round())
+        b = straight_through(learned.round(), learned)
     else:
         b = torch.tensor([float(fixed)], dtype=w.dtype)
     d = 2 * r * (1 - torch.tanh(logit_dz).abs())
     Q = 2 ** (b - 1) - 1
     s = (r - d / 2) / (Q - 0.5) + 1e-8
     h = (d - s) / 2
-    m = straight_through(w.abs() - h, torch.maximum(w.abs() - h, torch.zeros_like(w)))
+    m = straight_through(torch.maximum(w.abs() - h, torch.zeros_like(w)), w.abs() - h)
     u = torch.sign(w) * m / s
-    q = straight_through(u, torch.round(u))
-    q = straight_through(q, torch.minimum(torch.maximum(q, -Q), Q))
-    return Reference(s * q + h * torch.sign(q.detach().round()), s, h)
+    q = straight_through(torch.round(u), u)
+    q = straight_through(torch.minimum(torch.maximum(q, -Q), Q), q)
+    return QuantizedWeights(s * q + h * torch.sign(q.detach().round()), s, h)
 
 
-class Case(NamedTuple):
+class QuantizerCase(NamedTuple):
     """A weight tensor, the gradient that comes back to it, and a quantizer's settings."""
 
     seed: int
@@ -104,9 +103,9 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw: st.DrawFn, bits: int) -> Case:
+def cases(draw: st.DrawFn, bits: int) -> QuantizerCase:
     sign = st.sampled_from((-1.0, 1.0))
-    return Case(
+    return QuantizerCase(
         seed=draw(st.integers(0, 2**32 - 1)),
         n=draw(st.one_of(st.integers(1, 4), st.integers(5, 400))),
         scale=draw(st.sampled_from((1e-3, 0.03, 1.0, 20.0))),
@@ -117,7 +116,9 @@ def cases(draw: st.DrawFn, bits: int) -> Case:
     )
 
 
-def make(case: Case, bits: int, learnable_bit: bool, learnable_deadzone: bool = True) -> DeadZoneLDZCompander:
+def make_quantizer(
+    case: QuantizerCase, bits: int, learnable_bit: bool, learnable_deadzone: bool = True
+) -> DeadZoneLDZCompander:
     return DeadZoneLDZCompander(
         fixed_bit_val=4 if learnable_bit else bits,  # must not matter where the bits are learned
         max_bits=case.max_bits,
@@ -148,7 +149,7 @@ def test_values_are_those_of_the_formulas_in_numpy(bits, learnable, dtype):
     @quick
     @given(cases(bits))
     def check(case):
-        quantizer = make(case, bits, learnable).to(dtype)
+        quantizer = make_quantizer(case, bits, learnable).to(dtype)
         w = case.weights(dtype)
         dz = quantizer.logit_dz.item()
         expected = oracle(w.numpy(), bits, dz)
@@ -172,7 +173,7 @@ def test_all_gradients_are_those_of_autograd_with_straight_through_rounding(bits
     @quick
     @given(cases(bits))
     def check(case):
-        quantizer = make(case, bits, learnable).to(dtype)
+        quantizer = make_quantizer(case, bits, learnable).to(dtype)
         w = case.weights(dtype).requires_grad_()
         dz = quantizer.logit_dz.item()
         expected = oracle(w.detach().numpy(), bits, dz)

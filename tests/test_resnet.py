@@ -22,7 +22,7 @@ TABLE = {  # depth: (parameters, multiply-accumulates of one 32x32 image)
 }
 
 
-def make(depth: int) -> resnet.ResNet:
+def resnet_of_depth(depth: int) -> resnet.ResNet:
     return getattr(resnet, f"resnet{depth}")()
 
 
@@ -41,7 +41,7 @@ def convolutions_by_hand(depth: int) -> list[tuple[int, int, int]]:
 def test_parameters_are_those_of_the_hand_formula_and_of_the_table(depth):
     by_hand = sum(9 * inputs * filters + 2 * filters for inputs, filters, _ in convolutions_by_hand(depth))
     by_hand += 64 * 10 + 10
-    counted = sum(p.numel() for p in make(depth).parameters())
+    counted = sum(p.numel() for p in resnet_of_depth(depth).parameters())
     assert counted == by_hand == TABLE[depth][0]
 
 
@@ -51,7 +51,7 @@ def test_macs_are_those_of_the_hand_formula_of_torchs_counter_and_of_the_table(d
     by_hand += 64 * 10
     counter = FlopCounterMode(display=False)
     with torch.device("meta"):
-        model, image = make(depth), torch.empty(1, 3, 32, 32)
+        model, image = resnet_of_depth(depth), torch.empty(1, 3, 32, 32)
     with counter:
         model.eval()(image)
     assert counter.get_total_flops() == 2 * by_hand
@@ -79,7 +79,7 @@ def test_modules_have_the_names_that_the_plan_calls(depth):
         for i in range(blocks):
             expected |= {f"{stage}.{i}"} | {f"{stage}.{i}.{part}" for part in parts}
     with torch.device("meta"):
-        model = make(depth)
+        model = resnet_of_depth(depth)
     assert {name for name, _ in model.named_modules()} == expected
     assert [name for name, _ in model.named_children()] == [
         "conv1",
@@ -189,7 +189,7 @@ def test_a_block_leaves_its_input_as_it_was(before, width, stride):
 
 def test_weights_are_drawn_from_kaimings_normal_distribution():
     torch.manual_seed(0)
-    layers = {n: m for n, m in make(32).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers = {n: m for n, m in resnet_of_depth(32).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     everything = []
     for name, layer in layers.items():
         w = layer.weight.detach()
@@ -216,7 +216,7 @@ def test_batch_norms_begin_as_the_identity():
 @torch.no_grad()
 def test_ten_logits_come_out_for_each_image(depth):
     with torch.device("meta"):
-        assert make(depth)(torch.empty(3, 3, 32, 32)).shape == (3, 10)
+        assert resnet_of_depth(depth)(torch.empty(3, 3, 32, 32)).shape == (3, 10)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from planted import (
     Deaths,
     convolutions,
     images,
-    norm_of,
+    kill,
+    lively_network,
     planted_deaths,
     random_network,
     snapshot,
@@ -25,7 +26,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from metrics import count_network
-from resnet import ResNet, resnet20
+from resnet import resnet20
 from src.quantizer import DeadZoneLDZCompander
 from src.slim import ConstantLogits, DeadBlock, SlimBlock, SlimResNet, slim_network
 from utils_quantization import attach_weight_quantizers, quantizers, toggle_quantization
@@ -33,11 +34,6 @@ from utils_quantization import attach_weight_quantizers, quantizers, toggle_quan
 CIFAR = (3, 32, 32)
 DEATHS = Deaths(1, filters=0.2, slices=0.1, weights=0.2, scales=0.1, silent=0.3, streams=0.3)
 FLOAT32, FLOAT64 = 1e-4, 1e-9  # of the largest logit
-
-
-def network(seed: int = 0) -> ResNet:
-    """Nothing dead, every batch norm adds something."""
-    return random_network(Deaths(seed))
 
 
 def slim(model: nn.Module) -> nn.Module:
@@ -70,7 +66,7 @@ def counted(model: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
     return layers | {"": count.total("structured_macs")}
 
 
-def quantized(model: nn.Module, seed: int = 0) -> nn.Module:
+def quantized_at_random(model: nn.Module, seed: int = 0) -> nn.Module:
     """Quantizers on every convolution but the stem, each with dead zone and bits of its own."""
     attach_weight_quantizers(model, ["^conv1$", "linear"], DeadZoneLDZCompander, {})
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +95,8 @@ def test_the_logits_are_the_same_and_torch_counts_what_the_metrics_count(deaths,
 @settings(PLANTED, max_examples=20)
 @given(deaths=planted_deaths)
 def test_it_holds_for_real_depths_quantized_on_real_image_sizes(blocks, deaths):
-    model, x = quantized(random_network(deaths, blocks).float(), deaths.seed), images(2, CIFAR, deaths.seed)
+    model = quantized_at_random(random_network(deaths, blocks).float(), deaths.seed)
+    x = images(2, CIFAR, deaths.seed)
     small = slim_network(model)
     assert difference(model, small, x.float()) <= FLOAT32
     assert multiplications(small, CIFAR) == counted(model, CIFAR)
@@ -120,21 +117,12 @@ def test_a_dense_network_keeps_every_weight_and_one_bias_a_filter():
 # Each case, planted
 
 
-@torch.no_grad()
-def kill(model: ResNet, layer: str, channel: int | list[int], bias: float) -> None:
-    """Make filters all zeros; `bias` is then what the batch norm behind them emits."""
-    model.get_submodule(layer).weight[channel] = 0
-    bn = model.get_submodule(norm_of(layer))
-    bn.running_mean[channel] = 0
-    bn.bias[channel] = bias
-
-
 def shape(small: nn.Module, layer: str) -> tuple[int, int]:
     out_channels, in_channels = small.get_submodule(layer).weight.shape[:2]
     return out_channels, in_channels
 
 
-def check(model: nn.Module) -> SlimResNet:
+def assert_slim_is_the_same(model: nn.Module) -> SlimResNet:
     small = slim(model)
     assert difference(model, small, images(4)) <= FLOAT64
     assert multiplications(small, SMALL) == counted(model, SMALL)
@@ -145,11 +133,11 @@ def check(model: nn.Module) -> SlimResNet:
 @pytest.mark.parametrize("scale", [1.5, -1.5])
 @pytest.mark.parametrize("bias", [0.5, 0.0, -0.5])
 def test_a_dead_inner_filter_goes_and_leaves_a_map_only_where_its_bias_is_above_zero(bias, scale):
-    model = network()
+    model = lively_network()
     kill(model, "layer2.1.conv1", 3, bias)
     with torch.no_grad():
         model.layer2[1].bn1.weight[3] = scale
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     assert shape(small, "layer2.1.conv1") == (31, 32)
     assert shape(small, "layer2.1.conv2") == (32, 31)
     conv2 = small.layer2[1].conv2
@@ -161,13 +149,13 @@ def test_a_dead_inner_filter_goes_and_leaves_a_map_only_where_its_bias_is_above_
 
 
 def test_the_map_is_the_constant_times_the_weights_that_lie_inside():
-    model = with_norms(network(), bias=0.0)
+    model = with_norms(lively_network(), bias=0.0)
     kill(model, "layer1.0.conv1", 0, bias=2.0)
     with torch.no_grad():
         model.layer1[0].conv2.weight[5] = 0
         model.layer1[0].conv2.weight[5, 0] = 1.0
         model.layer1[0].conv2.weight[5, 1, 0, 0] = 1.0  # keeps filter 5 alive
-    shift = check(model).layer1[0].conv2.shift
+    shift = assert_slim_is_the_same(model).layer1[0].conv2.shift
     by_place = shift(torch.zeros(1, 16, 12, 12, dtype=torch.float64))[0, 5] * (1 + 1e-5) ** 0.5
     expected = torch.full((12, 12), 18.0, dtype=torch.float64)
     expected[[0, -1]] = expected[:, [0, -1]] = 12
@@ -176,17 +164,17 @@ def test_the_map_is_the_constant_times_the_weights_that_lie_inside():
 
 
 def test_a_batch_norm_of_scale_zero_kills_its_filter():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.layer1[0].bn1.weight[[2, 7]] = 0
-    assert shape(check(model), "layer1.0.conv1") == (14, 16)
+    assert shape(assert_slim_is_the_same(model), "layer1.0.conv1") == (14, 16)
 
 
 def test_a_residual_channel_without_a_producer_goes_from_every_reader():
-    model = network()
+    model = lively_network()
     for layer, bias in (("conv1", 0.5), ("layer1.0.conv2", -2.0), ("layer1.1.conv2", 1.0)):
         kill(model, layer, 4, bias)
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     for layer in ("conv1", "layer1.0.conv2", "layer1.1.conv2"):
         assert small.get_submodule(layer).weight.shape[0] == 15
     for layer in ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1"):
@@ -194,10 +182,10 @@ def test_a_residual_channel_without_a_producer_goes_from_every_reader():
 
 
 def test_a_residual_channel_is_constant_in_one_block_and_alive_in_the_next():
-    model = network()
+    model = lively_network()
     kill(model, "conv1", 4, bias=0.5)
     kill(model, "layer1.0.conv2", 4, bias=0.25)
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     assert shape(small, "conv1") == (15, 3)
     assert shape(small, "layer1.0.conv2") == (15, 16)
     assert shape(small, "layer1.1.conv1") == (16, 15)
@@ -206,17 +194,17 @@ def test_a_residual_channel_is_constant_in_one_block_and_alive_in_the_next():
 
 
 def test_a_branch_with_a_dead_filter_leaves_the_shortcut_to_carry_the_channel():
-    model = network()
+    model = lively_network()
     kill(model, "layer1.1.conv2", [4, 9], bias=-0.5)
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     assert shape(small, "layer1.1.conv2") == (14, 16)
     assert shape(small, "layer2.0.conv1") == (32, 16)
 
 
 def test_padded_channels_die_with_their_one_producer():
-    model = network()
+    model = lively_network()
     kill(model, "layer2.0.conv2", [0, 7, 8, 23, 24, 31], bias=0.25)  # 8 to 23 come by the shortcut
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     assert shape(small, "layer2.0.conv2") == (26, 32)
     assert shape(small, "layer2.1.conv1") == (32, 28)
 
@@ -224,7 +212,7 @@ def test_padded_channels_die_with_their_one_producer():
 @pytest.mark.parametrize("layer", ["conv1", "conv2"])
 @pytest.mark.parametrize(("bias", "left"), [(0.0, None), (0.7, DeadBlock), (-0.7, DeadBlock)])
 def test_a_block_with_a_dead_branch_is_the_shortcut_and_a_shift_or_nothing_at_all(layer, bias, left):
-    model = with_norms(network(), bias=0.1)
+    model = with_norms(lively_network(), bias=0.1)
     filters = list(range(16))
     if layer == "conv1":
         kill(model, "layer1.1.conv1", filters, -1.0)
@@ -232,60 +220,60 @@ def test_a_block_with_a_dead_branch_is_the_shortcut_and_a_shift_or_nothing_at_al
         kill(model, "layer1.1.conv2", filters, 0.0)
     with torch.no_grad():
         model.layer1[1].bn2.bias.fill_(bias)
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     kinds = {name: type(block) for name, block in small.layer1.named_children()}
     assert kinds == {"0": SlimBlock} | ({"1": left} if left else {})
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.7])
 def test_a_stage_can_begin_with_a_dead_branch(bias):
-    model = network()
+    model = lively_network()
     kill(model, "layer2.0.conv2", list(range(32)), bias)
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     assert isinstance(small.layer2[0], DeadBlock)
     assert shape(small, "layer2.1.conv1") == (32, 16)
 
 
 def test_all_branches_can_be_dead():
-    model = network()
+    model = lively_network()
     for name, conv, _ in convolutions(model):
         if name.endswith("conv2"):
             kill(model, name, list(range(conv.out_channels)), 0.0)
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     assert [len(stage) for stage in (small.layer1, small.layer2, small.layer3)] == [0, 1, 1]
     assert shape(small, "linear") == (10, 16)
 
 
 def test_what_nothing_reads_goes_although_it_lives():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.layer2[1].conv2.weight[:, [6, 7, 20]] = 0
     kill(model, "layer2.1.conv1", 20, bias=1.0)
-    assert shape(check(model), "layer2.1.conv1") == (29, 32)
+    assert shape(assert_slim_is_the_same(model), "layer2.1.conv1") == (29, 32)
 
 
 def test_dead_columns_of_the_classifier_take_the_last_channels_with_them():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.linear.weight[:, [0, 20, 63]] = 0
     kill(model, "layer3.1.conv2", 30, bias=3.0)  # alive by the shortcut
     for layer in ("layer3.0.conv2", "layer3.1.conv2"):
         kill(model, layer, 60, bias=3.0)  # padding: a constant in the classifier's bias
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     assert shape(small, "linear") == (10, 60)
     assert shape(small, "layer3.1.conv2") == (59, 64)
 
 
 def test_a_class_without_weights_has_a_constant_logit():
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.linear.weight[[2, 9]] = 0
-    assert shape(check(model), "linear") == (8, 64)
+    assert shape(assert_slim_is_the_same(model), "linear") == (8, 64)
 
 
 @pytest.mark.parametrize("where", ["conv1", "linear"])
 def test_with_nothing_left_the_logits_are_constant(where):
-    model = network()
+    model = lively_network()
     with torch.no_grad():
         model.get_submodule(where).weight.zero_()
         if where == "conv1":
@@ -303,13 +291,14 @@ def test_with_nothing_left_the_logits_are_constant(where):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_of_the_model_changes_and_its_mode_does_not_matter(training):
-    model = quantized(random_network(DEATHS))
+    model = quantized_at_random(random_network(DEATHS))
     x = images(2)
     with torch.no_grad():
         expected = model(x)
     model.train(training)
     model(x).sum().backward()
-    model.load_state_dict(quantized(random_network(DEATHS)).state_dict())  # batch norms as they were
+    # The pass in train mode changed the batch norms' statistics.
+    model.load_state_dict(quantized_at_random(random_network(DEATHS)).state_dict())
     before = snapshot(model)
     small = slim(model)
     assert snapshot(model) == before
@@ -322,7 +311,7 @@ def test_nothing_of_the_model_changes_and_its_mode_does_not_matter(training):
 
 
 def test_a_cache_of_quantized_weights_gets_no_weight_without_a_gradient():
-    model = quantized(network())
+    model = quantized_at_random(lively_network())
     with parametrize.cached():
         slim(model)
         model(images(1)).sum().backward()
@@ -330,9 +319,9 @@ def test_a_cache_of_quantized_weights_gets_no_weight_without_a_gradient():
 
 
 def test_a_quantizer_that_is_switched_off_is_not_folded_in():
-    model = quantized(network())
+    model = quantized_at_random(lively_network())
     toggle_quantization(model, False)
-    small = check(model)
+    small = assert_slim_is_the_same(model)
     toggle_quantization(model, True)
     with torch.no_grad():
         assert not torch.allclose(model(images(2)), small(images(2)))
@@ -355,7 +344,7 @@ def test_another_kind_of_network_is_refused(other):
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return quantized(random_network(DEATHS, 3).float())
+    return quantized_at_random(random_network(DEATHS, 3).float())
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The coupled group lasso against a plain loop over channels, written from issue 2, section 5."""
+"""The coupled group lasso against a plain loop over the channels that must vanish together."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ WIDTHS = (16, 32, 64)
 COARSE = {"init_bit_logit": 0.8, "init_deadzone_logit": 0.6}  # half of the weights in the dead zone
 
 
-def make(depth=20, exclude=DEFAULT, seed=0, enabled=True, **kwargs):
+def make_model(depth=20, exclude=DEFAULT, seed=0, enabled=True, **kwargs):
     torch.manual_seed(seed)
     model = {20: resnet20, 32: resnet32}[depth]().double()
     settings_ = COARSE | kwargs
@@ -97,7 +97,7 @@ def assert_agrees_with_the_loop(model):
 @pytest.mark.parametrize("exclude", LISTS.values(), ids=LISTS.keys())
 @pytest.mark.parametrize("depth", [20, 32])
 def test_value_and_gradients_are_those_of_a_plain_loop_over_channels(depth, exclude):
-    model = make(depth, exclude)
+    model = make_model(depth, exclude)
     grads = assert_agrees_with_the_loop(model)
     for name in quantized_layers(model):
         for leaf in ("original", "0.quantizer.logit_bit", "0.quantizer.logit_dz"):
@@ -105,7 +105,7 @@ def test_value_and_gradients_are_those_of_a_plain_loop_over_channels(depth, excl
 
 
 def test_value_and_gradients_are_those_of_the_loop_in_full_precision_too():
-    assert_agrees_with_the_loop(make(enabled=False))
+    assert_agrees_with_the_loop(make_model(enabled=False))
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -116,13 +116,13 @@ def test_value_and_gradients_are_those_of_the_loop_in_full_precision_too():
     bit=st.floats(-2, 2),
 )
 def test_value_and_gradients_are_those_of_the_loop_with_any_channels_dead(seed, dead, dz, bit):
-    model = make(seed=seed, init_deadzone_logit=dz, init_bit_logit=bit)
-    bury(model, dead)
+    model = make_model(seed=seed, init_deadzone_logit=dz, init_bit_logit=bit)
+    zero_groups(model, dead)
     assert_agrees_with_the_loop(model)
 
 
 @torch.no_grad()
-def bury(model, dead: list[int]) -> None:
+def zero_groups(model, dead: list[int]) -> None:
     groups = groups_by_hand(model)
     for number in dead:
         for name, kind, i in groups[number]:
@@ -131,9 +131,9 @@ def bury(model, dead: list[int]) -> None:
 
 
 def test_a_group_of_zeros_has_gradient_zero_and_not_nan():
-    model = make()
+    model = make_model()
     dead = [0, 15, 16 * 3 + 2, 447]  # two inner and a residual channel of stage 1, the last of stage 3
-    bury(model, dead)
+    zero_groups(model, dead)
     grads = gradients(model, coupled_group_lasso(model)(model))
     assert all(g is None or g.isfinite().all() for g in grads.values())
     for number in dead:
@@ -143,7 +143,7 @@ def test_a_group_of_zeros_has_gradient_zero_and_not_nan():
 
 
 def test_a_group_that_lies_in_the_dead_zone_has_gradient_zero_though_its_weights_are_not():
-    model = make()
+    model = make_model()
     members = [("layer2.1.conv1", "filter", 5), ("layer2.1.conv2", "input", 5)]
     with torch.no_grad():
         stored(model, "layer2.1.conv1")[5] *= 1e-6
@@ -159,8 +159,8 @@ def test_a_group_that_lies_in_the_dead_zone_has_gradient_zero_though_its_weights
 
 
 def test_a_network_of_zeros_costs_nothing_and_all_gradients_are_zero():
-    model = make()
-    bury(model, list(range(448)))
+    model = make_model()
+    zero_groups(model, list(range(448)))
     with torch.no_grad():
         stored(model, "layer1.0.conv1").zero_()
     penalty = coupled_group_lasso(model)(model)
@@ -174,13 +174,13 @@ def test_a_network_of_zeros_costs_nothing_and_all_gradients_are_zero():
 
 @pytest.mark.parametrize(("depth", "blocks"), [(20, 3), (32, 5)])
 def test_there_are_as_many_groups_as_inner_and_residual_channels(depth, blocks):
-    groups = channel_groups(make(depth), quantized_layers(make(depth)))
+    groups = channel_groups(make_model(depth), quantized_layers(make_model(depth)))
     assert sum(g.channels for g in groups) == blocks * (16 + 32 + 64) + (16 + 32 + 64)
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(20, 3), (32, 5)])
 def test_each_slice_is_in_one_group_at_most_and_only_the_stems_readers_are_in_none(depth, blocks):
-    model = make(depth)
+    model = make_model(depth)
     members = Counter(m for g in channel_groups(model, quantized_layers(model)) for m in g.members)
     assert set(members.values()) == {1}
     names = [f"layer{s}.{b}.{conv}" for s in (1, 2, 3) for b in range(blocks) for conv in ("conv1", "conv2")]
@@ -191,7 +191,7 @@ def test_each_slice_is_in_one_group_at_most_and_only_the_stems_readers_are_in_no
 
 @pytest.mark.parametrize("exclude", LISTS.values(), ids=LISTS.keys())
 def test_the_groups_have_the_members_of_the_hand_made_ones(exclude):
-    model = make(exclude=exclude)
+    model = make_model(exclude=exclude)
     layers = quantized_layers(model)
     kinds = {FILTERS: "filter", INPUT_SLICES: "input"}
     mine = {
@@ -205,7 +205,7 @@ def test_the_groups_have_the_members_of_the_hand_made_ones(exclude):
 
 @pytest.mark.parametrize("exclude", LISTS.values(), ids=LISTS.keys())
 def test_every_slice_number_of_a_group_exists_in_each_of_its_members(exclude):
-    model = make(exclude=exclude)
+    model = make_model(exclude=exclude)
     for g in channel_groups(model, quantized_layers(model)):
         for name, dim in g.members:
             assert model.get_submodule(name).weight.shape[dim] == g.channels
@@ -215,8 +215,8 @@ def test_every_slice_number_of_a_group_exists_in_each_of_its_members(exclude):
 
 
 @torch.no_grad()
-def empty(depth=20, exclude=DEFAULT):
-    model = make(depth, exclude, enabled=False)
+def all_zero_model(depth=20, exclude=DEFAULT):
+    model = make_model(depth, exclude, enabled=False)
     for name in quantized_layers(model):
         stored(model, name).zero_()
     return model
@@ -224,7 +224,7 @@ def empty(depth=20, exclude=DEFAULT):
 
 @torch.no_grad()
 def test_a_single_weight_counts_once_for_its_filter_and_once_for_its_input_slice():
-    model = empty()
+    model = all_zero_model()
     lasso = coupled_group_lasso(model)
     for name in quantized_layers(model):
         w = stored(model, name)
@@ -267,7 +267,7 @@ def test_slices_of_different_channels_do_not(pair):
 
 @torch.no_grad()
 def penalty_of_two_weights(first, at, second, there) -> float:
-    model = empty()
+    model = all_zero_model()
     stored(model, first)[(*at, 0, 1)] = 3
     stored(model, second)[(*there, 2, 2)] = -4
     return coupled_group_lasso(model)(model).item()
@@ -276,7 +276,7 @@ def penalty_of_two_weights(first, at, second, there) -> float:
 @pytest.mark.parametrize(("depth", "n"), [(20, 3), (32, 5)])
 @torch.no_grad()
 def test_a_network_of_ones_costs_the_roots_of_the_groups_sizes(depth, n):
-    model = make(depth, enabled=False)
+    model = make_model(depth, enabled=False)
     for name in quantized_layers(model):
         stored(model, name).fill_(1)
     # 9 weights for each pair of channels. Inner: those of a stage's first block read the stage before.
@@ -292,7 +292,7 @@ def test_a_network_of_ones_costs_the_roots_of_the_groups_sizes(depth, n):
 
 @torch.no_grad()
 def test_with_the_plans_list_only_the_conv2_are_penalised():
-    model = make(exclude=PLAN, enabled=False)
+    model = make_model(exclude=PLAN, enabled=False)
     for name in quantized_layers(model):
         stored(model, name).fill_(1)
     lasso = coupled_group_lasso(model)
@@ -306,7 +306,7 @@ def test_with_the_plans_list_only_the_conv2_are_penalised():
 
 @pytest.mark.parametrize("exclude", [DEFAULT, PLAN, ["bn"]], ids=["default", "plan", "all quantized"])
 def test_the_stem_and_the_classifier_are_not_penalised(exclude):
-    model = make(exclude=exclude)
+    model = make_model(exclude=exclude)
     grads = gradients(model, coupled_group_lasso(model)(model))
     touched = {n.split(".parametrizations")[0] for n, g in grads.items() if g is not None and g.any()}
     assert touched == {n for n in quantized_layers(model) if n.startswith("layer")}
@@ -314,7 +314,7 @@ def test_the_stem_and_the_classifier_are_not_penalised(exclude):
 
 @torch.no_grad()
 def test_the_penalty_is_homogeneous():
-    model = make(enabled=False)
+    model = make_model(enabled=False)
     lasso = coupled_group_lasso(model)
     before = lasso(model).item()
     for name in quantized_layers(model):
@@ -327,7 +327,7 @@ def test_the_penalty_is_homogeneous():
 
 @torch.no_grad()
 def test_the_weights_as_quantized_are_penalised_and_as_stored_when_switched_off():
-    model = make()
+    model = make_model()
     lasso = coupled_group_lasso(model)
     quantized = lasso(model).item()
     toggle_quantization(model, False)
@@ -340,7 +340,7 @@ def test_the_weights_as_quantized_are_penalised_and_as_stored_when_switched_off(
 
 @torch.no_grad()
 def test_the_model_of_the_call_counts_not_the_one_of_the_construction():
-    model = make()
+    model = make_model()
     lasso = coupled_group_lasso(model)
     other = copy.deepcopy(model)
     for name in quantized_layers(other):
@@ -351,7 +351,7 @@ def test_the_model_of_the_call_counts_not_the_one_of_the_construction():
 
 @pytest.mark.parametrize("exclude", [DEFAULT, PLAN, ["bn"]], ids=["default", "plan", "all quantized"])
 def test_inside_cached_each_quantizer_is_evaluated_once_for_forward_pass_and_penalty(exclude):
-    model = make(exclude=exclude).float()
+    model = make_model(exclude=exclude).float()
     lasso = coupled_group_lasso(model)
     calls = Counter()
     for name, quantizer in quantizers(model).items():
@@ -364,7 +364,7 @@ def test_inside_cached_each_quantizer_is_evaluated_once_for_forward_pass_and_pen
 
 
 def test_inside_cached_the_gradients_are_those_of_loss_and_penalty_apart():
-    model = make()
+    model = make_model()
     lasso = coupled_group_lasso(model)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     model.eval()
@@ -386,7 +386,7 @@ def test_without_quantizers_the_penalty_is_a_scalar_zero():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_weights_buffers_and_random_numbers_stay(training):
-    model = make().train(training)
+    model = make_model().train(training)
     modes = {n: m.training for n, m in model.named_modules()}
     state, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     coupled_group_lasso(model)(model).backward()
@@ -396,7 +396,7 @@ def test_mode_weights_buffers_and_random_numbers_stay(training):
 
 
 def test_a_few_steps_of_descent_on_the_penalty_lower_it():
-    model = make(enabled=False)
+    model = make_model(enabled=False)
     lasso = coupled_group_lasso(model)
     optimizer = torch.optim.SGD([stored(model, n) for n in quantized_layers(model)], lr=0.02)
     values = []
