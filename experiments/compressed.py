@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from experiments.data import TestBatches
 from experiments.files import write_whole
 from experiments.history import CompressedRecord
+from experiments.recount import recount
 from experiments.training import predict
 from metrics import NetworkCount, count_by_torch
 from resnet import resnet20
@@ -71,6 +72,7 @@ def make_compressed(
         latency_seconds=measure_latency(
             {"dense": dense, "fake-quantized": model, "smaller": slim}, next(iter(batches))[0]
         ),
+        file=recount((folder / PACKED).read_bytes()),
     )
 
 

@@ -65,6 +65,7 @@ from experiments.history import (
 from experiments.ledger import check_epoch
 from experiments.live import LiveLine, Stopped, ignore_sigterm
 from experiments.preflight import preflight
+from experiments.retest import retest
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -282,10 +283,14 @@ def write_report(
     from experiments.plots import draw  # matplotlib takes a second to import: not before the first step
 
     pictures = draw(history, report.picture_title(history, settings), settings.output_dir)
-    # A stopped run holds the weights of a half-finished epoch: do not export those.
+    # A stopped run holds the weights of a half-finished epoch: do not test or export those.
+    if not history.stopped:
+        use_local_batch_norms(model)
+        live.progress("testing once more")
+        history.retest = retest(model, dataset, settings.precision)
     compressed = None if history.stopped else compress(settings, history, model, dataset, live)
     history.verdict = verdict(history, compression.count, model, pictures, compressed)
-    live.say("\n".join(["", "--- Verdict ---", *map(str, history.verdict)]))
+    live.say(report.verdict_lines(history.verdict, colour=live.on_terminal and "NO_COLOR" not in os.environ))
     write_json(path, history.to_json())
     made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
     live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
@@ -298,7 +303,6 @@ def compress(
     """The smaller network and the packed file, and what they give; the error if there can be none."""
     assert history.final
     live.progress("making the smaller network and the packed file")
-    use_local_batch_norms(model)
     whole_test_set = TestBatches(dataset, next(model.parameters()).device)
     try:
         history.compressed = make_compressed(

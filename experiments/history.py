@@ -62,6 +62,7 @@ class LayerRecord:
     alive_channels: int
     constant_channels: int
     null_channels: int
+    signal: float | None = None  # largest share of a filter's variance that the batch norm's eps leaves, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,35 @@ class FinalCounts:
 
 
 @dataclass(frozen=True)
+class Retest:
+    """The final network, tested a second time in the precision of the run, on one process."""
+
+    images: int
+    right: int
+    ties: int  # images whose two largest logits are as close as rounding
+    class_images: list[int]  # test images of each class
+    class_predictions: list[int]  # how often each class was predicted
+    class_right: list[int]
+    train_images: int  # of the training set, without augmentation
+    train_right: int
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """A layer as the packed file has it, counted from the file's bytes."""
+
+    coded: bool  # whether its weights are integer codes, and not float32
+    bits: int  # of a weight
+    levels: int  # different weights
+    weights: int
+    zero_weights: int
+    filters: int
+    zero_filters: int
+    structured_macs: int
+    unstructured_macs: int
+
+
+@dataclass(frozen=True)
 class CompressedRecord:
     """The smaller network and the packed file against the quantized network, over the whole test set."""
 
@@ -145,6 +175,7 @@ class CompressedRecord:
     float32_bytes: int  # the same network's state_dict, saved by torch
     slim_bytes: int
     latency_seconds: dict[str, dict[str, float]]  # median, least and most a forward pass
+    file: dict[str, FileLayer] = field(default_factory=dict)  # by layer
 
 
 @dataclass
@@ -168,6 +199,7 @@ class History:
     stopped: str | None = None  # why the run ended before its last epoch
     not_finite: bool = False  # whether it was stopped by numbers that are not finite
     final: FinalCounts | None = None
+    retest: Retest | None = None
     compressed: CompressedRecord | None = None
     verdict: list[Check] = field(default_factory=list)
 
@@ -239,15 +271,33 @@ def epoch_record(
 def layer_records(model: nn.Module, count: NetworkCount) -> dict[str, LayerRecord]:
     """A record of each quantized layer, by name."""
     counts = {layer.name: layer for layer in count.layers}
-    taken = [f.name for f in dataclasses.fields(LayerRecord) if f.name not in ("parameters", "gradients")]
+    own = ("parameters", "gradients", "signal")
+    taken, signals = [f.name for f in dataclasses.fields(LayerRecord) if f.name not in own], _signals(model)
     return {
         name: LayerRecord(
             parameters=_parameters(quantizer),
             gradients={n: _gradient(p) for n, p in quantizer.named_parameters() if p.requires_grad},
             **{key: getattr(counts[name], key) for key in taken},
+            signal=signals.get(name),
         )
         for name, quantizer in quantizers(model).items()
     }
+
+
+def _signals(model: nn.Module) -> dict[str, float]:
+    """What is left of each convolution's output behind the batch norm that follows it, by layer name.
+
+    A batch norm divides by sqrt(variance + eps). Of a layer whose weights have shrunk to nothing that leaves
+    nothing: the share variance / (variance + eps) tells, here the largest of the layer's filters.
+    """
+    found, convolution = {}, None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            convolution = name
+        elif isinstance(module, nn.BatchNorm2d) and convolution and module.running_var is not None:
+            found[convolution] = (module.running_var / (module.running_var + module.eps)).max().item()
+            convolution = None
+    return found
 
 
 def final_counts(compression: Compression) -> FinalCounts:

@@ -1,10 +1,13 @@
 """What a run tells a person, as text made from its history. Prints nothing."""
 
+import textwrap
 from collections.abc import Sequence
 
 from experiments.history import Check, CompressedRecord, DataRecord, EpochRecord, FinalCounts, History
 from experiments.settings import Settings
 from metrics import NetworkCount, format_ratio, ratio
+
+COLOURS = {"PASS": "32", "FAIL": "1;31", "SKIP": "33"}  # green, bold red, yellow
 
 PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png",
             "channels_over_time.png")  # fmt: skip
@@ -106,6 +109,30 @@ def compressed_lines(found: CompressedRecord) -> str:
         *rows,
         "  Zero weights and low bits give no speed-up in this runtime; only channels that are gone do.",
     ])  # fmt: skip
+
+
+def verdict_lines(checks: Sequence[Check], colour: bool = False, width: int = 80) -> str:
+    """The verdict for a terminal: a line for what holds, and all that is known of what does not.
+
+    Lines are broken between words alone. history.json has every message whole.
+    """
+    return "\n".join(["", "--- Verdict ---", *(_check_lines(check, colour, width) for check in checks)])
+
+
+def _check_lines(check: Check, colour: bool, width: int) -> str:
+    text = f"{check.status}  {check.name}: {check.message}"
+    if check.status == "PASS":
+        lines = [textwrap.shorten(text, width, placeholder=" ...")]
+        lines = [lines[0].replace("PASS ", "PASS  ", 1)]
+    else:
+        measured, likely, cause = text.partition(" Likely cause: ")
+        lines = [line for part in (measured, likely.strip() + " " + cause if cause else "") if part
+                 for line in textwrap.wrap(part, width, initial_indent="" if part is measured else "      ",
+                                           subsequent_indent="      ", break_long_words=False,
+                                           break_on_hyphens=False)]  # fmt: skip
+    if colour:
+        lines[0] = f"\x1b[{COLOURS[check.status]}m{check.status}\x1b[0m" + lines[0][len(check.status) :]
+    return "\n".join(lines)
 
 
 def picture_title(history: History, settings: Settings) -> str:

@@ -1,7 +1,7 @@
 """The verdict: what a person would look for in the table and the pictures, looked for at once.
 
 Every check reads the run's history and the final counts; none looks at the model, but for the counts, which
-are held against torch's own counter on the network itself.
+are held against torch's own counter on the network itself. What a run took too few steps to show is a SKIP.
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.history import Check, CompressedRecord, EpochRecord, History, LayerStart
+from experiments.history import Check, CompressedRecord, EpochRecord, History, LayerStart, Retest
 from metrics import NetworkCount, count_by_torch
 from src.encoding import PackingError
 from utils_quantization import toggle_quantization, weight_quantization
@@ -19,7 +19,14 @@ from utils_quantization import toggle_quantization, weight_quantization
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 CHANCE = 0.1
 CLIMBED = 3 * CHANCE  # what counts as well above chance
-ENOUGH_EPOCHS = 5  # fewer tell nothing about accuracy
+BEST_KNOWN = 0.96  # a ResNet-20 ends at 92 to 93 % on CIFAR-10, whatever it is trained with
+ENOUGH_STEPS = (
+    300  # optimizer steps; in fewer, accuracy and bits may not have moved yet, whatever the settings
+)
+STEPS_TO_KILL = 1000  # optimizer steps with a penalty, in which some channel dies at the default settings
+COLLAPSED = 0.1  # a layer's signal; the others are near 1
+KNOWN_CLASSES = 0.5  # accuracy from which every class is predicted
+RARE = 0.05  # a recall below it is as good as none
 SLIM_TOLERANCE = 1e-4  # of the largest logit
 SLIM_AGREEMENT = 0.999  # two logits equal to rounding may change places
 OUTWEIGHS = 10  # weighted penalty over cross-entropy
@@ -43,13 +50,19 @@ def verdict(
     """
     return [
         loss_is_finite(history),
-        accuracy_climbs(history.epochs),
+        *ledger_holds(history.epochs),
+        accuracy_climbs(history),
+        accuracy_is_the_files(history),
+        every_class_is_predicted(history.retest),
+        training_images_are_known(history),
+        every_layer_counts(history.epochs[-1]),
         *(parameters_live(history, name) for name in trained_names(history.start)),
-        unstructured_grows(history.epochs),
+        unstructured_grows(history),
         structured_follows_warmup(history),
         penalty_falls(history),
         bits_fall(history),
         counts_add_up(count, model),
+        file_is_recounted(history, count),
         *compressed_agrees(compressed),
         pictures_exist(pictures),
     ]
@@ -67,15 +80,161 @@ def loss_is_finite(history: History) -> Check:
     return judge(not bad and not history.not_finite, "loss is finite", measured, cause)
 
 
-def accuracy_climbs(records: Sequence[EpochRecord]) -> Check:
-    name = "accuracy climbs"
+def ledger_holds(records: Sequence[EpochRecord]) -> list[Check]:
+    """What experiments/ledger.py found in any epoch: a line for each failure, and one for the rest."""
+    found: dict[str, list[tuple[int, Check]]] = {}
+    for record in records:
+        for check in record.ledger:
+            found.setdefault(check.name, []).append((record.epoch, check))
+    failed, skipped, held = [], [], []
+    for name, checks in found.items():
+        wrong = [(epoch, check.message) for epoch, check in checks if check.status == FAIL]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            failed.append(Check(FAIL, f"ledger, {name}", f"epoch {wrong[0][0]}{more}: {wrong[0][1]}"))
+        elif all(check.status == SKIP for _, check in checks):
+            skipped.append(Check(SKIP, f"ledger, {name}", checks[-1][1].message))
+        else:
+            held.append(name)
+    if not found:
+        return [Check(SKIP, "ledger", "nothing was noted of these epochs")]
+    epochs = f"in each of {len(records)} epochs" if len(records) > 1 else "in the epoch"
+    return [
+        *failed,
+        *([Check(PASS, "ledger", f"{len(held)} equalities hold {epochs}")] if held else []),
+        *skipped,
+    ]
+
+
+def steps_of(history: History, records: Sequence[EpochRecord]) -> int:
+    """Optimizer steps that these epochs took."""
+    return len(records) * math.ceil(history.data.train_images / history.settings["batch_size"])
+
+
+def accuracy_climbs(history: History) -> Check:
+    name, records = "accuracy climbs", history.epochs
     percent = [100 * r.accuracy for r in records]
     first, last, best = percent[0], percent[-1], max(percent)
     measured = f"{first:.1f} % -> {last:.1f} % (best {best:.1f} %, chance {100 * CHANCE:.0f} %)"
-    if len(records) < ENOUGH_EPOCHS:
-        return Check(SKIP, name, f"{measured}; fewer than {ENOUGH_EPOCHS} epochs tell nothing")
+    if last > 100 * BEST_KNOWN and not history.data.synthetic:
+        cause = "test images among the training images, or labels that reach the network"
+        return judge(False, name, f"{measured}; no ResNet-20 is known above {100 * BEST_KNOWN:.0f} %", cause)
     climbed = last > first and last >= 100 * CLIMBED
-    return judge(climbed, name, measured, "a penalty that swamps the cross-entropy, or a wrong --weights-lr")
+    steps = steps_of(history, records)
+    if not climbed and (steps < ENOUGH_STEPS or len(records) < 2):
+        return Check(SKIP, name, f"{measured}; {steps} steps are too few to tell")
+    cause = penalty_cause(history) if _swamped(history) else "a wrong --weights-lr"
+    return judge(climbed, name, measured, cause)
+
+
+def _swamped(history: History) -> float | None:
+    """How many times the weighted penalty outweighed the cross-entropy, at most; None where it did not."""
+    times = max((_outweighs(r) for r in history.epochs), default=0.0)
+    return times if times > OUTWEIGHS else None
+
+
+def _outweighs(record: EpochRecord) -> float:
+    weighted = record.loss - record.cross_entropy
+    if record.cross_entropy:
+        return weighted / record.cross_entropy
+    return math.inf if weighted > 0 else 0.0
+
+
+def penalty_cause(history: History) -> str:
+    """What is likely wrong with the penalty's weight, the same wherever it is said."""
+    times = _swamped(history)
+    if times is None:
+        return "a --sparsity-weight too weak against the cross-entropy"
+    return (
+        f"a --sparsity-weight that is too strong: the penalty outweighs the cross-entropy {times:.0f} times, "
+        f"so that all channels shrink alike and none dies before the others: lower it"
+    )
+
+
+def accuracy_is_the_files(history: History) -> Check:
+    """The last row's accuracy against the network tested again, the packed file and the smaller network."""
+    name, again, made = "accuracy is the packed network's", history.retest, history.compressed
+    if again is None:
+        return Check(SKIP, name, "the run was stopped, so its last network was not tested again")
+    row, n = history.epochs[-1].accuracy, again.images
+    measured = f"row {100 * row:.2f} %, tested again {100 * again.right / n:.2f} %"
+    wrong = []
+    if abs(row * n - again.right) > again.ties + 0.5:
+        wrong.append("the row is of another network, or was tested otherwise")
+    if made is None:
+        return judge(not wrong, name, f"{measured}; nothing was packed", "; ".join(wrong))
+    measured += f", packed {100 * made.packed_accuracy:.2f} %, smaller {100 * made.slim_accuracy:.2f} %"
+    measured += f" of {n:,} images"
+    if made.images != n:
+        wrong.append(f"the packed file was tested on {made.images:,} images")
+    apart = again.ties + 0.5 if not history.precision.startswith("bf16") else 2 * again.ties + 0.005 * n
+    if abs(made.quantized_accuracy * made.images - again.right) > apart:
+        wrong.append("the network that was packed is not the one that was tested (another copy or epoch)")
+    if made.packed_differs == 0 and made.packed_accuracy != made.quantized_accuracy:
+        wrong.append("equal logits were counted as other accuracies")
+    if abs(made.slim_accuracy - made.quantized_accuracy) > 1 - made.agreement + 1e-9:
+        wrong.append("the smaller network's accuracy does not fit its predictions")
+    return judge(not wrong, name, measured, "; ".join(wrong))
+
+
+def every_class_is_predicted(again: Retest | None) -> Check:
+    name = "every class is predicted"
+    if again is None:
+        return Check(SKIP, name, "the run was stopped, so its last network was not tested again")
+    accuracy = again.right / again.images
+    recalls = {
+        c: r / n
+        for c, (r, n) in enumerate(zip(again.class_right, again.class_images, strict=True))
+        if n >= 20
+    }
+    if not recalls:
+        return Check(SKIP, name, f"{again.images} test images are too few a class")
+    worst = min(recalls, key=lambda c: recalls[c])
+    measured = (
+        f"recall {100 * recalls[worst]:.1f} % (class {worst}, predicted "
+        f"{again.class_predictions[worst]:,} times) to {100 * max(recalls.values()):.1f} %"
+    )
+    if accuracy < KNOWN_CLASSES:
+        return Check(
+            SKIP, name, f"{measured}; at {100 * accuracy:.1f} % accuracy a class may still be missing"
+        )
+    cause = f"class {worst} is missing or mislabelled in the training set, or the classifier cannot give it"
+    return judge(recalls[worst] >= RARE, name, measured, cause)
+
+
+def training_images_are_known(history: History) -> Check:
+    """Accuracy on untouched training images against the test images', a band against what cannot be."""
+    name, again = "training against test images", history.retest
+    if again is None:
+        return Check(SKIP, name, "the run was stopped, so its last network was not tested again")
+    train, test = again.train_right / again.train_images, again.right / again.images
+    measured = (
+        f"{100 * train:.1f} % of {again.train_images:,} untouched training images, test {100 * test:.1f} %"
+    )
+    p = (again.train_right + again.right) / (again.train_images + again.images)
+    noise = 4 * math.sqrt(p * (1 - p) * (1 / again.train_images + 1 / again.images))
+    if test - train > noise + 0.02:
+        cause = "training labels that are wrong in part, or training images other than the test images' kind"
+        return judge(False, name, measured, cause)
+    whole = history.data.train_images
+    at_chance = whole >= 2_000 and train > KNOWN_CLASSES and test < CHANCE + noise + 0.02
+    far = whole >= 40_000 and train - test > noise + 0.25
+    cause = "test labels, the test images' order or their normalisation are not the training set's"
+    return judge(not (at_chance or far), name, measured, cause)
+
+
+def every_layer_counts(record: EpochRecord) -> Check:
+    """Whether any quantized layer's output is too small for the batch norm behind it."""
+    name = "every layer still counts"
+    signals = {n: r.signal for n, r in record.layers.items() if r.signal is not None}
+    if not signals:
+        return Check(SKIP, name, "no quantized layer has a batch norm behind it")
+    gone = {n: s for n, s in signals.items() if s < COLLAPSED}
+    measured = f"signal {min(signals.values()):.3g} to {max(signals.values()):.3g} in {len(signals)} layers"
+    if gone:
+        measured = f"{len(gone)} of {measured}; gone: {_some(list(gone))}"
+    cause = "weights that shrank to nothing: --sparsity-weight or --deadzone-decay is too strong"
+    return judge(not gone, name, measured, cause)
 
 
 def trained_names(start: dict[str, LayerStart]) -> list[str]:
@@ -127,14 +286,17 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def unstructured_grows(records: Sequence[EpochRecord]) -> Check:
-    name = "unstructured sparsity grows"
+def unstructured_grows(history: History) -> Check:
+    name, records = "unstructured sparsity grows", history.epochs
     first, last = records[0].unstructured_sparsity, records[-1].unstructured_sparsity
     measured = f"{100 * first:.1f} % -> {100 * last:.1f} %"
     if not records[-1].layers:
         return Check(SKIP, name, "no layer is quantized")
-    if len(records) < 2:
-        return Check(SKIP, name, f"{measured}; one epoch shows no growth")
+    steps = steps_of(history, records)
+    if last <= first and (steps < ENOUGH_STEPS or len(records) < 2):
+        return Check(SKIP, name, f"{measured}; {steps} steps are too few to tell")
+    if "deadzone" not in history.parameter_groups.values() and last == first:
+        return Check(SKIP, name, f"{measured}; the quantizers train no dead zone")
     return judge(last > first, name, measured, "a --deadzone-decay too weak against the cross-entropy's pull")
 
 
@@ -142,38 +304,44 @@ def structured_follows_warmup(history: History) -> Check:
     name, records, settings = "structured sparsity follows the warm-up", history.epochs, history.settings
     share = 100 * records[-1].structured_sparsity
     first = next((r.epoch for r in records if r.structured_sparsity > 0), None)
-    begins = next((r.epoch for r in records if r.coefficient > 0), None)
-    since = f", the first in epoch {first}" if first else ""
-    measured = f"{share:.1f} % of filters at the end{since}, the penalty from epoch {begins}"
+    penalised = [r for r in records if r.coefficient > 0]
     if not records[-1].layers:
         return Check(SKIP, name, "no layer is quantized")
     if settings["sparsity_weight"] == 0:
         return Check(SKIP, name, f"{share:.1f} %; --sparsity-weight is 0")
-    if first is not None and (begins is None or first < begins):
+    since = f", the first in epoch {first}" if first else ""
+    if not penalised:
+        return Check(SKIP, name, f"{share:.1f} % of filters at the end{since}; the penalty acts in none of "
+                     f"these {len(records)} epochs")  # fmt: skip
+    begins = penalised[0].epoch
+    measured = f"{share:.1f} % of filters at the end{since}, the penalty from epoch {begins}"
+    if first is not None and first < begins:
         return judge(
             False, name, measured, "filters die before the penalty acts: --deadzone-decay is too strong"
         )
-    if first is None and len(records) < settings["sparsity_delay"] + settings["sparsity_ramp"]:
-        return Check(SKIP, name, f"{share:.1f} %; the run ends before the warm-up does")
-    return judge(
-        first is not None and share > 0, name, measured, "a --sparsity-weight too weak to kill a channel"
-    )
+    steps = steps_of(history, penalised)
+    if share == 0 and steps < STEPS_TO_KILL:
+        return Check(SKIP, name, f"{measured}; {steps} steps with a penalty are too few to tell")
+    return judge(share > 0, name, measured, penalty_cause(history))
 
 
 def penalty_falls(history: History) -> Check:
     name, records = "penalty falls once it acts", history.epochs
     if not records[-1].layers:
         return Check(SKIP, name, "no layer is quantized")
-    before = [r for r in records if r.coefficient == 0]
-    if history.settings["sparsity_weight"] == 0 or len(before) in (0, len(records)):
+    before, acting = [r for r in records if r.coefficient == 0], [r for r in records if r.coefficient > 0]
+    if history.settings["sparsity_weight"] == 0 or not before or not acting:
         return Check(SKIP, name, f"{records[-1].penalty:.1f}; no epoch before the warm-up, or none in it")
     start, end = before[-1].penalty, records[-1].penalty
     measured = f"{start:.1f} before the warm-up -> {end:.1f}"
-    return judge(end < start, name, measured, "a --sparsity-weight too weak against the cross-entropy")
+    steps = steps_of(history, acting)
+    if math.isfinite(end) and end >= start and steps < ENOUGH_STEPS:
+        return Check(SKIP, name, f"{measured}; {steps} steps with a penalty are too few to tell")
+    return judge(end < start, name, measured, penalty_cause(history))
 
 
 def bits_fall(history: History) -> Check:
-    name, records = "bits fall", history.epochs
+    name, records, settings = "bits fall", history.epochs, history.settings
     if not history.start:
         return Check(SKIP, name, "no layer is quantized")
     start = sum(layer.learned_bits for layer in history.start.values()) / len(history.start)
@@ -181,9 +349,13 @@ def bits_fall(history: History) -> Check:
     measured = f"mean learned bits {start:.2f} -> {end:.2f}"
     if "bit" not in history.parameter_groups.values() and end == start:
         return Check(SKIP, name, f"{measured}; the quantizers train no bit-width")
-    if len(records) < ENOUGH_EPOCHS:
-        return Check(SKIP, name, f"{measured}; fewer than {ENOUGH_EPOCHS} epochs are too short a way")
-    cause = "--bit-lr or --bit-decay too small for the logits to leave tanh's flat part in so few steps"
+    steps = steps_of(history, records)
+    if start - 0.05 < end and steps < ENOUGH_STEPS:
+        return Check(SKIP, name, f"{measured}; {steps} steps are too few to tell")
+    cause = (
+        f"--bit-lr {settings['bit_lr']:g} or --bit-decay {settings['bit_decay']:g} is too small for the "
+        f"logits to leave tanh's flat part in {steps:,} steps"
+    )
     return judge(end <= start - 0.05, name, measured, cause)
 
 
@@ -222,6 +394,70 @@ def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]
         quantization.enabled = True
     model.train(was_training)
     return macs, sizes
+
+
+def file_is_recounted(history: History, count: NetworkCount) -> Check:
+    """Every count of the packed file by experiments/recount.py against what the run prints."""
+    name, made = "packed file holds what was counted", history.compressed
+    if made is None or not made.file:
+        return Check(SKIP, name, "nothing was packed")
+    layers, wrong = {layer.name: layer for layer in count.layers}, []
+    if layers.keys() != made.file.keys():
+        wrong.append("other layers: " + _some(sorted(layers.keys() ^ made.file.keys())))
+    for layer, ours in layers.items():
+        theirs = made.file.get(layer)
+        if theirs is None:
+            continue
+        if theirs.coded and theirs.bits != ours.bits:
+            wrong.append(f"{layer} has {theirs.bits} bits in the file, {ours.bits} printed")
+        most = 2**ours.bits - _own_quantizers(history)
+        if ours.quantized and theirs.levels > most:
+            wrong.append(
+                f"{layer} has {theirs.levels} different weights, {ours.bits} bits give {most} at most"
+            )
+        for field in (
+            "weights",
+            "zero_weights",
+            "filters",
+            "zero_filters",
+            "structured_macs",
+            "unstructured_macs",
+        ):
+            if getattr(theirs, field) != getattr(ours, field):
+                wrong.append(
+                    f"{layer}: {field.replace('_', ' ')} {getattr(theirs, field):,} in the file, "
+                    f"{getattr(ours, field):,} printed"
+                )
+    bops = {
+        kind: sum(
+            getattr(theirs, f"{kind}_macs") * layers[n].bits * 32
+            for n, theirs in made.file.items()
+            if n in layers
+        )
+        for kind in ("structured", "unstructured")
+    }
+    printed = history.final.totals if history.final else {}
+    for kind, total in bops.items():
+        if printed and printed[f"{kind}_bops"] != total:
+            wrong.append(f"{kind} BOPs {total:,} from the file, {printed[f'{kind}_bops']:,} printed")
+    floats = [
+        n for n, theirs in made.file.items() if n in layers and layers[n].quantized and not theirs.coded
+    ]
+    measured = (
+        f"{sum(f.zero_weights for f in made.file.values()):,} zeros, {bops['unstructured']:,} unstructured "
+        f"and {bops['structured']:,} structured BOPs counted from its bytes"
+    )
+    if floats:
+        measured += f"; packed as float32 though quantized: {_some(floats)}"
+    if wrong:
+        measured = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    cause = "a defect in metrics.py, src/channels.py or src/packing.py, or the wrong network was packed"
+    return judge(not wrong, name, measured, cause)
+
+
+def _own_quantizers(history: History) -> bool:
+    """Whether the quantizers are CoDeQ's own, which have no level without its opposite."""
+    return set(history.parameter_groups) <= LOGITS.keys()
 
 
 def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> list[Check]:
@@ -270,14 +506,20 @@ def early_warnings(start: dict[str, LayerStart], records: Sequence[EpochRecord])
         ]
         if still:
             yield f"{parameter} still", f"{words} that have not moved: {_some(still)}"
-    for name, layer in now.layers.items():
-        if layer.zero_weights == layer.weights:
-            yield f"dead {name}", f"every weight of {name} is zero: its branch is gone"
+    for check in now.ledger:
+        if check.status == FAIL:
+            yield f"ledger {check.name}", f"{check.name}: {check.message}"
+    gone = [n for n, r in now.layers.items() if r.signal is not None and r.signal < COLLAPSED]
+    if gone:
+        yield (
+            f"collapse of {len(gone)}",
+            f"nothing is left of the output of {_some(gone)}: its variance is far below its norm's eps. "
+            "Likely cause: --sparsity-weight or --deadzone-decay is too strong",
+        )
     if len(records) > 1 and all(r.accuracy <= 1.2 * CHANCE for r in records[-2:]):
         yield "chance", f"accuracy at chance for two epochs running ({100 * now.accuracy:.1f} %)"
-    weighted = now.loss - now.cross_entropy
-    if weighted > OUTWEIGHS * now.cross_entropy:
-        times = weighted / now.cross_entropy if now.cross_entropy else math.inf
+    if _outweighs(now) > OUTWEIGHS:
+        times = _outweighs(now)
         yield "penalty", f"the penalty outweighs the cross-entropy {times:.0f} times: lower --sparsity-weight"
 
 

@@ -1,0 +1,168 @@
+"""A packed file counted a second time, from its bytes: zeros, filters, bits, levels and multiplications.
+
+Nothing of src/ and metrics.py is used but the layout that src/packing.py describes, so that an error there and
+the same error here are unlikely to meet. Counts are of one image of 32 x 32 pixels.
+"""
+
+import bz2
+import hashlib
+import json
+import lzma
+import struct
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments.history import FileLayer
+
+HEADER_START = 52  # 8 bytes of magic, three numbers of 4 bytes, 32 bytes of SHA-256
+WIDTHS, SIDES = (16, 32, 64), (32, 16, 8)  # channels of the three stages, and pixels along a side
+FULL_PRECISION = 32  # bits
+
+Array = np.ndarray
+
+
+def recount(content: bytes) -> dict[str, FileLayer]:
+    """The counts of every convolution and the classifier, by name.
+
+    Raises: ValueError in words for bytes that are not as src/packing.py describes.
+    """
+    blocks, classes, bits, body = _read(content)
+    tensors = _tensors(blocks, classes, bits, body)
+    weights = {name.removesuffix(".weight"): w for name, w in tensors.items() if w.ndim in (2, 4)}
+    left = _left(weights, tensors, blocks)
+    return {name: _layer(name, w, bits.get(name), *left[name]) for name, w in weights.items()}
+
+
+def _read(content: bytes) -> tuple[int, int, dict[str, int], bytes]:
+    """Blocks a stage, classes, bits of each coded layer, and the body with its compression undone."""
+    _, _, header_bytes, body_bytes = struct.unpack_from("<8sIII", content)
+    header = content[HEADER_START : HEADER_START + header_bytes]
+    compressed = content[HEADER_START + header_bytes :]
+    if len(compressed) != body_bytes:
+        raise ValueError(f"the body has {len(compressed)} bytes, the file says {body_bytes}")
+    if hashlib.sha256(content[:20] + header + compressed).digest() != content[20:HEADER_START]:
+        raise ValueError("the SHA-256 in the file is not that of its content")
+    said = json.loads(header)
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0}]
+    undo = {
+        "lzma": lambda: lzma.decompress(compressed, lzma.FORMAT_RAW, filters=filters),
+        "bz2": lambda: bz2.decompress(compressed),
+        "zlib": lambda: zlib.decompress(compressed),
+    }
+    return said["blocks_per_stage"], said["num_classes"], said["bits"], undo[said["compression"]]()
+
+
+def _shapes(blocks: int, classes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of the network that its logits depend on, in the order of the file."""
+
+    def convolution(name: str, norm: str, outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (outputs, inputs, 3, 3)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            yield f"{norm}.{part}", (outputs,)
+
+    yield from convolution("conv1", "bn1", WIDTHS[0], 3)
+    for stage, width in enumerate(WIDTHS, 1):
+        for block in range(blocks):
+            before = WIDTHS[stage - 2] if stage > 1 and block == 0 else width
+            at = f"layer{stage}.{block}"
+            yield from convolution(f"{at}.conv1", f"{at}.bn1", width, before)
+            yield from convolution(f"{at}.conv2", f"{at}.bn2", width, width)
+    yield "linear.weight", (classes, WIDTHS[-1])
+    yield "linear.bias", (classes,)
+
+
+def _tensors(blocks: int, classes: int, bits: dict[str, int], body: bytes) -> dict[str, Array]:
+    """The numbers of every tensor; of a coded weight its codes, from -2^(b-1) to 2^(b-1) - 1."""
+    shapes = dict(_shapes(blocks, classes))
+    coded = {f"{layer}.weight": b for layer, b in bits.items()}
+    plain = sum(2 if name in coded else int(np.prod(shape)) for name, shape in shapes.items())
+    planes = np.frombuffer(body[: 4 * plain], np.uint8).reshape(4, plain)
+    numbers = np.ascontiguousarray(planes.T).view("<f4")[:, 0]
+    place, tensors, used = 4 * plain, {}, 0
+    for name, shape in shapes.items():
+        size = int(np.prod(shape))
+        if name in coded:
+            content, place = _codes(body, place, size, coded[name])
+            tensors[name], used = content.reshape(shape), used + 2
+        else:
+            tensors[name], used = numbers[used : used + size].reshape(shape), used + size
+    if place != len(body):
+        raise ValueError(f"the body has {len(body)} bytes, its tensors take {place}")
+    return tensors
+
+
+def _codes(body: bytes, place: int, size: int, bits: int) -> tuple[Array, int]:
+    """`size` codes of so many bits from this byte on, and the first byte behind them.
+
+    A row of as many codes as a byte holds, at least one, begins at a byte; each from its highest bit.
+    """
+    row = max(1, 8 // bits)
+    row_bytes, rows = (row * bits + 7) // 8, (size + row - 1) // row
+    taken = np.frombuffer(body, np.uint8, rows * row_bytes, place).reshape(rows, row_bytes).astype(np.int64)
+    value = np.zeros(rows, np.int64)
+    for byte in range(row_bytes):
+        value = (value << 8) | taken[:, byte]
+    unused = 8 * row_bytes - row * bits
+    each = [(value >> (unused + bits * (row - 1 - i))) & ((1 << bits) - 1) for i in range(row)]
+    codes = np.stack(each, 1).reshape(-1)[:size] - ((1 << (bits - 1)) - 1)
+    codes[codes == 1 << (bits - 1)] -= 1 << bits  # the one code that has no opposite
+    return codes, place + rows * row_bytes
+
+
+def _left(weights: dict[str, Array], tensors: dict[str, Array], blocks: int) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each layer that are left: what depends on the image and is read."""
+    links = {}
+    for name, w in weights.items():
+        links[name] = (w != 0).any((2, 3)) if w.ndim == 4 else w != 0
+        if w.ndim == 4:
+            links[name] = links[name] & (tensors[f"{name.replace('conv', 'bn')}.weight"] != 0)[:, None]
+    path = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(blocks)]
+    stream = links["conv1"].any(1)
+    entering, inner, branch = {}, {}, {}
+    for at in path:
+        entering[at] = stream
+        inner[at] = (links[f"{at}.conv1"] & stream).any(1)
+        branch[at] = (links[f"{at}.conv2"] & inner[at]).any(1)
+        stream = branch[at] | _shortcut(stream, len(branch[at]))
+    linear = links["linear"]
+    answers = (linear & stream).any(1)
+    left = {"linear": (answers, stream & linear.any(0))}
+    needed = linear.any(0)
+    for at in reversed(path):
+        inner_needed = links[f"{at}.conv2"][needed].any(0)
+        left[f"{at}.conv2"] = (needed & branch[at], inner[at] & inner_needed)
+        reads = links[f"{at}.conv1"][inner_needed].any(0)
+        left[f"{at}.conv1"] = (inner_needed & inner[at], entering[at] & reads)
+        needed = reads | _shortcut_back(needed, len(reads))
+    left["conv1"] = (needed & links["conv1"].any(1), links["conv1"][needed].any(0))
+    return {name: (int(outputs.sum()), int(inputs.sum())) for name, (outputs, inputs) in left.items()}
+
+
+def _shortcut(flags: Array, channels: int) -> Array:
+    """Option A: the old channels in the middle of the new ones."""
+    beside = (channels - len(flags)) // 2
+    return np.pad(flags, beside) if beside else flags
+
+
+def _shortcut_back(flags: Array, channels: int) -> Array:
+    beside = (len(flags) - channels) // 2
+    return flags[beside : beside + channels]
+
+
+def _layer(name: str, w: Array, bits: int | None, outputs: int, inputs: int) -> FileLayer:
+    positions = SIDES[int(name[5]) - 1] ** 2 if name.startswith("layer") else SIDES[0] ** 2
+    positions, kernel = (positions, 9) if w.ndim == 4 else (1, 1)
+    zeros = int(w.size - np.count_nonzero(w))
+    return FileLayer(
+        coded=bits is not None,
+        bits=FULL_PRECISION if bits is None else bits,
+        levels=len(np.unique(w)),
+        weights=int(w.size),
+        zero_weights=zeros,
+        filters=len(w),
+        zero_filters=sum(not np.any(row) for row in w),
+        structured_macs=outputs * inputs * kernel * positions,
+        unstructured_macs=(int(w.size) - zeros) * positions,
+    )
