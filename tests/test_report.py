@@ -1,0 +1,259 @@
+"""What a run tells a person: each text against the history that it is made from, and in its columns."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import ALIVE, CONSTANT, NULL, good_run, layer_count
+
+import resnet
+from experiments.history import Check, DataRecord, History
+from experiments.report import (
+    check_lines,
+    compressed_lines,
+    first_lines,
+    layer_table,
+    metrics_lines,
+    picture_title,
+    preflight_lines,
+    table_header,
+    table_row,
+)
+from experiments.settings import PRESETS, Settings
+from metrics import NetworkCount, count_network
+
+quick = settings(max_examples=150, deadline=None, derandomize=True)
+STAND_IN = DataRecord("synthetic stand-in", "CIFAR-10 could not be had: no network", True, 5000, 1000)
+OVERRIDDEN = Settings(sparsity_weight=1.0, weights_lr=1e-3)
+
+
+def by_label(text: str) -> dict[str, str]:
+    """The first lines by their label, such as "Device"."""
+    return {line.partition(":")[0]: line.partition(":")[2].strip() for line in text.splitlines()}
+
+
+def on_stand_in(history: History) -> History:
+    return replace(history, data=STAND_IN)
+
+
+# The first lines
+
+
+def test_the_first_lines_say_what_runs_on_what_with_which_data():
+    lines = by_label(first_lines(good_run(), Settings(seed=3, device="cpu")))
+    assert lines == {
+        "Versions": "python 3.11.7, torch 2.9.0",
+        "Device": "cpu (2 threads), float32",
+        "Preset": "debug",
+        "Training": "20 epochs of batches of 512, seed 3",
+        "Data": "CIFAR-10: 50,000 training and 10,000 test images (data/cifar-10-batches-py)",
+        "Quantized": "4 of 6 layers; not: conv1, linear",
+    }
+
+
+@pytest.mark.parametrize(
+    ("chosen", "described"),
+    [
+        (Settings(), "debug"),
+        (Settings(**PRESETS["plan"], preset="plan"), "plan"),
+        (OVERRIDDEN, "debug, with --sparsity-weight 1 --weights-lr 0.001"),
+    ],
+)
+def test_a_preset_that_flags_override_is_said_with_them_in_lines_and_titles(chosen, described):
+    assert by_label(first_lines(good_run(), chosen))["Preset"] == described
+    assert picture_title(good_run(7), chosen) == f"ResNet-20 on CIFAR-10, preset {described}, epoch 7"
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "said"),
+    [
+        ("auto", "cpu, 2 threads", True),
+        ("cpu", "cpu, 2 threads", False),
+        ("auto", "cuda, NVIDIA H100", False),
+        ("auto", "cpu, 1 threads, 2 processes", True),
+    ],
+)
+def test_a_cpu_that_nobody_asked_for_is_explained(asked, device, said):
+    lines = by_label(first_lines(replace(good_run(), device=device), Settings(device=asked)))
+    assert lines["Device"] == f"{device}, float32" + (" (auto: no CUDA or MPS here)" if said else "")
+
+
+def test_a_network_that_is_quantized_throughout_has_no_layer_named_as_not():
+    lines = by_label(first_lines(replace(good_run(), full_precision=[]), Settings()))
+    assert lines["Quantized"] == "4 of 4 layers; not: none"
+
+
+def test_the_stand_in_is_told_loudly_in_the_very_first_line_with_the_reason_and_over_the_table():
+    history = on_stand_in(good_run())
+    first, *others = first_lines(history, Settings()).splitlines()
+    assert first.startswith("*** NOT CIFAR-10") and STAND_IN.name in first and STAND_IN.source in first
+    assert [line for line in others if line.startswith("***")] == []
+    assert f"[{STAND_IN.name}]" in table_header(STAND_IN)
+    assert "SYNTHETIC STAND-IN, NOT CIFAR-10" in picture_title(history, Settings())
+
+
+def test_cifar10_bears_no_mark_of_the_stand_in():
+    history = good_run()
+    for text in (first_lines(history, Settings()), table_header(history.data)):
+        assert "***" not in text and "[" not in text
+    assert "NOT" not in picture_title(history, Settings())
+
+
+def test_notes_come_last_in_their_order():
+    notes = ["Resumed:   after epoch 3", "Earlier:   the files were moved to earlier-1"]
+    assert first_lines(good_run(), Settings(), notes).splitlines()[-2:] == notes
+
+
+def test_every_first_line_has_its_words_in_the_same_column():
+    for line in first_lines(good_run(), OVERRIDDEN).splitlines():
+        assert re.fullmatch(r"[A-Z][a-z]+: +", line[:11]) and line[11] != " ", line
+
+
+# The table
+
+
+def bars(line: str) -> list[int]:
+    """Where the columns of a line end."""
+    return [i for i, c in enumerate(line) if c in "|+"]
+
+
+def test_a_row_shows_shares_in_percent_and_each_number_in_its_column():
+    record = replace(
+        runs.epoch_record(7), loss=1.23456, accuracy=0.70706, unstructured_sparsity=0.7661,
+        structured_sparsity=0.0612, learned_bits=4.0349, seconds=49.96)  # fmt: skip
+    assert table_row(record) == "    7 |   1.2346 |  70.71 |  76.61 |   6.12 |  4.03 |   50.0"
+
+
+@pytest.mark.parametrize("data", [good_run(1).data, STAND_IN], ids=["CIFAR-10", "stand-in"])
+def test_the_header_names_each_column_and_its_unit_above_it(data):
+    blank, names, units, rule = table_header(data).split("\n")
+    assert blank == "" and set(rule) == {"-", "+"}
+    columns = zip(*(map(str.strip, line.split("  [")[0].split("|")) for line in (names, units)), strict=True)
+    assert list(columns) == [
+        ("Epoch", ""), ("Loss", "CE + pen"), ("Acc", "%"), ("Unstr", "%"), ("Struct", "%"),
+        ("Bits", "mean"), ("Time", "s")]  # fmt: skip
+    # The "+" in "CE + pen" is no end of a column.
+    assert bars(names) == bars(units.replace("+", " ")) == bars(rule)
+
+
+shares = st.floats(0, 1)
+
+
+@quick
+@given(
+    st.fixed_dictionaries(
+        {
+            "epoch": st.integers(1, 99_999),
+            "loss": st.floats(0, 999.9999) | st.sampled_from([float("nan"), float("inf")]),
+            "accuracy": shares,
+            "unstructured_sparsity": shares,
+            "structured_sparsity": shares,
+            "learned_bits": st.floats(1, 32),
+            "seconds": st.floats(0, 9999.9),
+        }
+    )
+)
+def test_whatever_the_numbers_a_row_keeps_its_columns(numbers):
+    row = table_row(replace(runs.epoch_record(1), **numbers))
+    rule = table_header(STAND_IN).splitlines()[-1]
+    assert bars(row.replace("e+", "e ")) == bars(rule) and len(row) == len(rule)
+
+
+# The final metrics
+
+
+def test_the_final_metrics_are_the_four_ratios_and_the_ceiling():
+    assert metrics_lines(runs.final()).splitlines() == [
+        "",
+        "--- Final Compression Metrics ---",
+        "Structured BOPs compression:   7.12x",
+        "Unstructured BOPs compression: 20.50x",
+        "Structured MACs compression:   1.50x",
+        "Unstructured MACs compression: 4.25x",
+        "Ceiling: 91.62x structured, 91.50x unstructured, if the 2 quantized layers cost nothing "
+        f"(of {18 + 36 + 27 + 90} MACs)",
+    ]
+
+
+def test_a_network_with_nothing_left_is_told_in_words_and_no_ratio_is_written_as_inf():
+    infinite = {name: float("inf") for name in ("structured_bops_ratio", "structured_mac_ratio")}
+    texts = metrics_lines(runs.final(**infinite)), compressed_lines(runs.compressed(slim_macs=0))
+    for text, times in zip(texts, (2, 1), strict=True):
+        assert text.count("infinite (nothing is left)") == times and "infx" not in text
+
+
+# The compressed network
+
+
+def test_the_compressed_network_is_told_with_all_its_numbers():
+    text = compressed_lines(runs.compressed(slim_accuracy=0.8124, agreement=0.99985, packed_differs=3))
+    lines = text.splitlines()
+    assert lines[1] == "--- The Compressed Network ---"
+    assert lines[2] == (
+        "Smaller network: 101,234 of 269,722 parameters, 20,275,520 of 40,551,040 MACs (2.00x), "
+        "counted on the network itself"
+    )
+    assert "10,000 test images: largest difference 1e-05 of logits up to 12.5, 99.98 % equal" in lines[3]
+    assert lines[4].strip() == "accuracy 81.24 % against 81.25 %"
+    assert lines[5] == "Packed file: 54,321 bytes, 20.0 times smaller than the float32 state_dict's 1,086,420"
+    assert lines[6].strip() == "read back: 3 logits differ, accuracy 81.25 %"
+    assert "no speed-up in this runtime" in lines[-1]
+
+
+def test_each_latency_is_told_in_milliseconds_with_its_spread():
+    seconds = {"median": 0.0123, "least": 0.0119, "most": 0.25}
+    found = runs.compressed(latency_seconds={"dense, batch 1": seconds, "fake-quantized, batch 128": seconds})
+    rows = [line for line in compressed_lines(found).splitlines() if " ms " in line]
+    assert [row.split(" ms ")[0].split() for row in rows] == [
+        ["dense,", "batch", "1", "12.30"], ["fake-quantized,", "batch", "128", "12.30"]]  # fmt: skip
+    assert all(row.endswith("(11.90 to 250.00)") for row in rows)
+    assert len({row.index(" ms ") for row in rows}) == 1
+
+
+# Checks
+
+
+def test_the_cause_of_a_failed_check_stands_on_a_line_of_its_own():
+    passed = Check("PASS", "loss", "2.0 -> 1.0")
+    failed = Check("FAIL", "loss", "1.0 -> 2.0. Likely cause: a high rate")
+    assert check_lines(passed) == ["PASS  loss: 2.0 -> 1.0"]
+    assert check_lines(failed) == ["FAIL  loss: 1.0 -> 2.0", "      Likely cause: a high rate"]
+
+
+def test_a_preflight_is_one_line_where_all_holds_and_tells_what_fails_or_all_of_it():
+    checks = [Check("PASS", "a", "1"), Check("SKIP", "b", "no GPU"), Check("FAIL", "c", "2. Likely cause: d")]
+    good = checks[:2]
+    assert preflight_lines(good, 1.6) == "Preflight: 1 checks hold, 2 s (skipped: b)"
+    assert preflight_lines(checks, 1.6).splitlines() == [
+        "FAIL  c: 2", "      Likely cause: d", "Preflight: 1 of 3 checks FAIL, 2 s (skipped: b)"]  # fmt: skip
+    whole = preflight_lines(checks, 1.6, whole=True).splitlines()
+    assert whole[:3] == ["PASS  a: 1", "SKIP  b: no GPU", "FAIL  c: 2"] and len(whole) == 5
+
+
+# The table of layers
+
+
+def test_the_table_of_layers_has_a_row_a_layer_and_the_totals():
+    layers = (
+        layer_count("conv1", [ALIVE] * 3, bits=32, quantized=False, dense_macs=1_234_567),
+        layer_count("layer1.0.conv1", [ALIVE, NULL, CONSTANT, NULL], bits=5, zero_weights=20, zero_filters=2,
+                    dense_macs=3000, structured_macs=1000, unstructured_macs=1500),
+        layer_count("linear", [ALIVE] * 10, bits=32, quantized=False))  # fmt: skip
+    header, *rows, total = [line.split() for line in layer_table(NetworkCount(layers)).splitlines()]
+    assert header[0] == "Layer"
+    assert rows == [
+        ["conv1", "32", "0/27", "0/3", "3/0/0", "1,234,567", "27", "27"],
+        ["layer1.0.conv1", "5", "20/36", "2/4", "1/1/2", "3,000", "1,000", "1,500"],
+        ["linear", "32", "0/90", "0/10", "10/0/0", "90", "90", "90"],
+    ]
+    assert total == ["Total", "20/153", "2/17", "14/1/2", "1,237,657", "1,117", "1,617"]
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_the_columns_of_the_table_of_layers_line_up(depth):
+    lines = layer_table(count_network(getattr(resnet, f"resnet{depth}")())).splitlines()
+    assert len(lines) == depth + 2
+    assert {len(line) for line in lines} == {len(lines[0])}
