@@ -265,6 +265,7 @@ def epoch_record(
         **_sparsities(compression.count),
         layers=layer_records(model, compression.count),
         seconds=seconds,
+        ledger=[],  # filled in when the epoch is over
     )
 
 

@@ -1,7 +1,7 @@
 """A packed file counted a second time, from its bytes: zeros, filters, bits, levels and multiplications.
 
-Nothing of src/ and metrics.py is used but the layout that src/packing.py describes, so that an error there and
-the same error here are unlikely to meet. Counts are of one image of 32 x 32 pixels.
+Nothing of src/ and metrics.py is used but the layout that src/packing.py describes, so that an error there
+and the same error here are unlikely to meet. Counts are of one image of 32 x 32 pixels.
 """
 
 import bz2
