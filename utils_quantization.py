@@ -172,6 +172,11 @@ def parameter_groups(quantizer: nn.Module) -> dict[str, str]:
     return {n: own.get(n, "weights") for n, p in quantizer.named_parameters() if p.requires_grad}
 
 
+def has_codes(quantizer: nn.Module) -> bool:
+    """Whether the quantizer gives its weight as integers too; see `Quantizer`."""
+    return callable(getattr(quantizer, "codes", None))
+
+
 def toggle_quantization(model: nn.Module, enabled: bool) -> None:
     """Switch all quantizers of the model on, or off: its layers then compute in full precision."""
     for layer in quantized_layers(model).values():

@@ -65,6 +65,7 @@ from experiments.history import (
 from experiments.ledger import check_epoch
 from experiments.live import LiveLine, Stopped, ignore_sigterm
 from experiments.preflight import preflight
+from experiments.quantizer_class import find_quantizer
 from experiments.retest import retest
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import Settings, parse_settings
@@ -84,7 +85,6 @@ from experiments.verdict import FAIL, new_warnings, verdict
 from experiments.watch import EpochWatch
 from resnet import resnet20
 from src.encoding import PackingError
-from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
 RESULTS = (*report.PICTURES, "history.json", PACKED, SLIM)  # and checkpoints
@@ -103,11 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
             held.enter_context(lock_folder(settings.output_dir, live.say))
         checkpoint = find_checkpoint(settings, processes, live.say) if settings.resume else None
         device = prepare_device(settings, processes)
+        make_quantizer = find_quantizer(settings)
 
         torch.manual_seed(settings.seed)
         model: nn.Module = resnet20().to(device)
         evaluator = Evaluator(model)
-        quantized = attach_weight_quantizers(model, settings.exclude_layers, DeadZoneLDZCompander, {})
+        quantized = attach_weight_quantizers(model, settings.exclude_layers, make_quantizer, {})
         if device.type != "mps":  # where channels_last has given wrong batch-norm gradients
             model.to(memory_format=torch.channels_last)
         if processes.count > 1:

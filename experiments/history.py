@@ -22,7 +22,7 @@ from experiments.distributed import Processes
 from experiments.evaluator import Compression
 from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
-from utils_quantization import parameter_groups, quantizers, weight_bits
+from utils_quantization import has_codes, parameter_groups, quantizers, weight_bits
 
 PACKAGES = ("torch", "numpy", "matplotlib")
 
@@ -195,6 +195,7 @@ class History:
     parameter_groups: dict[str, str]  # the optimizer's group of each parameter that quantizers train, by name
     preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
+    without_codes: list[str]  # quantized layers that are packed as float32: their quantizer gives no integers
     resumed: list[Resumption] = field(default_factory=list)
     stopped: str | None = None  # why the run ended before its last epoch
     not_finite: bool = False  # whether it was stopped by numbers that are not finite
@@ -241,6 +242,7 @@ def new_history(
         parameter_groups={n: g for q in quantizers(model).values() for n, g in parameter_groups(q).items()},
     )  # fmt: skip
 
+        without_codes=[name for name, quantizer in quantizers(model).items() if not has_codes(quantizer)],
 
 def epoch_record(
     epoch: int,

@@ -155,7 +155,7 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             f"{name}: shape {tuple(out.shape)}, finite: {bool(out.isfinite().all())}",
             "the quantizer breaks its input",
         )
-        bits = float(quantizer.get_bitwidth().detach())
+        bits = float(torch.as_tensor(quantizer.get_bitwidth()).detach())
         levels = len(out.unique())
         expect(bits == round(bits) and bits >= 1, f"{name} claims {bits} bits", "bit-widths are not rounded")
         expect(

@@ -29,6 +29,9 @@ def first_lines(history: History, settings: Settings, notes: Sequence[str] = ())
         f"({data.source})",
         f"Quantized: {len(history.quantized)} of {layers} layers; not: "
         f"{', '.join(history.full_precision) or 'none'}",
+        *([f"Quantizer: {settings.quantizer}"] if settings.quantizer != Settings.quantizer else []),
+        *([f"Packed:    as float32 in {len(history.without_codes)} quantized layers, since their quantizer "
+           f"gives no codes"] if history.without_codes else []),
         *notes,
     ])  # fmt: skip
 

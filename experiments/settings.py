@@ -56,6 +56,11 @@ class Settings:
         ("^conv1$", "^linear$"),
         "layers left in full precision: regular expressions looked for in their names",
     )
+    quantizer: str = _setting(
+        "src.quantizer:DeadZoneLDZCompander", "module:Class; utils_quantization.Quantizer says what it needs"
+    )
+    max_bits: int | None = _setting(None, "upper bound of the learned bits; without it, the class's own")
+    fixed_bits: int | None = _setting(None, "bits of every quantized weight, which are then not learned")
     sparsity_weight: float = _setting(4e-3, "peak of the group lasso's coefficient")
     sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
@@ -81,6 +86,11 @@ class Settings:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item, getattr(self, item.name))
+        if self.max_bits is not None and self.fixed_bits is not None:
+            raise ValueError(
+                f"--max-bits is {self.max_bits} and --fixed-bits is {self.fixed_bits}; expected one of them, "
+                f"since fixed bits have no upper bound to learn under"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """All that the run depends on: `resume` says how it was started, not what it is."""
@@ -140,6 +150,7 @@ NOT_OF_THE_METHOD = (
 
 NOT_NEGATIVE = ("batch_norm_batches", "logit_steps")
 MAX_EPOCHS = 1_000_000
+MAX_BITS = 32
 AT_LEAST_ONE = ("epochs", "batch_size", "threads", "limit_train", "limit_test")
 MAX_SEED = 2**63 - 1
 MAX_THREADS = 4096
@@ -174,6 +185,10 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number, 1 or more")
     if item.name in NOT_NEGATIVE and value < 0:
         raise ValueError(f"{name} is {value}; expected a whole number, 0 or more")
+    if item.name in ("max_bits", "fixed_bits") and value is not None and not 1 <= value <= MAX_BITS:
+        raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_BITS}")
+    if item.name == "quantizer" and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+        raise ValueError(f"{name} is {value!r}; expected module:Class, such as {Settings.quantizer}")
     if item.name == "epochs" and value > MAX_EPOCHS:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_EPOCHS}")
     if item.name == "seed" and not 0 <= value <= MAX_SEED:
@@ -267,6 +282,7 @@ def _number(text: str) -> float:
 _CONVERTERS: dict[Any, tuple[Any, str]] = {
     int: (_whole_number, "N"),
     int | None: (_whole_number, "N"),
+    str: (str, "NAME"),
     float: (_number, "X"),
     Path: (_folder, "FOLDER"),
 }

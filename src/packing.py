@@ -9,7 +9,8 @@
     body         compressed: all float32 numbers, then all codes (see src/encoding.py)
 
 Integers are little-endian. The numbers are the tensors of the network's state, in its order; a coded weight
-contributes its step size and shift instead of its elements. A code is stored as q + Q, in its layer's bits.
+contributes its step size and shift instead of its elements. A code q is stored as q + Q modulo 2^b, in its
+layer's b bits.
 
 A file may come from an untrusted source. The architecture in its header is limited, and limits all other
 sizes, before any memory is taken for them.
@@ -38,8 +39,14 @@ from src.encoding import (
     unpack_codes,
     unpack_numbers,
 )
-from src.quantizer import MAX_BITS, MIN_BITS, Codes, DeadZoneLDZCompander
-from utils_quantization import quantized_layers, weight_bits, weight_quantization, without_quantizers
+from src.quantizer import MAX_BITS, MIN_BITS, Codes
+from utils_quantization import (
+    has_codes,
+    quantized_layers,
+    weight_bits,
+    weight_quantization,
+    without_quantizers,
+)
 
 VERSION = 1
 MAGIC = b"\x89CoDeQ\r\n"
@@ -77,16 +84,16 @@ def pack_network(
         not finite, and if the settings or metrics are not strict JSON.
     """
     plain = without_quantizers(model).cpu()
-    blank, state, coded = _blank_like(plain), plain.state_dict(), _read_codes(model)
+    blank, state, coded = _blank_like(plain), plain.state_dict(), read_codes(model)
     bits = {name: weight_bits(model.get_submodule(name))[0] for name in coded}
     numbers, codes = [], []
     for slot in _slots(blank, bits):
         tensor = _checked(slot.name, state[slot.name])
         if slot.bits:
             layer = coded[slot.layer]
-            assert torch.equal(_weight(layer), tensor), f"the codes of {slot.layer} give other weights"
-            numbers += [layer.step_size, layer.shift]
-            codes.append(pack_codes(layer.q.flatten().long().numpy() + _levels(slot.bits), slot.bits))
+            numbers += [layer.step_size.reshape(1), layer.shift.reshape(1)]
+            q = layer.q.flatten().long().numpy()
+            codes.append(pack_codes((q + _levels(slot.bits)) % 2**slot.bits, slot.bits))
         else:
             numbers.append(tensor.flatten())
     compression, body = compress(pack_numbers(torch.cat(numbers).numpy()) + b"".join(codes))
@@ -117,7 +124,7 @@ def unpack_network(content: bytes) -> ResNet:
     for slot, values in zip(slots, numbers, strict=True):
         if slot.bits:
             codes = unpack_codes(body[begin : begin + slot.code_bytes], slot.shape.numel(), slot.bits)
-            values = _weight(Codes(_checked_q(slot, codes), values[0], values[1]))
+            values = _weight(Codes(_signed(codes, slot.bits), values[0], values[1]))
             begin += slot.code_bytes
         state[slot.name] = _checked(slot.name, values.view(slot.shape).clone())
     network.load_state_dict(state, assign=True)
@@ -186,15 +193,42 @@ def _blank_like(plain: nn.Module) -> ResNet:
     return blank
 
 
-def _read_codes(model: nn.Module) -> dict[str, Codes]:
-    """The codes of each layer whose quantizer is switched on, by the layer's name, on the CPU."""
+def read_codes(model: nn.Module) -> dict[str, Codes]:
+    """The codes of each layer whose quantizer is switched on and has codes, by the layer's name, on the CPU.
+
+    Raises: PackingError for codes that a file cannot hold, and for those that do not give the layer's weight.
+    """
     coded = {}
     for name, layer in quantized_layers(model).items():
         quantization: Any = weight_quantization(layer)
-        if quantization.enabled and isinstance(quantization.quantizer, DeadZoneLDZCompander):
+        if quantization.enabled and has_codes(quantization.quantizer):
             original: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
-            coded[name] = Codes(*(t.cpu() for t in quantization.quantizer.codes(original)))
+            codes = quantization.quantizer.codes(original)
+            if not isinstance(codes, Codes):
+                raise PackingError(f"the codes of {name} are a {type(codes).__name__}; expected {Codes}")
+            coded[name] = Codes(*(t.detach().cpu() for t in codes))
+            _check_codes(name, coded[name], weight_bits(layer)[0])
+            with torch.no_grad():
+                weight = quantization(original).cpu()
+            # NaN is equal to nothing: a weight that is not finite is refused by its own name, elsewhere.
+            if weight.isfinite().all() and not torch.equal(_weight(coded[name]), weight):
+                raise PackingError(f"the codes of {name} give other weights than its quantizer does")
     return coded
+
+
+def _check_codes(name: str, codes: Codes, bits: int) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise PackingError(f"{name} has codes of {bits} bits; a file holds codes of {MIN_BITS} to {MAX_BITS}")
+    if codes.step_size.numel() != 1 or codes.shift.numel() != 1:
+        raise PackingError(
+            f"{name} has {codes.step_size.numel()} step sizes and {codes.shift.numel()} shifts; "
+            f"a file holds one of each for a layer"
+        )
+    q, Q = codes.q, _levels(bits)
+    if q.isfinite().all() and not ((q == q.round()) & (q >= -Q - 1) & (q <= Q)).all():
+        raise PackingError(
+            f"{name} has codes that are no whole numbers from {-Q - 1} to {Q}, as {bits} bits are"
+        )
 
 
 def _weight(codes: Codes) -> Tensor:
@@ -207,12 +241,10 @@ def _levels(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def _checked_q(slot: _Slot, codes: np.ndarray) -> Tensor:
-    """Turn stored codes into q. Raises: PackingError if one lies outside -Q to Q."""
-    assert slot.bits
-    q = codes - _levels(slot.bits)
-    if q.max() > _levels(slot.bits):
-        raise PackingError(f"{slot.name} holds a code that no quantizer of {slot.bits} bits gives")
+def _signed(codes: np.ndarray, bits: int) -> Tensor:
+    """Turn stored codes into q, from -Q - 1 to Q."""
+    q = codes - _levels(bits)
+    q[q > _levels(bits)] = -_levels(bits) - 1
     return torch.from_numpy(q.astype(np.float32))
 
 

@@ -75,6 +75,7 @@ def good_run(epochs: int = EPOCHS, **settings: Any) -> History:
         full_precision=["conv1", "linear"],
         start={name: LayerStart({"logit_bit": 3.0, "logit_dz": 3.0}, 8.0) for name in LAYERS},
         parameter_groups={"logit_bit": "bit", "logit_dz": "deadzone"},
+        without_codes=[],
         epochs=[epoch_record(epoch) for epoch in range(1, epochs + 1)],
     )
 

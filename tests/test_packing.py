@@ -595,10 +595,16 @@ NUMBERS = at // 4
 
 
 @pytest.mark.parametrize("layer", VALUES["bits"])
-def test_a_code_beyond_its_levels_is_refused(layer):
+def test_the_code_beyond_the_levels_of_ours_is_the_least_of_twos_complement(layer):
     body = bytearray(BODY)
-    body[CODES_BEGIN[layer]] = 0xFF  # 2^b - 1, where 2 Q = 2^b - 2 is the largest
-    assert refusal(with_body(bytes(body))).startswith(f"{layer}.weight holds a code that no quantizer of")
+    bits = VALUES["bits"][layer]
+    before = unpack_network(CONTENT).get_submodule(layer).weight
+    body[CODES_BEGIN[layer]] = 0xFF  # 2^b - 1, where 2 Q = 2^b - 2 is the largest of the dead-zone quantizer
+    weight = unpack_network(with_body(bytes(body))).get_submodule(layer).weight
+    # Every code in that byte is -2^(b - 1); the weights of all other bytes stay.
+    changed = weight.flatten()[: max(8 // bits, 1)]
+    assert changed.unique().numel() == 1 and (changed < before.min()).all()
+    assert torch.equal(weight.flatten()[len(changed) :], before.flatten()[len(changed) :])
 
 
 @pytest.mark.parametrize("high_bytes", [(0xC0, 0x7F), (0x80, 0xFF)], ids=["NaN", "-inf"])

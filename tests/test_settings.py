@@ -36,6 +36,9 @@ DEBUG = {
     "--limit-train": None,
     "--limit-test": None,
     "--exclude-layers": ("^conv1$", "^linear$"),
+    "--quantizer": "src.quantizer:DeadZoneLDZCompander",
+    "--max-bits": None,
+    "--fixed-bits": None,
     "--sparsity-weight": 4e-3,
     "--sparsity-delay": 5.0,
     "--sparsity-ramp": 5.0,
@@ -121,7 +124,7 @@ OTHER = (
     dict.fromkeys((*COUNTS, "--seed", "--batch-norm-batches", "--logit-steps", *NUMBERS), 7)
     | {name: words[-1] for name, words in WORDS.items()}
     | {"--exclude-layers": ("layer1", ".*2$"), "--data-dir": Path("/a b"), "--output-dir": Path("c")}
-    | {"--beta2": 0.5}
+    | {"--beta2": 0.5, "--quantizer": "a.module:Class", "--max-bits": 6, "--fixed-bits": 4}
 )
 
 

@@ -1,0 +1,80 @@
+"""The class that quantizes the weights, as the settings name it, tried before anything else is begun."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from experiments.settings import Settings, flag
+from src.packing import read_codes
+from utils_quantization import attach_weight_quantizers, weight_bits
+
+ARGUMENTS = {"max_bits": "max_bits", "fixed_bits": "fixed_bit_val"}  # setting, and the constructor's argument
+
+
+def find_quantizer(settings: Settings) -> Callable[[], nn.Module]:
+    """What makes a quantizer of the class --quantizer, with what --max-bits and --fixed-bits ask of it.
+
+    The class may be anybody's, so one is made and tried on a small layer. `utils_quantization.Quantizer` says
+    what it must have.
+
+    Raises: ValueError naming the flag and what is wrong with the class.
+    """
+    found = _import(settings.quantizer)
+    make = functools.partial(found, **_arguments(found, settings))
+    model = nn.Sequential(nn.Conv2d(16, 16, 3))
+    try:
+        attach_weight_quantizers(model, [], make, {})
+        read_codes(model)
+    except Exception as error:  # someone's own class may raise anything
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"--quantizer {settings.quantizer}: {what}{_first_line(error)}") from error
+    bits, _ = weight_bits(model[0])
+    if settings.fixed_bits not in (None, bits):
+        raise ValueError(
+            f"--fixed-bits is {settings.fixed_bits}, and {settings.quantizer} made with it has {bits} bits; "
+            f"expected a class whose fixed_bit_val acts"
+        )
+    return make
+
+
+def _import(name: str) -> Callable[..., nn.Module]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # importing runs someone's own code
+        raise ValueError(
+            f"--quantizer is {name!r}, and importing {module} raises {type(error).__name__} "
+            f"({_first_line(error)}); expected a module that can be imported from this folder"
+        ) from error
+    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+        what = "no such name" if found is None else "something else of that name"
+        raise ValueError(f"--quantizer is {name!r}, and {module} has {what}; expected a class of nn.Module")
+    return found
+
+
+def _arguments(found: Callable[..., nn.Module], settings: Settings) -> dict[str, Any]:
+    """The constructor's arguments: only those that were asked for, so that a class need not know of them."""
+    # A class without a constructor of its own has torch's, which lets any argument in and then refuses it.
+    takes = {} if found.__init__ is nn.Module.__init__ else inspect.signature(found).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    arguments: dict[str, Any] = {}
+    for setting, argument in ARGUMENTS.items():
+        value = getattr(settings, setting)
+        if value is not None and not takes_any and argument not in takes:
+            raise ValueError(
+                f"{flag(setting)} is {value}, and the constructor of {settings.quantizer} takes no "
+                f"{argument}; leave {flag(setting)} out, or name a class that takes it"
+            )
+        if value is not None:
+            arguments[argument] = value
+    if settings.fixed_bits is not None and "learnable_bit" in takes:
+        arguments["learnable_bit"] = False
+    return arguments
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no reason given"])[0]

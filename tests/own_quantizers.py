@@ -1,0 +1,136 @@
+"""Quantizers such as a researcher might bring: LSQ, and two that have no more than they must."""
+
+import torch
+from torch import Tensor, nn
+
+from src.quantizer import Codes
+
+
+class LSQ(nn.Module):
+    """Learned step size quantization with one step size a tensor and fixed bits.
+
+    Source: Esser et al. 2020 (arXiv 1902.08153), eqs. (1) to (5).
+    """
+
+    def __init__(self, fixed_bit_val: int = 4) -> None:
+        super().__init__()
+        self.bits = fixed_bit_val
+        self.step_size = nn.Parameter(torch.zeros(1))  # 0 until the first weight is seen
+
+    def get_bitwidth(self) -> int:
+        return self.bits
+
+    def forward(self, w: Tensor) -> Tensor:
+        most = 2 ** (self.bits - 1) - 1
+        if not self.step_size:
+            self.step_size.data.copy_(2 * w.detach().abs().mean() / most**0.5)
+        scale = (w.numel() * most) ** -0.5
+        s = self.step_size * scale + (self.step_size * (1 - scale)).detach()
+        s = s + (self.step_size - s).detach()  # exactly the step size, whatever the rounding above
+        u = (w / s).clamp(-most - 1, most)
+        return (u + (u.round() - u).detach()) * s
+
+    @torch.no_grad()
+    def codes(self, w: Tensor) -> Codes:
+        most = 2 ** (self.bits - 1) - 1
+        return Codes((w / self.step_size).clamp(-most - 1, most).round(), self.step_size)
+
+
+class Ternary(nn.Module):
+    """Two bits, no parameters, no codes, and a constructor of no arguments."""
+
+    def get_bitwidth(self) -> int:
+        return 2
+
+    def forward(self, w: Tensor) -> Tensor:
+        size = w.abs().mean()
+        return w + (size * (w / size).round().clamp(-1, 1) - w).detach()
+
+
+class PerFilter(Ternary):
+    """Ternary with a learned factor a filter: a parameter of several numbers, made when it is needed."""
+
+    parameter_groups = {"factor": "deadzone"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(16))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward(w) * self.factor.mean()
+
+
+class WithoutBits(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w
+
+
+class WithoutForward(nn.Module):
+    def get_bitwidth(self) -> int:
+        return 2
+
+
+class OtherShape(Ternary):
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward(w).flatten()
+
+
+class NoTensor(Ternary):
+    def forward(self, w: Tensor) -> Tensor:
+        return None  # type: ignore[return-value]
+
+
+class HalfABit(Ternary):
+    def get_bitwidth(self) -> float:  # type: ignore[override]
+        return 2.5
+
+
+class BitsOfEachFilter(Ternary):
+    def get_bitwidth(self) -> Tensor:  # type: ignore[override]
+        return torch.full((16,), 4.0)
+
+
+class UnknownGroup(PerFilter):
+    parameter_groups = {"factor": "biases"}  # noqa: RUF012
+
+
+class UnknownParameter(PerFilter):
+    parameter_groups = {"scale": "weights"}  # noqa: RUF012
+
+
+class NeedsAnArgument(Ternary):
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+
+
+class DividesByZero(Ternary):
+    def forward(self, w: Tensor) -> Tensor:
+        return w / (1 // 0)
+
+
+class OtherCodes(Ternary):
+    def codes(self, w: Tensor) -> Codes:
+        return Codes(w.sign(), torch.ones(1))
+
+
+class TooLargeCodes(Ternary):
+    def codes(self, w: Tensor) -> Codes:
+        return Codes(7 * w.sign(), w.abs().mean().reshape(1))
+
+
+class StepOfEachFilter(Ternary):
+    def codes(self, w: Tensor) -> Codes:
+        return Codes(w.sign(), torch.ones(len(w), 1, 1, 1))
+
+
+class CodesAsATensor(Ternary):
+    def codes(self, w: Tensor) -> Tensor:
+        return w.sign()
+
+
+class FixedBitsThatDoNotAct(Ternary):
+    def __init__(self, fixed_bit_val: int = 2) -> None:
+        super().__init__()
+
+
+no_class = Ternary()
