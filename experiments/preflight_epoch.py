@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from experiments import reference
 from experiments.expect import (
+    BrokenError,
     Subject,
     expect,
     expect_close,
@@ -20,6 +21,7 @@ from experiments.expect import (
 from experiments.history import EpochRecord
 from experiments.preflight_step import expected_rates
 from experiments.training import TrainingStep
+from experiments.verdict import FAIL
 from utils_quantization import quantized_layers
 
 FEW_BATCHES, FEW_IMAGES, FEW_TESTED = 3, 64, 256  # of the run's batches, in a trial epoch
@@ -136,6 +138,10 @@ def _try_epoch(subject: Subject, epoch: int) -> None:
     record, _ = subject.one_epoch(pipeline, epoch)
     for handle in handles:
         handle.remove()
+    for check in record.ledger:
+        if check.status == FAIL:
+            measured, _, cause = check.message.partition(". Likely cause: ")
+            raise BrokenError(f"{check.name}: {measured}", cause)
     _compare_training(subject, step, few, epoch, record, seen)
     _compare_test(subject, step, few, tested, epoch, record, seen)
     _compare_counts(step.model, record)
@@ -263,7 +269,8 @@ def _compare_test(
         "no forward pass in evaluation mode was seen",
         "the network is tested in training mode, or not at all",
     )
-    images = torch.cat(seen.tested)
+    # Passes behind those of the test are the ledger's own look at the network.
+    images = torch.cat(seen.tested)[: len(tested.images)]
     expect(
         images.shape == tested.images.shape and bool((images == tested.images).all()),
         f"{len(images)} images were tested, and the test batches hold {len(tested.images)}",
@@ -278,7 +285,7 @@ def _compare_test(
         torch.autocast(step.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
     ):
         again = torch.cat([model.eval()(part) for part, _ in tested])
-    logits = torch.cat(seen.test_logits)
+    logits = torch.cat(seen.test_logits)[: len(tested.images)]
     low = settings.precision == "bf16"
     expect(
         seen.kinds == {logits.dtype} == {torch.bfloat16 if low else torch.float32},
