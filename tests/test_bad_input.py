@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import tree
+from folders import PICTURES, tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import DEADLINE, environment
@@ -103,7 +103,7 @@ def a_file(folder: Path) -> None:
 
 def an_earlier_run(folder: Path) -> None:
     (folder / "debug_output").mkdir()
-    for name in debug_run.PICTURES + ("history.json", "compressed.codeq", "slim.pt2", "mine.txt"):
+    for name in (*PICTURES, "history.json", "compressed.codeq", "slim.pt2", "mine.txt"):
         (folder / "debug_output" / name).write_text(EARLIER)
 
 
