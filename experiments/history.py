@@ -62,7 +62,7 @@ class LayerRecord:
     alive_channels: int
     constant_channels: int
     null_channels: int
-    signal: float | None = None  # largest share of a filter's variance that the batch norm's eps leaves, 0 to 1
+    signal: float | None = None  # largest share of a filter's variance that its norm's eps leaves, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,9 @@ class History:
     full_precision: list[str]  # layers
     start: dict[str, LayerStart]
     parameter_groups: dict[str, str]  # the optimizer's group of each parameter that quantizers train, by name
+    without_codes: list[str]  # quantized layers that are packed as float32: their quantizer gives no integers
     preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
-    without_codes: list[str]  # quantized layers that are packed as float32: their quantizer gives no integers
     resumed: list[Resumption] = field(default_factory=list)
     stopped: str | None = None  # why the run ended before its last epoch
     not_finite: bool = False  # whether it was stopped by numbers that are not finite
@@ -240,9 +240,9 @@ def new_history(
             for name, quantizer in quantizers(model).items()
         },
         parameter_groups={n: g for q in quantizers(model).values() for n, g in parameter_groups(q).items()},
+        without_codes=[name for name, quantizer in quantizers(model).items() if not has_codes(quantizer)],
     )  # fmt: skip
 
-        without_codes=[name for name, quantizer in quantizers(model).items() if not has_codes(quantizer)],
 
 def epoch_record(
     epoch: int,
