@@ -8,27 +8,14 @@ which is not meant for files from strangers: open those of people you trust.
 Exit status: 0, 1 when a packed file's own claims do not hold, 2 for bad input.
 """
 
-import io
-import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from experiments.data import CLASSES, TestBatches, load_dataset
-from experiments.exit_status import ExitStatus
+from experiments.data import load_dataset
+from experiments.exit_status import EXIT_FAILED, EXIT_OK, ExitStatus
 from experiments.live import LiveLine
+from experiments.received import check_file
 from experiments.settings import DATA, Parser
-from experiments.training import predict
-from metrics import count_by_torch, count_network
-from src.encoding import PackingError
-from src.packing import MAX_FILE_BYTES, read_header, unpack_network
-
-ENDINGS = (".codeq", ".pt2")
-
-Say = Callable[[str], None]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,90 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit-test", type=int, help="use only the first so many test images")
     chosen = parser.parse_args(arguments)
     with ExitStatus(live, "the same command starts over") as end:
-        end.status = verify(chosen.file, chosen.data, chosen.data_dir, chosen.limit_test, live.say)
-    return end.status
-
-
-def verify(path: Path, data: str, data_dir: Path, limit_test: int | None, say: Say) -> int:
-    """Check a file and tell `say` what was found; the exit status.
-
-    Raises: ValueError or DataError for what cannot be checked.
-    """
-    if path.suffix not in ENDINGS:
-        raise ValueError(
-            f"{path} ends in {path.suffix!r}; expected a file that ends in {' or '.join(ENDINGS)}"
+        received = check_file(
+            chosen.file,
+            lambda: load_dataset(chosen.data, chosen.data_dir, None, chosen.limit_test, live.say),
+            live.say,
         )
-    content = _read(path)
-    say(f"File:     {path}, {len(content):,} bytes")
-    holds = True
-    if path.suffix == ".codeq":
-        try:
-            network, holds = _describe_packed(content, say)
-        except PackingError as error:
-            raise ValueError(f"{path}: {error}; get the file again") from None
-    else:
-        network = _load_exported(path, content)
-    dataset = load_dataset(data, data_dir, None, limit_test, say)
-    say(f"Data:     {dataset.name}, {len(dataset.test_labels):,} test images ({dataset.source})")
-    try:
-        accuracy, macs = _accuracy(network, TestBatches(dataset, "cpu")), count_by_torch(network)[""]
-    except Exception as error:  # an exported network of another kind fails in its own way
-        raise ValueError(
-            f"{path} holds no network for 3 x 32 x 32 images and {CLASSES} classes ({type(error).__name__})"
-        ) from None
-    say(f"Accuracy: {100 * accuracy:.2f} %")
-    say(f"MACs:     {macs:,} as the network runs, counted by torch")
-    return 0 if holds else 1
-
-
-def _read(path: Path) -> bytes:
-    """The whole file, a packed one only up to the size that one can have."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES * 2 if path.suffix == ".codeq" else -1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; name a file that is there") from None
-
-
-def _describe_packed(content: bytes, say: Say) -> tuple[nn.Module, bool]:
-    """The network of a packed file, and whether what the file says of its MACs holds.
-
-    Raises: PackingError. What the file says in words is shown with its control characters escaped.
-    """
-    header, network = read_header(content), unpack_network(content)
-    claimed = header.metrics.get("structured_macs")
-    if claimed is not None and type(claimed) is not int:
-        raise PackingError(f"the file claims {claimed!r:.60} MACs; expected a whole number")
-    count = count_network(network)
-    left = count.total("structured_macs")
-    zeros, weights = count.total("zero_weights"), count.total("weights")
-    preset = header.settings.get("preset", "?")
-    say(f"Network:  {header.blocks_per_stage} blocks a stage; preset {preset!r:.60}")
-    say(f"Bits:     {', '.join(f'{name} {bits}' for name, bits in header.bits.items()) or 'none quantized'}")
-    say(f"Zeros:    {zeros:,} of {weights:,} weights")
-    said = "the file makes no claim" if claimed is None else f"the file claims {claimed:,}"
-    holds = claimed in (None, left)
-    say(f"Left:     {left:,} of {count.total('dense_macs'):,} MACs without the dead channels; {said}"
-        + ("" if holds else ": NOT TRUE"))  # fmt: skip
-    return network, holds
-
-
-def _load_exported(path: Path, content: bytes) -> nn.Module:
-    # What torch logs of a damaged archive is a traceback; the sentence below says it.
-    logging.getLogger("torch.export").setLevel(logging.CRITICAL)
-    try:
-        return torch.export.load(io.BytesIO(content)).module()
-    except Exception as error:  # torch raises all kinds for a damaged archive
-        raise ValueError(
-            f"{path} is no network that torch.export saved ({type(error).__name__}); get the file again"
-        ) from None
-
-
-def _accuracy(network: nn.Module, batches: TestBatches) -> float:
-    logits, labels = predict(network, batches)
-    if logits.shape != (len(labels), CLASSES):
-        raise ValueError(f"logits of shape {tuple(logits.shape)}")
-    return (logits.argmax(1) == labels).double().mean().item()
+        end.status = EXIT_OK if received.holds else EXIT_FAILED
+    return end.status
 
 
 if __name__ == "__main__":
