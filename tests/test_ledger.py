@@ -76,19 +76,17 @@ def assert_only(checks: dict[str, Check], name: str, *words: str) -> None:
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("batch_norm_batches", [0, 2, 100])
-@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.81, 0.99, 0.999])
+@pytest.mark.parametrize(
+    ("precision", "batch_norm_batches", "beta2"),
+    [("float32", 2, 0.99), ("bf16", 0, 0.999), ("float32", 100, 0.0), ("float32", 0, 0.81), ("bf16", 2, 0.5)],
+)
 def test_epochs_as_they_should_be_pass_every_check(precision, batch_norm_batches, beta2):
     settings = dataclasses.replace(
         SETTINGS, precision=precision, batch_norm_batches=batch_norm_batches, beta2=beta2
     )
-    for epoch in (0, 1, 3):
-        whole = pipeline(settings)
-        records = [one_epoch(whole, e)[0] for e in range(epoch + 1)]
-        assert {c.status for r in records for c in r.ledger} == {PASS}, [
-            str(c) for r in records for c in r.ledger if c.status != PASS
-        ]
+    whole = pipeline(settings)
+    records = [one_epoch(whole, epoch)[0] for epoch in range(settings.epochs)]
+    assert [str(c) for r in records for c in r.ledger if c.status != PASS] == []
 
 
 # Rates, the optimizer and the penalty's coefficient.
