@@ -135,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         history = new_history(settings, dataset, device, processes, model, quantized)
         notes = resume(checkpoint, history, model, optimizer) if checkpoint else []
         end.inputs_are_good()
+        notes += report.left_out_lines(evaluator.dense, history.full_precision)
         live.say(report.first_lines(history, settings, notes))
         subject = Subject(pipeline, dataset, history, one_epoch, resumed=bool(checkpoint))
         if not passes_preflight(subject, settings, live):

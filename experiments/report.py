@@ -7,6 +7,7 @@ from experiments.history import Check, CompressedRecord, DataRecord, EpochRecord
 from experiments.settings import Settings
 from metrics import NetworkCount, format_ratio, ratio
 
+MUCH_LEFT_OUT = 0.1  # share of the MACs; the stem and the classifier are 1.1 %
 COLOURS = {"PASS": "32", "FAIL": "1;31", "SKIP": "33"}  # green, bold red, yellow
 
 PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png",
@@ -52,6 +53,18 @@ def preflight_lines(checks: Sequence[Check], seconds: float, whole: bool = False
     else:
         lines.append(f"Preflight: {len(checks) - len(skipped)} checks hold, {seconds:.0f} s{left_out}")
     return "\n".join(lines)
+
+
+def left_out_lines(dense: NetworkCount, full_precision: Sequence[str]) -> list[str]:
+    """A warning where --exclude-layers leaves so much in full precision that little can be gained."""
+    left = sum(layer.dense_macs for layer in dense.layers if layer.name in full_precision)
+    share = left / dense.total("dense_macs")
+    if len(full_precision) == len(dense.layers) or share < MUCH_LEFT_OUT:
+        return []
+    return [
+        f"Warning:   --exclude-layers leaves {100 * share:.1f} % of the MACs in full precision "
+        f"({len(full_precision)} layers): no more than {format_ratio(1 / share)} fewer are possible"
+    ]
 
 
 def table_header(data: DataRecord) -> str:
