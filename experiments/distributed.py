@@ -161,7 +161,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, processes: Processes):  # type: ignore[no-untyped-def]
         positions = x.numel() // x.shape[1]  # of this rank; 0 for an empty shard
         var, mean = (
-            torch.var_mean(x.float(), (0, 2, 3), correction=0) if positions else (weight * 0, weight * 0)
+            torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
+            if positions
+            else (weight * 0, weight * 0)
         )
         # float64, because the variance of the whole batch is computed as a difference of two large numbers.
         mean, var = mean.double(), var.double()

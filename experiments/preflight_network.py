@@ -206,7 +206,7 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
         half = (w.abs() <= _half_dead_zone(quantizer, w) * (1 - 1e-9)) & (quantizer(w) != 0)
         cause = "the dead zone: its width, the range quantile or the shift in src/quantizer.py"
         expect(not half.any(), f"{name}: {int(half.sum())} weights inside the dead zone are not zero", cause)
-        bits = _learned_bits(quantizer)
+        bits = _learned_bits(quantizer).detach()
         used = quantizer.get_bitwidth()
         expect(
             bool(used == bits.round()),
