@@ -149,7 +149,7 @@ def resume(
     saved = checkpoint.history
     differences = describe_differences(saved, history)
     restore(checkpoint, model, optimizer)
-    history.start, history.epochs = saved.start, saved.epochs
+    history.start, history.epochs, history.rehearsal = saved.start, saved.epochs, saved.rehearsal
     history.resumed = [*saved.resumed, Resumption(checkpoint.epochs, differences)]
     return ["; ".join([f"Resumed:   after epoch {checkpoint.epochs}", *differences])]
 

@@ -23,7 +23,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
-import os
+import copy
 import sys
 import time
 from dataclasses import replace
@@ -39,7 +39,7 @@ from experiments.checkpoint import (
     save_checkpoint,
     take_checkpoint,
 )
-from experiments.compressed import PACKED, SLIM, make_compressed
+from experiments.compressed import PACKED, SLIM
 from experiments.data import Dataset, TestBatches, TrainBatches, load_dataset
 from experiments.device import prepare_device
 from experiments.distributed import (
@@ -48,25 +48,23 @@ from experiments.distributed import (
     join_processes,
     leave_processes,
     use_global_batch_norms,
-    use_local_batch_norms,
 )
 from experiments.evaluator import Compression, Evaluator
 from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.expect import Subject
-from experiments.files import OutputError, archive_files, lock_folder, write_json
+from experiments.files import OutputError, archive_files, lock_folder
+from experiments.finish import write_report
 from experiments.history import (
-    CompressedRecord,
     EpochRecord,
     History,
     epoch_record,
-    final_counts,
     new_history,
 )
 from experiments.ledger import check_epoch
 from experiments.live import LiveLine, Stopped, ignore_sigterm
 from experiments.preflight import preflight
 from experiments.quantizer_class import find_quantizer
-from experiments.retest import retest
+from experiments.rehearsal import rehearse_resuming
 from experiments.schedules import cosine_anneal, linear_warmup
 from experiments.settings import Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -81,10 +79,9 @@ from experiments.training import (
     set_learning_rates,
     train_epoch,
 )
-from experiments.verdict import FAIL, new_warnings, verdict
+from experiments.verdict import FAIL, new_warnings
 from experiments.watch import EpochWatch
 from resnet import resnet20
-from src.encoding import PackingError
 from utils_quantization import attach_weight_quantizers
 
 RESULTS = (*report.PICTURES, "history.json", PACKED, SLIM)  # and checkpoints
@@ -132,6 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
             sparsity_schedule=linear_warmup(settings.sparsity_delay, settings.sparsity_ramp),
         )
 
+        # Made before anything is trained, so that it learns of the run by the checkpoint alone.
+        spare = replace(pipeline, step=copy.deepcopy(step)) if settings.rehearse else None
         history = new_history(settings, dataset, device, processes, model, quantized)
         notes = resume(checkpoint, history, model, optimizer) if checkpoint else []
         end.inputs_are_good()
@@ -154,16 +153,21 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for epoch in range(len(history.epochs), settings.epochs):
                 record, compression = one_epoch(pipeline, epoch, live.steps(epoch))
+                if spare and epoch == settings.epochs // 2:
+                    check, record, compression = rehearse_resuming(
+                        pipeline, spare, record, one_epoch, live.say
+                    )
+                    history.rehearsal, pipeline = [check], spare  # the run goes on as the resumed one
                 # Defer signals: an epoch must reach history, checkpoint and table together or not at all.
                 with end.signals.held():
                     history.epochs.append(record)
                     if processes.first:
-                        save(history, model, optimizer, settings, live)
+                        save(history, pipeline, live)
                     show_epoch(live, history, epoch + 1)
         except (Stopped, NotFiniteError, LostProcessError) as reason:
             end.status = stop(history, reason, live)
         if processes.first:
-            status = write_report(settings, history, model, compression, dataset, live)
+            status = write_report(settings, history, pipeline.model, compression, dataset, live)
             end.status = end.status or status
     return end.status
 
@@ -240,12 +244,11 @@ def show_epoch(live: LiveLine, history: History, epoch: int) -> None:
         live.say(f"      ! {sentence}")
 
 
-def save(
-    history: History, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, live: LiveLine
-) -> None:
+def save(history: History, pipeline: Pipeline, live: LiveLine) -> None:
     """Leave a checkpoint. If it cannot be written that is said, and the run goes on: the next one may be."""
     try:
-        save_checkpoint(settings.output_dir, take_checkpoint(history, model, optimizer))
+        checkpoint = take_checkpoint(history, pipeline.model, pipeline.step.optimizer)
+        save_checkpoint(pipeline.settings.output_dir, checkpoint)
     except OutputError as error:
         live.say(f"      ! no checkpoint of epoch {len(history.epochs)}: {error}")
 
@@ -262,59 +265,6 @@ def stop(history: History, reason: Stopped | NotFiniteError | LostProcessError, 
         history.stopped, status = f"stopped in epoch {epoch}: {reason}", EXIT_FAILED
     live.say(history.stopped + (f"; {HOW_TO_GO_ON}" if history.epochs else ""))
     return status
-
-
-def write_report(
-    settings: Settings,
-    history: History,
-    model: nn.Module,
-    compression: Compression,
-    dataset: Dataset,
-    live: LiveLine,
-) -> int:
-    """The final metrics, the pictures, the compressed network, the verdict, history.json; the exit status."""
-    path = settings.output_dir / "history.json"
-    if not history.epochs:
-        write_json(path, history.to_json())
-        live.say("no epoch was finished, so there is nothing to draw")
-        return 0
-    history.final = final_counts(compression)
-    live.say(report.metrics_lines(history.final))
-    write_json(path, history.to_json())  # Write the history now: drawing or exporting may still fail.
-    os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
-    from experiments.plots import draw  # matplotlib takes a second to import: not before the first step
-
-    pictures = draw(history, report.picture_title(history, settings), settings.output_dir)
-    # A stopped run holds the weights of a half-finished epoch: do not test or export those.
-    if not history.stopped:
-        use_local_batch_norms(model)
-        live.progress("testing once more")
-        history.retest = retest(model, dataset, settings.precision)
-    compressed = None if history.stopped else compress(settings, history, model, dataset, live)
-    history.verdict = verdict(history, compression.count, model, pictures, compressed)
-    live.say(report.verdict_lines(history.verdict, colour=live.on_terminal and "NO_COLOR" not in os.environ))
-    write_json(path, history.to_json())
-    made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
-    live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
-    return EXIT_FAILED if any(check.status == FAIL for check in history.verdict) else 0
-
-
-def compress(
-    settings: Settings, history: History, model: nn.Module, dataset: Dataset, live: LiveLine
-) -> CompressedRecord | PackingError:
-    """The smaller network and the packed file, and what they give; the error if there can be none."""
-    assert history.final
-    live.progress("making the smaller network and the packed file")
-    whole_test_set = TestBatches(dataset, next(model.parameters()).device)
-    try:
-        history.compressed = make_compressed(
-            model, history.final.count, whole_test_set, settings.output_dir, history.settings
-        )
-    except PackingError as error:
-        live.say(f"\nNo smaller network and no packed file: {error}")
-        return error
-    live.say(report.compressed_lines(history.compressed))
-    return history.compressed
 
 
 if __name__ == "__main__":

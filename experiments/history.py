@@ -202,6 +202,7 @@ class History:
     final: FinalCounts | None = None
     retest: Retest | None = None
     compressed: CompressedRecord | None = None
+    rehearsal: list[Check] = field(default_factory=list)  # what --rehearse has found
     verdict: list[Check] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

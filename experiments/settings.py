@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Collection
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ class Settings:
     Raises: ValueError naming the flag, its value, what was expected.
     """
 
-    preset: str = _setting("debug", "where the other settings start from", ("debug", "plan"))
+    preset: str = _setting("debug", "where the other settings start from", ("debug", "plan", "smoke"))
     epochs: int = _setting(20, "passes over the training set")
     batch_size: int = _setting(512, "images a training step")
     seed: int = _setting(0, "of the weights, the order of the images, and the augmentation")
@@ -50,6 +50,9 @@ class Settings:
         ("stop", "warn", "off", "only"),
     )
     resume: bool = _setting(False, "go on from the last checkpoint in --output-dir, if there is one")
+    rehearse: bool = _setting(
+        False, "stop and resume in mid-run, and verify the packed file at the end, as long runs may be"
+    )
     limit_train: int | None = _setting(None, "use only the first so many training images")
     limit_test: int | None = _setting(None, "use only the first so many test images")
     exclude_layers: tuple[str, ...] = _setting(
@@ -86,6 +89,8 @@ class Settings:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item, getattr(self, item.name))
+        if self.rehearse and self.epochs < 2:
+            raise ValueError("--rehearse is given, and --epochs is 1; expected 2 or more, to stop in between")
         if self.max_bits is not None and self.fixed_bits is not None:
             raise ValueError(
                 f"--max-bits is {self.max_bits} and --fixed-bits is {self.fixed_bits}; expected one of them, "
@@ -132,6 +137,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 0.999,
         "logit_steps": 0,
     },
+    "smoke": {
+        "epochs": 8,
+        "batch_size": 64,
+        "data": "synthetic",
+        "output_dir": Path("smoke_output"),
+        "rehearse": True,
+        "limit_train": 2048,
+        "limit_test": 1000,
+        "sparsity_weight": 1e-2,
+        "sparsity_delay": 2.0,
+        "sparsity_ramp": 2.0,
+        "batch_norm_batches": 5,
+        "bit_lr": 8e-2,
+        "deadzone_lr": 8e-2,
+    },
 }
 
 # What `Settings.described` leaves out: said elsewhere, or without a part in the numbers.
@@ -146,6 +166,7 @@ NOT_OF_THE_METHOD = (
     "output_dir",
     "preflight",
     "resume",
+    "rehearse",
 )
 
 NOT_NEGATIVE = ("batch_norm_batches", "logit_steps")
@@ -235,13 +256,13 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
-    plan = PRESETS["plan"].get(item.name, MISSING)
-    default = _shown(item.default) + ("" if plan is MISSING else f"; preset plan: {_shown(plan)}")
+    others = [f"; preset {name}: {_shown(p[item.name])}" for name, p in PRESETS.items() if item.name in p]
+    default = _shown(item.default) + "".join(others)
     kwargs: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {default})", "default": None}
     if item.metadata["choices"]:
         kwargs["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
     elif item.type is bool:
-        kwargs["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+        kwargs["action"] = "store_true" if item.name == "resume" else argparse.BooleanOptionalAction
     elif item.name == "exclude_layers":
         kwargs |= {"nargs": "*", "metavar": "PATTERN"}
     else:

@@ -1,0 +1,79 @@
+"""The end of a run: final metrics, pictures, the compressed network, the verdict, and the files of it all."""
+
+import os
+
+from torch import nn
+
+from experiments import report
+from experiments.compressed import PACKED, SLIM, make_compressed
+from experiments.data import Dataset, TestBatches
+from experiments.distributed import use_local_batch_norms
+from experiments.evaluator import Compression
+from experiments.exit_status import EXIT_FAILED
+from experiments.files import write_json
+from experiments.history import CompressedRecord, History, final_counts
+from experiments.live import LiveLine
+from experiments.rehearsal import rehearse_verifying
+from experiments.retest import retest
+from experiments.settings import Settings
+from experiments.verdict import FAIL, verdict
+from src.encoding import PackingError
+
+
+def write_report(
+    settings: Settings,
+    history: History,
+    model: nn.Module,
+    compression: Compression,
+    dataset: Dataset,
+    live: LiveLine,
+) -> int:
+    """The final metrics, the pictures, the compressed network, the verdict, history.json; the exit status."""
+    path = settings.output_dir / "history.json"
+    if not history.epochs:
+        write_json(path, history.to_json())
+        live.say("no epoch was finished, so there is nothing to draw")
+        return 0
+    history.final = final_counts(compression)
+    live.say(report.metrics_lines(history.final))
+    write_json(path, history.to_json())  # Write the history now: drawing or exporting may still fail.
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
+    from experiments.plots import draw  # matplotlib takes a second to import: not before the first step
+
+    pictures = draw(history, report.picture_title(history, settings), settings.output_dir)
+    # A stopped run holds the weights of a half-finished epoch: do not test or export those.
+    if not history.stopped:
+        use_local_batch_norms(model)
+        live.progress("testing once more")
+        history.retest = retest(model, dataset, settings.precision)
+    compressed = None if history.stopped else compress(settings, history, model, dataset, live)
+    if settings.rehearse and history.compressed:
+        live.say("\n--- The Packed File, as experiments.verify Sees It ---")
+        history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))
+    history.verdict = [
+        *verdict(history, compression.count, model, pictures, compressed),
+        *history.rehearsal,
+    ]
+    live.say(report.verdict_lines(history.verdict, colour=live.on_terminal and "NO_COLOR" not in os.environ))
+    write_json(path, history.to_json())
+    made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
+    live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
+    return EXIT_FAILED if any(check.status == FAIL for check in history.verdict) else 0
+
+
+def compress(
+    settings: Settings, history: History, model: nn.Module, dataset: Dataset, live: LiveLine
+) -> CompressedRecord | PackingError:
+    """The smaller network and the packed file, and what they give; the error if there can be none."""
+    assert history.final
+    live.progress("making the smaller network and the packed file")
+    whole_test_set = TestBatches(dataset, next(model.parameters()).device)
+    try:
+        history.compressed = make_compressed(
+            model, history.final.count, whole_test_set, settings.output_dir, history.settings
+        )
+    except PackingError as error:
+        live.say(f"\nNo smaller network and no packed file: {error}")
+        return error
+    live.say(report.compressed_lines(history.compressed))
+    return history.compressed

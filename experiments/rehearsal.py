@@ -1,0 +1,99 @@
+"""A rehearsal of what a long run may go through: stopped and resumed in mid-run, its file checked by others.
+
+Both are done within the run, as other processes would do them, and give lines of the verdict.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.checkpoint import last_checkpoint, restore
+from experiments.data import Dataset
+from experiments.evaluator import Compression
+from experiments.files import OutputError
+from experiments.history import Check, EpochRecord, History
+from experiments.received import Say, check_file
+from experiments.training import Pipeline
+from experiments.verdict import SKIP, judge
+
+RESUMED, VERIFIED = "resumed run is the undisturbed one", "packed file passes experiments.verify"
+OneEpoch = Callable[[Pipeline, int], tuple[EpochRecord, Compression]]
+
+
+def rehearse_resuming(
+    undisturbed: Pipeline, spare: Pipeline, record: EpochRecord, one_epoch: OneEpoch, say: Say
+) -> tuple[Check, EpochRecord, Compression]:
+    """Take the epoch that `record` is of again, from the checkpoint before it, and compare the two.
+
+    `spare` is a copy of the pipeline from before the first epoch: as in a new process, nothing is in it but
+    what the checkpoint brings. It is left after that epoch, for the run to go on with. Every rank takes part.
+
+    Returns: what was found, and what the second time gave.
+    """
+    epoch, processes = record.epoch - 1, spare.step.processes
+    try:
+        found = last_checkpoint(spare.settings.output_dir, say) if processes.first else None
+    except OutputError:  # none can be read
+        found = None
+    checkpoint = processes.broadcast(found)
+    if checkpoint is None or checkpoint.epochs != epoch:
+        raise OutputError(
+            f"--rehearse: {spare.settings.output_dir} has no checkpoint of epoch {epoch} to resume from; "
+            f"make room there, or leave --rehearse out"
+        )
+    restore(checkpoint, spare.model, spare.step.optimizer)
+    again, compression = one_epoch(spare, epoch)
+    measured = f"stopped after epoch {epoch}, resumed, and epoch {record.epoch} again: "
+    wrong = [
+        field.name
+        for field in dataclasses.fields(EpochRecord)
+        if field.name != "seconds" and getattr(record, field.name) != getattr(again, field.name)
+    ]
+    tensors, others = _tensors(undisturbed), _tensors(spare)
+    wrong += [name for name, tensor in tensors.items() if not _same(tensor, others.get(name))]
+    measured += f"{len(tensors)} tensors and the row are equal" if not wrong else f"{_some(wrong)} differ"
+    say(f"      {measured}")
+    if wrong and spare.step.device.type != "cpu":
+        return (
+            Check(SKIP, RESUMED, f"{measured}; only the CPU repeats itself to the digit"),
+            again,
+            compression,
+        )
+    cause = "a state that the checkpoint leaves out, such as a plain attribute of a quantizer"
+    return judge(not wrong, RESUMED, measured, cause), again, compression
+
+
+def rehearse_verifying(history: History, dataset: Dataset, folder: Path, say: Say) -> Check:
+    """Check the run's packed file as its receiver would."""
+    made, again = history.compressed, history.retest
+    if made is None or again is None:
+        return Check(SKIP, VERIFIED, "there is no packed file")
+    received = check_file(folder / "compressed.codeq", lambda: dataset, say)
+    measured = (
+        f"accuracy {100 * received.accuracy:.2f} %, the run's is {100 * made.packed_accuracy:.2f} %; "
+        f"{received.macs:,} MACs, the run's are {made.dense_macs:,}"
+    )
+    # Another device may round otherwise, and two logits that are equal to rounding change places.
+    close = abs(received.accuracy - made.packed_accuracy) * made.images <= again.ties + 0.5
+    holds = received.holds and received.macs == made.dense_macs and close
+    return judge(holds, VERIFIED, measured, "a defect in src/packing.py, or in what the file says of itself")
+
+
+def _tensors(pipeline: Pipeline) -> dict[str, Any]:
+    """All that a checkpoint is to restore, by name."""
+    model: nn.Module = pipeline.model
+    state = pipeline.step.optimizer.state_dict()["state"]
+    moments = {f"{key} of parameter {i}": value for i, of in state.items() for key, value in of.items()}
+    return {**model.state_dict(), **moments}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
