@@ -8,10 +8,12 @@ from experiments.history import (
     CompressedRecord,
     DataRecord,
     EpochRecord,
+    FileLayer,
     FinalCounts,
     History,
     LayerRecord,
     LayerStart,
+    Retest,
 )
 from experiments.settings import Settings
 from metrics import TOTALS, LayerCount, NetworkCount
@@ -38,6 +40,7 @@ def layer_record(epoch: int) -> LayerRecord:
         alive_channels=16 - dead,
         constant_channels=dead,
         null_channels=0,
+        signal=0.9,
     )
 
 
@@ -185,5 +188,52 @@ def compressed(**changes: Any) -> CompressedRecord:
             for batch in (1, 128)
             for network in ("dense", "fake-quantized", "smaller")
         },
+        "file": recounted(COUNT),
     }
     return CompressedRecord(**(values | changes))
+
+
+def recounted(count: NetworkCount) -> dict[str, FileLayer]:
+    """Return what a packed file holds if these counts are right."""
+    return {
+        layer.name: FileLayer(
+            coded=layer.quantized,
+            bits=layer.bits,
+            levels=3,
+            weights=layer.weights,
+            zero_weights=layer.zero_weights,
+            filters=layer.filters,
+            zero_filters=layer.zero_filters,
+            structured_macs=layer.structured_macs,
+            unstructured_macs=layer.unstructured_macs,
+        )
+        for layer in count.layers
+    }
+
+
+def retest(accuracy: float = 0.7, **changes: Any) -> Retest:
+    """Return a second test of the final network with the same accuracy in every class of the test set."""
+    right = round(1000 * accuracy)
+    values: dict[str, Any] = {
+        "images": 10_000,
+        "right": 10 * right,
+        "ties": 0,
+        "class_images": [1000] * 10,
+        "class_predictions": [1000] * 10,
+        "class_right": [right] * 10,
+        "train_images": 10_000,
+        "train_right": 10 * right + 300,
+    }
+    return Retest(**(values | changes))
+
+
+def finished(history: History, count: NetworkCount = COUNT) -> History:
+    """Return the run after its end, when its network of these counts was tested again and packed."""
+    accuracy = history.epochs[-1].accuracy
+    accuracies = dict.fromkeys(("quantized_accuracy", "slim_accuracy", "packed_accuracy"), accuracy)
+    return replace(
+        history,
+        final=final(totals={key: count.total(key) for key in TOTALS}, layers=list(count.layers)),
+        retest=retest(accuracy),
+        compressed=compressed(file=recounted(count), **accuracies),
+    )
