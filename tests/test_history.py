@@ -47,7 +47,7 @@ def whole_run(epochs: int = 3) -> History:
     history = runs.good_run(epochs)
     history.resumed = [Resumption(2, ["torch 2.8.0 before, 2.9.0 now"]), Resumption(2, [])]
     history.stopped = "stopped by Ctrl-C in epoch 4"
-    history.final, history.compressed = runs.final(), runs.compressed()
+    history.final, history.compressed, history.retest = runs.final(), runs.compressed(), runs.retest()
     history.verdict = [Check("PASS", "loss is finite", "2.000 -> 1.333"), Check("SKIP", "bits fall", "8")]
     history.preflight = [Check("PASS", "gradients", "as the reference's")]
     for r in history.epochs:
@@ -161,7 +161,7 @@ def in_words(place: Place) -> str:
 
 PLACES = list(places(as_json()))
 # What is a dict and no record may have any names.
-NAMED_FREELY = ("settings", "start", "layers", "parameters", "gradients", "versions", "totals",
+NAMED_FREELY = ("settings", "start", "layers", "parameters", "gradients", "versions", "totals", "file",
                 "latency_seconds", "parameter_groups", *runs.compressed().latency_seconds)  # fmt: skip
 RECORDS = [p for p in PLACES if isinstance(at(as_json(), p), dict) and (not p or p[-1] not in NAMED_FREELY)]
 
