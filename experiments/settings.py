@@ -31,7 +31,7 @@ class Settings:
     Raises: ValueError naming the flag, its value, what was expected.
     """
 
-    preset: str = _setting("debug", "where the other settings start from", ("debug", "plan", "smoke"))
+    preset: str = _setting("debug", "where the other settings start from", ("debug", "smoke", "plan"))
     epochs: int = _setting(20, "passes over the training set")
     batch_size: int = _setting(512, "images a training step")
     seed: int = _setting(0, "of the weights, the order of the images, and the augmentation")
@@ -242,7 +242,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
     for item in fields(Settings):
         _add_flag(parser, item)
-    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    given = vars(parser.parse_args(arguments))  # only what was typed
     if "exclude_layers" in given:
         given["exclude_layers"] = tuple(given["exclude_layers"])
     for name, value in given.items():
@@ -258,7 +258,10 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 def _add_flag(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
     others = [f"; preset {name}: {_shown(p[item.name])}" for name, p in PRESETS.items() if item.name in p]
     default = _shown(item.default) + "".join(others)
-    kwargs: dict[str, Any] = {"help": f"{item.metadata['help']} (default: {default})", "default": None}
+    kwargs: dict[str, Any] = {
+        "help": f"{item.metadata['help']} (default: {default})",
+        "default": argparse.SUPPRESS,
+    }
     if item.metadata["choices"]:
         kwargs["metavar"] = "{" + ",".join(item.metadata["choices"]) + "}"
     elif item.type is bool:
@@ -302,7 +305,7 @@ def _number(text: str) -> float:
 
 _CONVERTERS: dict[Any, tuple[Any, str]] = {
     int: (_whole_number, "N"),
-    int | None: (_whole_number, "N"),
+    int | None: (lambda text: None if text == "none" else _whole_number(text), "N"),
     str: (str, "NAME"),
     float: (_number, "X"),
     Path: (_folder, "FOLDER"),

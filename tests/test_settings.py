@@ -33,6 +33,7 @@ DEBUG = {
     "--output-dir": Path("debug_output"),
     "--preflight": "stop",
     "--resume": False,
+    "--rehearse": False,
     "--limit-train": None,
     "--limit-test": None,
     "--exclude-layers": ("^conv1$", "^linear$"),
@@ -70,11 +71,28 @@ PLAN = DEBUG | {
     "--deadzone-decay": 0.01,
     "--beta2": 0.999,
 }
+# A minute's run through everything.
+SMOKE = DEBUG | {
+    "--preset": "smoke",
+    "--epochs": 8,
+    "--batch-size": 64,
+    "--data": "synthetic",
+    "--output-dir": Path("smoke_output"),
+    "--rehearse": True,
+    "--limit-train": 2048,
+    "--limit-test": 1000,
+    "--sparsity-weight": 1e-2,
+    "--sparsity-delay": 2.0,
+    "--sparsity-ramp": 2.0,
+    "--batch-norm-batches": 5,
+    "--bit-lr": 8e-2,
+    "--deadzone-lr": 8e-2,
+}
 COUNTS = ["--epochs", "--batch-size", "--threads", "--limit-train", "--limit-test"]
 NUMBERS = [name for name, value in DEBUG.items() if isinstance(value, float)]
 SWITCHES = [name for name, value in DEBUG.items() if isinstance(value, bool)]
 WORDS = {
-    "--preset": ["debug", "plan"],
+    "--preset": ["debug", "smoke", "plan"],
     "--device": ["auto", "cpu", "cuda", "mps"],
     "--precision": ["float32", "tf32", "bf16"],
     "--data": ["auto", "cifar10", "synthetic"],
@@ -114,6 +132,10 @@ def test_the_plan_preset_is_the_plan_to_the_letter():
     assert by_flag(parse_settings(["--preset", "plan"])) == PLAN
 
 
+def test_the_smoke_preset_is_a_minutes_run():
+    assert by_flag(parse_settings(["--preset", "smoke"])) == SMOKE
+
+
 def test_the_settings_cannot_be_changed_after_the_start():
     with pytest.raises(FrozenInstanceError):
         Settings().epochs = 3  # type: ignore[misc]
@@ -142,6 +164,8 @@ def test_every_setting_has_a_flag_that_sets_it_and_nothing_else(name):
         ("--resume", "--resume", True),
         ("--keep-dead", "--keep-dead", True),
         ("--no-keep-dead", "--keep-dead", False),
+        ("--rehearse", "--rehearse", True),
+        ("--no-rehearse", "--rehearse", False),
     ],
 )
 def test_a_switch_is_set_by_its_flag_alone(preset, typed, name, value, capsys):
@@ -195,7 +219,7 @@ def entry(helped: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", DEBUG)
-def test_help_shows_every_flag_with_its_default_and_the_plans_value_where_it_differs(helped, name):
+def test_help_shows_every_flag_with_its_default_and_the_other_presets_values_where_they_differ(helped, name):
     def shown(value: object) -> str:
         if isinstance(value, tuple):
             return " ".join(value)
@@ -204,9 +228,12 @@ def test_help_shows_every_flag_with_its_default_and_the_plans_value_where_it_dif
         return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     text = entry(helped, name)
-    differs = name != "--preset" and PLAN[name] != DEBUG[name]
-    plan = f"; preset plan: {shown(PLAN[name])}" if differs else ""
-    assert text.rstrip().endswith(f"(default: {shown(DEBUG[name])}{plan})")
+    others = [
+        f"; preset {preset}: {shown(values[name])}"
+        for preset, values in (("plan", PLAN), ("smoke", SMOKE))
+        if name != "--preset" and values[name] != DEBUG[name]
+    ]
+    assert text.rstrip().endswith(f"(default: {shown(DEBUG[name])}{''.join(others)})")
     assert len(text.split("(default")[0].split()) > 4, "a flag without an explanation"
 
 
@@ -331,6 +358,7 @@ choices = st.fixed_dictionaries(
         **{attribute(name): st.integers(1, 4096) for name in COUNTS},
         **{attribute(name): st.floats(0, 3e38) for name in NUMBERS},
         **{attribute(name): st.sampled_from(words) for name, words in WORDS.items()},
+        "epochs": st.integers(2, 4096),  # a rehearsal needs two
         "seed": st.integers(0, 2**63 - 1),
         "beta2": st.floats(0, 1, exclude_max=True),
         "exclude_layers": st.lists(st.text(min_size=1)).map(tuple),
@@ -367,6 +395,7 @@ SAID_ELSEWHERE = {
     "output_dir": Path("b"),
     "preflight": "off",
     "resume": True,
+    "rehearse": True,
 }
 
 
