@@ -156,7 +156,8 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             "the quantizer breaks its input",
         )
         bits = float(torch.as_tensor(quantizer.get_bitwidth()).detach())
-        levels = len(out.unique())
+        # Rounded, because a straight-through w + (q - w).detach() leaves q's last digits to chance.
+        levels = len((out / (out.abs().max() + 1e-30)).detach().round(decimals=9).unique())
         expect(bits == round(bits) and bits >= 1, f"{name} claims {bits} bits", "bit-widths are not rounded")
         expect(
             levels <= 2**bits,
@@ -173,7 +174,7 @@ def quantizers_keep_their_word(subject: Subject) -> str:
         wrong_sign = ((out * w) < 0).sum().item()
         expect(wrong_sign == 0, f"{name}: {wrong_sign} weights change their sign", "the quantizer's sign")
         expect(
-            bool((quantizer(torch.zeros_like(w)) == 0).all()),
+            bool((out[w == 0] == 0).all()),
             f"{name}: zeros do not stay zero",
             "the quantizer's shift or rounding at zero",
         )

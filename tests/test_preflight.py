@@ -1,0 +1,182 @@
+"""The preflight through the command: silent where all is well, without a trace, and heard where it is not.
+
+That it catches what is broken is shown by the catalogue of faults (faults.py), one by one.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+from own_quantizers import LSQ
+from torch import Tensor
+
+from experiments import debug_run
+from experiments.expect import BrokenError, expect_close
+from experiments.history import Check, History
+from experiments.preflight import CHECKS, preflight
+from src.quantizer import DeadZoneLDZCompander
+
+SHORT = [
+    *("--data", "synthetic", "--limit-train", "96", "--limit-test", "64", "--batch-size", "32"),
+    *("--device", "cpu", "--threads", "1", "--epochs", "1"),
+]
+HERE = "own_quantizers"  # pytest puts this folder on the path
+
+
+def checks_of(monkeypatch, folder, *arguments) -> tuple[dict[str, Check], int]:
+    """Run the preflight alone; its checks by name, and the exit status."""
+    found: list[Check] = []
+
+    def keep(subject, progress=None):
+        found.extend(preflight(subject, progress))
+        return found
+
+    monkeypatch.setattr(debug_run, "preflight", keep)
+    status = debug_run.main([*SHORT, "--preflight", "only", "--output-dir", str(folder), *arguments])
+    return {check.name: check for check in found}, status
+
+
+def failed(checks: dict[str, Check]) -> list[str]:
+    return [str(check) for check in checks.values() if check.status == "FAIL"]
+
+
+def broken_check(subject) -> str:
+    raise BrokenError("7 is not 8", "a test")
+
+
+# Where all is well.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--preset", "plan"),
+        ("--exclude-layers", "."),
+        ("--fixed-bits", "4", "--sparsity-weight", "0"),
+        ("--quantizer", f"{HERE}:LSQ"),
+        ("--quantizer", f"{HERE}:Ternary", "--epochs", "3"),
+        ("--limit-train", "20", "--batch-size", "7", "--limit-test", "9", "--seed", "5"),
+    ],
+    ids=" ".join,
+)
+def test_no_check_fails_on_a_pipeline_that_works(monkeypatch, tmp_path, capsys, arguments):
+    checks, status = checks_of(monkeypatch, tmp_path, *arguments)
+    assert failed(checks) == [] and status == 0
+    assert list(checks) == [name for name, *_ in CHECKS]
+    assert not list(tmp_path.iterdir())
+    assert "checks hold" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_what_is_not_this_projects_own_is_skipped_with_the_reason(monkeypatch, tmp_path):
+    assert issubclass(LSQ, torch.nn.Module) and not issubclass(LSQ, DeadZoneLDZCompander)
+    real = debug_run.coupled_group_lasso
+
+    def own_penalty(model) -> object:
+        lasso = real(model)
+
+        def half(model) -> Tensor:
+            return 0.5 * lasso(model)
+
+        return half
+
+    monkeypatch.setattr(debug_run, "coupled_group_lasso", own_penalty)
+    monkeypatch.setattr(debug_run, "linear_warmup", lambda delay, ramp: lambda epoch, epochs: 1.0)
+    checks, status = checks_of(monkeypatch, tmp_path, "--quantizer", f"{HERE}:LSQ")
+    assert failed(checks) == [] and status == 0
+    assert checks["quantizer: formula"].status == "SKIP" and "not this project's" in str(checks["penalty"])
+    assert "penalty" in checks["schedules"].message
+
+
+def test_model_optimizer_and_random_states_are_left_as_they_were(monkeypatch, tmp_path):
+    def states(subject) -> list[object]:
+        model, optimizer = subject.pipeline.model, subject.step.optimizer
+        tensors = [*model.state_dict().values(), torch.get_rng_state()]
+        gradients = [p.grad is None for p in model.parameters()]
+        return [[t.clone() for t in tensors], gradients, dict(optimizer.state), random.getstate()[1][:5]]
+
+    seen = []
+
+    def watched(subject, progress=None):
+        before = states(subject)
+        found = preflight(subject, progress)
+        after = states(subject)
+        assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+        assert before[1:] == after[1:]
+        seen.append(len(found))
+        return found
+
+    monkeypatch.setattr(debug_run, "preflight", watched)
+    debug_run.main([*SHORT, "--preflight", "only", "--output-dir", str(tmp_path)])
+    assert seen == [len(CHECKS)]
+
+
+# Where something is not.
+
+
+@pytest.fixture
+def one_broken_check(monkeypatch):
+    """A preflight of two checks of which the first fails, and a third that needs it."""
+    monkeypatch.setattr(
+        "experiments.preflight.CHECKS",
+        (
+            ("first", broken_check, ()),
+            ("second", lambda subject: "fine", ()),
+            ("third", lambda subject: "fine", ("first",)),
+        ),
+    )
+
+
+def run(folder, *arguments) -> int:
+    return debug_run.main([*SHORT, "--output-dir", str(folder), *arguments])
+
+
+def test_a_check_that_fails_stops_the_run_with_its_figures_and_cause_and_touches_no_file(
+    one_broken_check, tmp_path, capsys
+):
+    (tmp_path / "history.json").write_text("of an earlier run")
+    assert run(tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  first: 7 is not 8" in out and "Likely cause: a test" in out
+    assert "Epoch |" not in out and "1 of 3 checks FAIL" in out
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["of an earlier run"]
+
+
+def test_warn_goes_on_and_the_history_keeps_what_was_found(one_broken_check, tmp_path, capsys):
+    run(tmp_path, "--preflight", "warn")
+    assert "Epoch |" in capsys.readouterr().out
+    history = History.from_json(json.loads((tmp_path / "history.json").read_text()))
+    assert [check.status for check in history.preflight] == ["FAIL", "PASS", "SKIP"]
+    assert "waits for 'first'" in history.preflight[2].message
+
+
+def test_off_checks_nothing_and_says_so(one_broken_check, tmp_path, capsys):
+    run(tmp_path, "--preflight", "off")
+    out = capsys.readouterr().out
+    assert "Preflight: off" in out and "7 is not 8" not in out
+    assert History.from_json(json.loads((tmp_path / "history.json").read_text())).preflight == []
+
+
+def test_an_error_in_the_runs_own_code_is_a_fail_that_names_the_place(monkeypatch, tmp_path, capsys):
+    def lasso(model) -> object:
+        def penalty(model) -> Tensor:
+            raise RuntimeError("no such layer")
+
+        penalty.__module__ = "experiments.sparsity"
+        return penalty
+
+    monkeypatch.setattr(debug_run, "coupled_group_lasso", lasso)
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "RuntimeError: no such layer" in str(checks["penalty"])
+    assert "penalty (line" in str(checks["penalty"])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1.1])
+def test_numbers_that_are_not_close_are_broken_also_where_they_are_no_numbers(number):
+    wanted = torch.ones(3, dtype=torch.float64)
+    assert expect_close(wanted.clone(), wanted, "x", "y") == 0
+    with pytest.raises(BrokenError):
+        expect_close(torch.tensor([1.0, number, 1.0]).double(), wanted, "x", "y")
+    with pytest.raises(BrokenError):
+        expect_close(wanted[:2], wanted, "x", "y")
