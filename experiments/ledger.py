@@ -62,8 +62,15 @@ class Ledger:
         self.parameters, self.norms = watch.parameters, watch.norms
         self.before, self.after, self.ready, self.end = watch.before, watch.after, watch.ready, watch.state()
         self.weights_before, self.weights = watch.weights_before, watch.weights()
+        groups = self.step.optimizer.param_groups
+        self.places = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self.rates = [[float(rate) for rate in step] for step in self.batches.rates]  # step, group
         self.ours = type(self.model) is ResNet
         self.our_batches = type(self.pipeline.train_batches) is TrainBatches
+        # Two checks hold rates and coefficient against the settings. The others take those that were used, so
+        # that one fault is not said twice, under two names.
+        self.coefficient = float(self.step.coefficient)
+        self.masked = self.settings.keep_dead and self.coefficient != 0
 
     def checks(self) -> list[Check]:
         found = [
@@ -90,13 +97,11 @@ class Ledger:
     def check_rates(self) -> Check:
         """Learning rate at every step, weight decay, betas of every parameter against the settings."""
         wrong, groups = Wrong(), self.step.optimizer.param_groups
-        used = [[float(rate) for rate in step] for step in self.batches.rates]
         for name, (group, rate, decay) in self._expected().items():
             there = self._group_of(name)
-            if there is None:
-                wrong.append(f"{name} is in no group of the optimizer")
+            if there is None:  # another check says so
                 continue
-            rates = {step[there] for step in used}
+            rates = {step[there] for step in self.rates}
             bad = [r for r in rates if not _close(r, rate, EXACT)]
             wrong.unless(
                 not bad, f"learning rate of {name} is {_number(*bad)}, expected {rate:.6g} ({group})"
@@ -160,49 +165,47 @@ class Ledger:
         values, gradients = self.batches.first_values, self.batches.first_gradients
         if values is None:
             return Check(SKIP, name, "no training step was seen")
-        wrong, expected = Wrong(), self._expected()
+        wrong = Wrong()
         parts = _split(self.parameters, self.before.values, values, *self.watch.moments)  # fmt: skip
-        masked = self.settings.keep_dead and self._coefficient() != 0
         flags = {}
         for (n, (w, after, m, v)), t in zip(parts.items(), self.before.steps, strict=True):
             if n in gradients:
-                _, rate, decay = expected[n]
+                rate, decay = self._used(n)
                 off = _off_adamw(
                     w, after, m, v, gradients[n].flatten(), t + 1, rate, decay, self.settings.beta2
                 )
-                flags[n] = torch.where(after == 0, 0, off) if masked else off
+                flags[n] = torch.where(after == 0, 0, off) if self.masked else off
         for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
             wrong.unless(times <= 1, f"{n} is {times:.3g} times the rounding away")
         cause = (
             "another optimizer, rate, decay or beta than the settings', an update outside the optimizer, "
             "or gradients changed after it"
         )
-        return _judge(wrong, name, f"{len(flags)} parameters", cause, some=True)
+        return _judge(wrong, name, f"{len(flags)} parameters", cause)
 
     def check_movement(self) -> Check:
         """Every tensor moved over the epoch, and by no more than AdamW can move it."""
-        wrong, expected, steps = Wrong(), self._expected(), len(self.pipeline.train_batches)
+        wrong, steps = Wrong(), len(self.pipeline.train_batches)
         parts = _split(self.parameters, self.before.values, self.after.values)
         reaches = {t: adamw_reach(BETA1, self.settings.beta2, int(t), steps) for t in set(self.before.steps)}
         found = []
         for (n, (before, after)), t in zip(parts.items(), self.before.steps, strict=True):
-            _, rate, decay = expected[n]
+            rate, decay = self._used(n)
             before, after = before.double(), after.double()
             far = (after - before * (1 - rate * decay) ** steps).abs()
             slack = 1.001 * rate * reaches[t] + 2e-7 * steps * (before.abs() + rate * min(reaches[t], 1e9))
-            beyond = torch.where(after == 0, 0, far / slack) if rate * decay <= 1 and rate else after * 0
+            beyond = far / slack if rate * decay <= 1 and rate else after * 0
+            beyond = torch.where(after == 0, 0, beyond) if self.masked else beyond
             found += [(before != after).sum(), beyond.nan_to_num(0).max(), before.abs().max()]
         figures = np.array(numbers(found)).reshape(-1, 3)
-        for (n, (_, rate, _)), (moved, beyond, size) in zip(
-            ((n, expected[n]) for n in parts), figures, strict=True
-        ):
-            may_stay = size == 0 or rate * steps < EXACT * max(size, EXACT) or self._is_dead(n)
+        for n, (moved, beyond, size) in zip(parts, figures, strict=True):
+            may_stay = size == 0 or self._used(n)[0] * steps < EXACT * max(size, EXACT) or self._is_dead(n)
             wrong.unless(moved > 0 or may_stay, f"{n} has not moved")
             wrong.unless(beyond <= 1, f"{n} moved {beyond:.3g} times as far as AdamW can")
         cause = (
             "no gradient reaches it, a learning rate of 0, or something other than the optimizer writes it"
         )
-        return _judge(wrong, "every parameter moves", f"{len(parts)} tensors", cause, some=True)
+        return _judge(wrong, "every parameter moves", f"{len(parts)} tensors", cause)
 
     # Images, loss and penalty.
 
@@ -278,7 +281,7 @@ class Ledger:
 
     def check_penalty(self) -> Check:
         """loss = cross-entropy + coefficient x penalty at every step, and the penalty counted anew."""
-        name, wrong, c = "loss and penalty", Wrong(), self._coefficient()
+        name, wrong, c = "loss and penalty", Wrong(), self.coefficient
         for i, (loss, cross_entropy, penalty) in enumerate(self.losses.steps):
             wrong.unless(
                 _close(loss, cross_entropy + c * penalty, 1e-5, 1.0),
@@ -427,7 +430,7 @@ class Ledger:
             f"--keep-dead is {self.settings.keep_dead}, the step's is {keeps}",
         )
         cause = "dead slices revive: their mask is not applied, or not after the optimizer's step"
-        if not self.settings.keep_dead or self._coefficient() == 0:
+        if not self.masked:
             return _judge(wrong, name, "nothing to keep yet", cause)
         stored = dict(self.model.named_parameters())
         dead = 0
@@ -442,7 +445,7 @@ class Ledger:
             wrong.unless(not revived, f"{revived} dead {what} of {layer} came back")
             wrong.unless(not not_zero, f"{not_zero} dead {what} of {layer} are stored as other than zero")
             dead += int(before.sum())
-        return _judge(wrong, name, f"{dead:,} slices", cause, some=True)
+        return _judge(wrong, name, f"{dead:,} slices", cause)
 
     def check_counts(self) -> Check:
         """Zeros, filters, bits and means of the record, by a plain loop over the weights."""
@@ -487,7 +490,7 @@ class Ledger:
             f"the row is of epoch {self.record.epoch}, not {self.epoch + 1}",
         )
         held = f"{zeros:,} zeros, {dead:,} filters"
-        return _judge(wrong, "counts of the row", held, "a defect in metrics.py or in the record", some=True)
+        return _judge(wrong, "counts of the row", held, "a defect in metrics.py or in the record")
 
     def check_ranks(self) -> Check:
         name = "ranks hold the same weights"
@@ -517,6 +520,15 @@ class Ledger:
             kind = kinds.get(id(p), "weights")
             expected[name] = (kind, peaks[kind][0] * factor, peaks[kind][1])
         return expected
+
+    def _used(self, name: str) -> tuple[float, float]:
+        """Learning rate and decay that a parameter was trained with; zeros where it was in no group."""
+        group = self._group_of(name)
+        if group is None or not self.rates:
+            return 0.0, 0.0
+        return max(step[group] for step in self.rates), self.step.optimizer.param_groups[group][
+            "weight_decay"
+        ]
 
     def _quantizer_parameters(self) -> Iterator[tuple[nn.Parameter, str]]:
         for quantizer in quantizers(self.model).values():
@@ -610,9 +622,8 @@ class Ledger:
         return float(reference.penalty(chosen, len(self.model.layer1)))  # type: ignore[arg-type]
 
     def _group_of(self, name: str) -> int | None:
-        wanted = self.parameters[name]
-        groups = self.step.optimizer.param_groups
-        return next((i for i, g in enumerate(groups) if any(p is wanted for p in g["params"])), None)
+        """The place of a parameter's group in the optimizer, None where it is in none."""
+        return self.places.get(id(self.parameters[name]))
 
     def _must_train(self, name: str) -> bool:
         """Whether a parameter of this name has to be trained; one may freeze what is one's own."""
@@ -703,7 +714,7 @@ def _bits(quantizer: Any) -> float:
     return 2 + (quantizer.max_bits - 2) * abs(math.tanh(quantizer.logit_bit.item()))
 
 
-def _judge(wrong: Wrong, name: str, held: str, cause: str, some: bool = False) -> Check:
+def _judge(wrong: Wrong, name: str, held: str, cause: str) -> Check:
     if not wrong:
         return Check(PASS, name, held)
     return Check(FAIL, name, f"{_some(wrong, '; ')}. Likely cause: {cause}")

@@ -130,9 +130,7 @@ def test_another_optimizer_is_named():
 def test_a_parameter_that_the_optimizer_misses_is_named():
     whole = pipeline()
     del whole.step.optimizer.param_groups[0]["params"][1]
-    checks = found(whole)
-    assert {"optimizer steps", "every parameter moves"} <= set(failures(checks))
-    assert "took 0" in checks["optimizer steps"].message
+    assert_only(found(whole), "optimizer steps", "took 0")
 
 
 def test_a_frozen_parameter_is_named():
@@ -351,7 +349,7 @@ def test_a_weight_changed_by_the_test_pass_is_named(monkeypatch):
 @pytest.mark.parametrize("change", [lambda a: a + 0.1, lambda a: a + 0.03, lambda a: 100 * a + 1])
 def test_an_accuracy_that_is_not_the_logits_is_named(monkeypatch, change):
     monkeypatch.setattr(debug_run, "measure_accuracy", lambda *args: change(training.measure_accuracy(*args)))
-    assert_only(found(pipeline()), "accuracy", "the logits")
+    assert_only(found(pipeline()), "accuracy", "10 images")
 
 
 def test_an_accuracy_over_a_part_of_the_test_set_is_named(monkeypatch):
