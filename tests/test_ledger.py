@@ -39,9 +39,6 @@ def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
     model = ResNet(1)
     evaluator = Evaluator(model)
     attach_weight_quantizers(model, settings.exclude_layers, DeadZoneLDZCompander, {})
-    with torch.no_grad():  # a dead filter and a dead input slice, to be kept dead
-        model.layer1[0].conv1.parametrizations.weight.original[3] = 0
-        model.layer2[0].conv2.parametrizations.weight.original[:, 5] = 0
     batches = TrainBatches(images_of(), settings.batch_size, settings.seed, "cpu")
     optimizer = make_optimizer(model, settings, settings.epochs * len(batches))
     keep_dead = keep_dead_slices(model) if settings.keep_dead else None
@@ -363,11 +360,32 @@ def test_an_accuracy_over_a_part_of_the_test_set_is_named(monkeypatch):
 # What the epoch left.
 
 
+def after_deaths(whole: Pipeline) -> dict[str, Check]:
+    """What the ledger says of an epoch with a penalty, before which a filter and an input slice had died."""
+    one_epoch(whole, 0)
+    with torch.no_grad():
+        whole.model.layer1[0].conv1.parametrizations.weight.original[3] = 0
+        whole.model.layer2[0].conv2.parametrizations.weight.original[:, 5] = 0
+    record, _ = one_epoch(whole, PENALISED)
+    return {check.name: check for check in record.ledger}
+
+
+def test_dead_slices_that_are_kept_are_counted():
+    check = after_deaths(pipeline())["dead slices stay dead"]
+    assert (check.status, check.message) == (PASS, "2 slices")
+
+
 def test_dead_slices_that_are_not_kept_are_named():
     whole = pipeline()
     whole.step.keep_dead = lambda model: []
-    checks = found(whole)
-    assert_only(checks, "dead slices stay dead", "layer1.0.conv1", "layer2.0.conv2")
+    assert_only(after_deaths(whole), "dead slices stay dead", "layer1.0.conv1", "layer2.0.conv2", "revive")
+
+
+def test_dead_slices_that_are_stored_as_other_than_zero_are_named():
+    whole = pipeline()
+    masks = whole.step.keep_dead
+    whole.step.keep_dead = lambda model: [(w, 1 - 0.5 * (1 - m.float())) for w, m in masks(model)]
+    assert "dead slices stay dead" in failures(after_deaths(whole))
 
 
 def test_a_step_without_the_masks_that_the_setting_asks_for_is_named():
