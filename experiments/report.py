@@ -37,10 +37,26 @@ def first_lines(history: History, settings: Settings, notes: Sequence[str] = ())
     ])  # fmt: skip
 
 
-def check_lines(check: Check) -> list[str]:
-    """A check as lines of text; the cause of a FAIL stands on a line of its own."""
+def check_lines(check: Check, colour: bool = False, width: int = 80) -> list[str]:
+    """A check as lines of text, broken between words alone: a PASS in one line, shortened, all else whole.
+
+    The cause of a FAIL stands on a line of its own. Colours are a terminal's.
+    """
     measured, _, cause = check.message.partition(". Likely cause: ")
-    return [f"{check.status}  {check.name}: {measured}", *([f"      Likely cause: {cause}"] if cause else [])]
+    first = f"{check.status}  {check.name}: {measured}"
+    if check.status == "PASS":
+        lines = [first if len(first) <= width else first[: width - 3].rpartition(" ")[0] + " ..."]
+    else:
+        lines = _wrapped(first, width) + (_wrapped(f"      Likely cause: {cause}", width) if cause else [])
+    if colour:
+        lines[0] = f"\x1b[{COLOURS[check.status]}m{check.status}\x1b[0m{lines[0][len(check.status) :]}"
+    return lines
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        line, width, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def preflight_lines(checks: Sequence[Check], seconds: float, whole: bool = False) -> str:
@@ -127,28 +143,11 @@ def compressed_lines(found: CompressedRecord) -> str:
     ])  # fmt: skip
 
 
-def verdict_lines(checks: Sequence[Check], colour: bool = False, width: int = 80) -> str:
-    """The verdict for a terminal: a line for what holds, and all that is known of what does not.
-
-    Lines are broken between words alone. history.json has every message whole.
-    """
-    return "\n".join(["", "--- Verdict ---", *(_check_lines(check, colour, width) for check in checks)])
-
-
-def _check_lines(check: Check, colour: bool, width: int) -> str:
-    text = f"{check.status}  {check.name}: {check.message}"
-    if check.status == "PASS":
-        lines = [textwrap.shorten(text, width, placeholder=" ...")]
-        lines = [lines[0].replace("PASS ", "PASS  ", 1)]
-    else:
-        measured, likely, cause = text.partition(" Likely cause: ")
-        lines = [line for part in (measured, likely.strip() + " " + cause if cause else "") if part
-                 for line in textwrap.wrap(part, width, initial_indent="" if part is measured else "      ",
-                                           subsequent_indent="      ", break_long_words=False,
-                                           break_on_hyphens=False)]  # fmt: skip
-    if colour:
-        lines[0] = f"\x1b[{COLOURS[check.status]}m{check.status}\x1b[0m" + lines[0][len(check.status) :]
-    return "\n".join(lines)
+def verdict_lines(checks: Sequence[Check], colour: bool = False) -> str:
+    """The verdict for a terminal of 80 columns; history.json has every message whole."""
+    return "\n".join(
+        ["", "--- Verdict ---", *(line for check in checks for line in check_lines(check, colour))]
+    )
 
 
 def picture_title(history: History, settings: Settings) -> str:

@@ -25,7 +25,9 @@ from experiments import cifar10, data, debug_run, device, plots, training
 from experiments.data import Dataset
 from experiments.debug_run import main
 from experiments.evaluator import Evaluator
+from experiments.history import Check
 from experiments.live import Stopped
+from experiments.report import check_lines
 from experiments.settings import Settings
 from resnet import resnet20
 
@@ -277,8 +279,9 @@ def test_the_four_ratios_and_the_ceiling_are_the_historys(log):
 
 def test_the_verdict_is_printed_as_the_history_has_it(log):
     printed = log.out.partition("--- Verdict ---\n")[2].partition("\n\n")[0].splitlines()
-    assert printed == [f"{c['status']}  {c['name']}: {c['message']}" for c in log.history["verdict"]]
-    assert {line.split()[0] for line in printed} <= {"PASS", "FAIL", "SKIP"} and len(printed) == 13
+    checks = [Check(**c) for c in log.history["verdict"]]
+    assert printed == [line for check in checks for line in check_lines(check)]
+    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 19
 
 
 def test_the_last_line_names_the_files_where_they_are(log):

@@ -16,11 +16,13 @@ from experiments.report import (
     compressed_lines,
     first_lines,
     layer_table,
+    left_out_lines,
     metrics_lines,
     picture_title,
     preflight_lines,
     table_header,
     table_row,
+    verdict_lines,
 )
 from experiments.settings import PRESETS, Settings
 from metrics import NetworkCount, count_network
@@ -221,6 +223,44 @@ def test_the_cause_of_a_failed_check_stands_on_a_line_of_its_own():
     failed = Check("FAIL", "loss", "1.0 -> 2.0. Likely cause: a high rate")
     assert check_lines(passed) == ["PASS  loss: 2.0 -> 1.0"]
     assert check_lines(failed) == ["FAIL  loss: 1.0 -> 2.0", "      Likely cause: a high rate"]
+
+
+words = st.lists(st.text("abc-_.%/", min_size=1, max_size=30), min_size=1, max_size=40).map(" ".join)
+
+
+@quick
+@given(st.sampled_from(["PASS", "FAIL", "SKIP"]), words, words)
+def test_the_verdicts_lines_are_80_columns_at_most_and_no_word_of_a_failure_is_lost_or_broken(
+    status, said, why
+):
+    message = f"{said}. Likely cause: {why}" if status == "FAIL" else said
+    lines = check_lines(Check(status, "name", message))
+    assert all(len(line) <= 80 for line in lines)
+    if status == "PASS":
+        assert len(lines) == 1
+        kept = lines[0].removeprefix("PASS  name:").removesuffix(" ...").split()
+        assert kept == said.split()[: len(kept)]
+        assert lines[0].endswith(" ...") or kept == said.split()
+    else:
+        text = f"{status} name: {message}".replace(". Likely", " Likely")
+        assert " ".join(lines).split() == text.split()
+
+
+def test_a_status_is_coloured_only_where_it_is_asked_for():
+    checks = [Check("PASS", "a", "1"), Check("FAIL", "b", "2. Likely cause: c"), Check("SKIP", "d", "3")]
+    coloured = verdict_lines(checks, colour=True)
+    assert coloured.count("\x1b[0m") == 3 and "\x1b[1;31mFAIL\x1b[0m  b: 2" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == verdict_lines(checks)
+    assert "\x1b" not in verdict_lines(checks)
+
+
+def test_much_that_is_left_in_full_precision_is_warned_of_once_with_its_share():
+    dense = count_network(resnet.resnet20())
+    of_plan = [x.name for x in dense.layers if re.search("conv1|linear", x.name)]
+    (line,) = left_out_lines(dense, of_plan)
+    assert line.startswith("Warning:") and "47.6 %" in line and "11 layers" in line and "2.10x" in line
+    assert left_out_lines(dense, ["conv1", "linear"]) == []  # 1.1 %
+    assert left_out_lines(dense, [x.name for x in dense.layers]) == []  # the baseline, on purpose
 
 
 def test_a_preflight_is_one_line_where_all_holds_and_tells_what_fails_or_all_of_it():

@@ -1,5 +1,6 @@
 """The verdict: each line on a history made by hand, good and bad, with its numbers and its cause."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +202,185 @@ def test_an_accuracy_that_no_such_network_reaches_fails_and_the_stand_in_may_rea
     check(verdict.accuracy_climbs(history), FAIL, "97.0 %", cause="test images among the training images")
     stand_in = replace(history, data=replace(history.data, synthetic=True))
     assert verdict.accuracy_climbs(stand_in).status == PASS
+
+
+# The ledger
+
+
+def with_ledger(history: History, *found: tuple[int, Check]) -> History:
+    """Return the history with two checks that hold in every epoch, and these in some."""
+    history = copy.deepcopy(history)
+    for r in history.epochs:
+        r.ledger.extend([Check(PASS, "images", "each once"), Check(PASS, "rates", "0.008")])
+    for epoch, check_found in found:
+        ledger = history.epochs[epoch - 1].ledger
+        ledger[:] = [c for c in ledger if c.name != check_found.name] + [check_found]
+    return history
+
+
+def test_a_ledger_that_holds_is_one_line():
+    (line,) = verdict.ledger_holds(with_ledger(good_run()).epochs)
+    check(line, PASS, "2 equalities hold in each of 20 epochs")
+
+
+def test_what_failed_in_the_ledger_has_a_line_of_its_own_and_is_warned_of_once():
+    wrong = Check(FAIL, "rates", "0.5, expected 0.008. Likely cause: a schedule")
+    history = with_ledger(good_run(), (4, wrong), (5, wrong))
+    failed, held = verdict.ledger_holds(history.epochs)
+    check(failed, FAIL, "epoch 4 and 1 more: 0.5, expected 0.008", cause="a schedule")
+    check(held, PASS, "1 equalities")
+    assert new_warnings(history.start, history.epochs[:4]) == [
+        "rates: 0.5, expected 0.008. Likely cause: a schedule"
+    ]
+    assert new_warnings(history.start, history.epochs[:5]) == []
+
+
+def test_what_the_ledger_never_could_tell_is_a_skip_and_an_epoch_that_it_could_is_none():
+    skip = Check(SKIP, "images", "someone's own batches")
+    one = with_ledger(good_run(), (1, skip))
+    assert [line.status for line in verdict.ledger_holds(one.epochs)] == [PASS]
+    never = with_ledger(good_run(), *((e, skip) for e in range(1, EPOCHS + 1)))
+    _, skipped = verdict.ledger_holds(never.epochs)
+    check(skipped, SKIP, "someone's own batches")
+
+
+# The second test of the final network
+
+
+def ended(count: NetworkCount | None = None, **changes: object) -> History:
+    history = runs.finished(good_run(), *([count] if count else []))
+    assert history.retest
+    return replace(history, retest=replace(history.retest, **changes))
+
+
+def test_the_rows_accuracy_that_all_networks_have_passes_with_all_of_them():
+    check(verdict.accuracy_is_the_files(ended()), PASS, "row 70.00 %", "packed 70.00 %", "10,000 images")
+
+
+def test_a_row_of_another_network_fails_and_ties_are_forgiven():
+    check(
+        verdict.accuracy_is_the_files(ended(right=6990)),
+        FAIL,
+        "row 70.00 %",
+        "69.90 %",
+        cause="the row is of",
+    )
+    assert verdict.accuracy_is_the_files(ended(right=6990, ties=10)).status == PASS
+    assert verdict.accuracy_is_the_files(ended(right=6990, ties=9)).status == FAIL
+
+
+@pytest.mark.parametrize("field", ["quantized_accuracy", "packed_accuracy", "slim_accuracy"])
+def test_a_compressed_network_with_another_accuracy_fails(field):
+    history = ended()
+    assert history.compressed
+    history = replace(history, compressed=replace(history.compressed, **{field: 0.69}))
+    assert verdict.accuracy_is_the_files(history).status == FAIL
+
+
+def test_bf16_may_round_the_float32_networks_predictions_otherwise():
+    history = replace(ended(right=6980, ties=20), precision="bf16 convolutions (all else float32)")
+    assert verdict.accuracy_is_the_files(history).status == PASS
+
+
+def test_a_class_that_is_never_predicted_fails_at_a_good_accuracy_alone():
+    missing = {"class_right": [780] * 9 + [0], "class_predictions": [1111] * 9 + [0], "right": 7020}
+    check(
+        verdict.every_class_is_predicted(ended(**missing).retest), FAIL, "class 9", "0 times", cause="class 9"
+    )
+    weak = missing | {"class_right": [500] * 9 + [0], "right": 4500}
+    check(verdict.every_class_is_predicted(ended(**weak).retest), SKIP, "45.0 %")
+    check(verdict.every_class_is_predicted(ended().retest), PASS, "recall 70.0 %")
+    few = ended(images=100, class_images=[10] * 10, class_right=[7] * 10, right=70)
+    check(verdict.every_class_is_predicted(few.retest), SKIP, "too few")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "images", "status"),
+    [
+        (0.73, 0.70, 50_000, PASS),
+        (0.70, 0.70, 50_000, PASS),
+        (0.60, 0.70, 50_000, FAIL),  # training labels that are wrong
+        (0.90, 0.50, 50_000, FAIL),  # so many images cannot be learned by heart so soon
+        (1.00, 0.50, 2_000, PASS),  # so few can
+        (0.90, 0.10, 2_000, FAIL),
+        (0.90, 0.10, 256, PASS),
+    ],
+)
+def test_training_images_against_test_images(train, test, images, status):
+    history = ended(train_right=round(10_000 * train), right=round(10_000 * test))
+    history = replace(history, data=replace(history.data, train_images=images))
+    check(
+        verdict.training_images_are_known(history), status, f"{100 * train:.1f} %", f"test {100 * test:.1f} %"
+    )
+
+
+# Layers that no longer count
+
+
+def with_signals(history: History, signals: dict[str, float | None]) -> History:
+    history = copy.deepcopy(history)
+    for r in history.epochs[10:]:
+        for name in LAYERS:
+            r.layers[name] = replace(r.layers[name], signal=signals.get(name, 0.9999))
+    return history
+
+
+def test_a_layer_whose_output_is_lost_behind_its_batch_norm_fails_and_is_warned_of():
+    history = with_signals(good_run(), {LAYERS[1]: 1e-7, LAYERS[2]: 0.05})
+    line = verdict.every_layer_counts(history.epochs[-1])
+    check(line, FAIL, "2 of signal", LAYERS[1], LAYERS[2], cause="--sparsity-weight")
+    (sentence,) = new_warnings(history.start, history.epochs[:11])
+    assert LAYERS[1] in sentence and LAYERS[2] in sentence and "Likely cause: " in sentence
+    assert new_warnings(history.start, history.epochs[:12]) == []
+
+
+def test_layers_with_a_signal_pass_and_layers_without_a_batch_norm_are_not_judged():
+    check(
+        verdict.every_layer_counts(with_signals(good_run(), {LAYERS[1]: 0.5}).epochs[-1]),
+        PASS,
+        "signal 0.5 to 1",
+    )
+    without = with_signals(good_run(), dict.fromkeys(LAYERS))
+    check(verdict.every_layer_counts(without.epochs[-1]), SKIP, "no quantized layer")
+
+
+# The packed file, counted again
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["weights", "zero_weights", "filters", "zero_filters", "structured_macs", "unstructured_macs", "bits"],
+)
+def test_a_count_that_is_not_the_files_fails_and_its_layer_is_named(count, field):
+    history, layer = ended(count), "layer2.0.conv1"
+    assert history.compressed
+    check(verdict.file_is_recounted(history, count), PASS, "BOPs counted from its bytes")
+    found = history.compressed.file[layer]
+    history.compressed.file[layer] = replace(found, **{field: getattr(found, field) + 1})
+    check(verdict.file_is_recounted(history, count), FAIL, layer, cause="packing.py")
+
+
+def test_more_levels_than_the_bits_allow_fail(count):
+    history, layer = ended(count), "layer2.0.conv1"
+    assert history.compressed
+    bits = history.compressed.file[layer].bits
+    history.compressed.file[layer] = replace(history.compressed.file[layer], levels=2**bits)
+    check(verdict.file_is_recounted(history, count), FAIL, f"{bits} bits give {2**bits - 1} at most")
+
+
+def test_bops_that_are_not_the_files_fail(count):
+    history = ended(count)
+    assert history.final
+    totals = history.final.totals | {"structured_bops": history.final.totals["structured_bops"] + 32}
+    history = replace(history, final=replace(history.final, totals=totals))
+    check(verdict.file_is_recounted(history, count), FAIL, "structured BOPs")
+
+
+def test_what_was_packed_as_float32_is_said(count):
+    history, layer = ended(count), "layer2.0.conv1"
+    assert history.compressed
+    history.compressed.file[layer] = replace(history.compressed.file[layer], coded=False, bits=32)
+    check(verdict.file_is_recounted(history, count), PASS, f"float32 though quantized: {layer}")
 
 
 # Logits
