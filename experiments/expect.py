@@ -20,6 +20,7 @@ from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import quantized_layers, weight_quantization
 
 EXACT = 1e-8  # of the largest number, for float64 arithmetic in another order
+TINY = 1e-4  # a factor that moves any weight into the dead zone
 PROBE_IMAGES = 8  # enough for the float64 comparisons: each layer still sees hundreds of positions
 EPSILON = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest number compared
 
@@ -146,7 +147,11 @@ class Subject:
 
 @torch.no_grad()
 def plant(model: nn.Module, own_quantizers: bool) -> None:
-    """Random batch norms and logits, and some dead filters, in place."""
+    """Random batch norms and logits, and some dead slices, in place.
+
+    Dead slices are stored as small numbers inside the dead zone, so that they are zero by the quantizer alone:
+    whether they are then kept dead shows in what is stored. Channel 1 of each block is dead as a whole group.
+    """
     generator = torch.Generator().manual_seed(20_251)
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
@@ -161,9 +166,9 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
     for name, layer in quantized_layers(model).items():
         stored: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
         if stored.ndim == 4:
-            stored[1] = 0
+            stored[1] *= TINY
             if name.endswith("conv2"):
-                stored[:, 2] = 0
+                stored[:, 1:3] *= TINY
     if own_quantizers:
         for quantizer in Subject.quantizers(model).values():
             quantizer.logit_bit.copy_(uniform(quantizer.logit_bit, 0.3, 1.2))

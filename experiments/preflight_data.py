@@ -12,7 +12,8 @@ from torch import Tensor
 from experiments.data import CLASSES, MEAN, PADDING, SIDE, STD
 from experiments.expect import BrokenError, NotApplicableError, Subject, expect, some
 
-LOOKED_AT = 64  # images that are compared with all their possible crops
+LOOKED_AT = 192  # images that are compared with all their possible crops
+OFFSETS = 2 * PADDING + 1  # of a crop along each axis; 192 images miss one of them once in 10^8 runs
 WALKED = 2048  # images of an epoch that are looked at
 MIN_PROBED = 1000  # training images below which the linear probe tells nothing
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -229,10 +230,7 @@ class Window:
 
 def augmentation_is_crops_and_flips(subject: Subject) -> str:
     """Each image of a batch is one crop, mirrored or not, of its own source; every image draws anew."""
-    settings, batches = subject.pipeline.settings, subject.pipeline.train_batches
-    order = epoch_order(len(subject.dataset.train_labels), settings.seed, 0)
-    shard = batches.processes.shard(0, batches.sizes[0])
-    images, index = subject.first_batch[0][:LOOKED_AT], order[shard][:LOOKED_AT]
+    images, index = _first_images(subject)
     window = Window(subject)
     numbers, distances = window.find(images, index)
     off = distances > 0.05  # of 255 grey levels
@@ -255,19 +253,33 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
     if len(numbers) >= 32:
         cause = "crop or flip is drawn once for the whole batch, or not at all"
         for what, offsets in (("downwards", down), ("to the right", right)):
-            different = len(offsets.unique())
-            expect(
-                different >= 5, f"{different} of 9 crop offsets {what} occur in {len(numbers)} images", cause
-            )
+            different, due = len(offsets.unique()), OFFSETS if len(numbers) >= LOOKED_AT else 5
+            measured = f"{different} of {OFFSETS} crop offsets {what} occur in {len(numbers)} images"
+            expect(different >= due, measured, cause if different < 5 else "the range of the crop's offsets")
         share = flips.float().mean().item()
         expect(0.2 < share < 0.8, f"{100 * share:.0f} % of {len(flips)} images are mirrored", cause)
-    again = next(iter(batches.epoch(0)))[0][:LOOKED_AT]
     expect(
-        torch.equal(again, images),
+        torch.equal(_first_images(subject)[0], images),
         "the same epoch drawn twice gives other images",
         "augmentation or order depends on more than seed and epoch, so no run can be resumed",
     )
     return f"{len(numbers)} images each a crop of its source, {int(flips.sum())} mirrored"
+
+
+def _first_images(subject: Subject) -> tuple[Tensor, Tensor]:
+    """The first images of epoch 0 that this rank is given, and the numbers of those that are due."""
+    batches = subject.pipeline.train_batches
+    order = epoch_order(len(subject.dataset.train_labels), subject.pipeline.settings.seed, 0)
+    images: list[Tensor] = []
+    index: list[Tensor] = []
+    seen = 0
+    for (batch, _), size in zip(batches.epoch(0), batches.sizes, strict=False):
+        images.append(batch)
+        index.append(order[batches.processes.shard(seen, seen + size)])
+        seen += size
+        if sum(map(len, index)) >= LOOKED_AT:
+            break
+    return torch.cat(images)[:LOOKED_AT], torch.cat(index)[:LOOKED_AT]
 
 
 def test_images_are_untouched(subject: Subject) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import reference
+from experiments import reference, report
 from experiments.expect import (
     BrokenError,
     Subject,
@@ -18,13 +18,13 @@ from experiments.expect import (
     some,
     used_weights,
 )
-from experiments.history import EpochRecord
+from experiments.history import DataRecord, EpochRecord
 from experiments.preflight_step import expected_rates
 from experiments.training import TrainingStep
 from experiments.verdict import FAIL
 from utils_quantization import quantized_layers
 
-FEW_BATCHES, FEW_IMAGES, FEW_TESTED = 3, 64, 256  # of the run's batches, in a trial epoch
+FEW_BATCHES, FEW_IMAGES, FEW_TESTED = 3, 32, 128  # of the run's batches, in a trial epoch
 FULL_BITS = 32
 
 
@@ -36,6 +36,8 @@ class FewBatches:
         self.alone = batches.processes.count == 1
         sizes = batches.sizes[:FEW_BATCHES]
         self.sizes = [min(size, FEW_IMAGES) for size in sizes] if self.alone else list(sizes)
+        if self.alone and len(self.sizes) > 1:
+            self.sizes[-1] = -(-self.sizes[-1] // 2)  # a smaller last batch, as in most epochs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batches, name)
@@ -66,13 +68,15 @@ class FewTested:
 def schedules_are_the_settings(subject: Subject) -> str:
     """Both schedules at every epoch of the run against their closed forms and the settings."""
     settings, pipeline = subject.pipeline.settings, subject.pipeline
-    epochs = range(min(settings.epochs, 1000))
+    # Beyond a short run's end too, where a warm-up that never ends would show.
+    total = max(settings.epochs, int(min(2 * (settings.sparsity_delay + settings.sparsity_ramp), 1000)) + 2)
+    epochs = range(min(total, 1000))
     for what, schedule, own, formula, cause in (
         (
             "learning rates",
             pipeline.rate_schedule,
             subject.own_rates,
-            lambda epoch: reference.cosine(epoch, settings.epochs),
+            lambda epoch: reference.cosine(epoch, total),
             "the cosine of the learning rates",
         ),
         (
@@ -84,7 +88,7 @@ def schedules_are_the_settings(subject: Subject) -> str:
         ),
     ):
         for epoch in epochs:
-            factor = schedule(epoch, settings.epochs)
+            factor = schedule(epoch, total)
             expect(
                 math.isfinite(factor) and factor >= 0,
                 f"{what} have a factor of {factor} in epoch {epoch + 1}",
@@ -98,7 +102,7 @@ def schedules_are_the_settings(subject: Subject) -> str:
                     cause,
                 )
     skipped = [w for w, own in (("rates", subject.own_rates), ("penalty", subject.own_warmup)) if not own]
-    return f"{len(epochs)} epochs" + (
+    return f"{min(settings.epochs, 1000)} epochs" + (
         f"; SKIP of the formula of {some(skipped)}: not this project's" * bool(skipped)
     )
 
@@ -121,15 +125,17 @@ class Seen:
 
 def an_epoch_reports_what_it_did(subject: Subject) -> str:
     """Two short epochs of the run's own loop, watched from outside, against what their records say."""
-    last = subject.pipeline.settings.epochs - 1
-    for epoch in sorted({0, last}):
-        _try_epoch(subject, epoch)
-    return f"{len({0, last})} epochs of {FEW_BATCHES} batches: losses, rates, modes, statistics, counts"
-
-
-def _try_epoch(subject: Subject, epoch: int) -> None:
+    settings = subject.pipeline.settings
+    last = settings.epochs - 1
+    # The first epoch, the last, and one in the middle of the warm-up, one after the other as in a run.
+    epochs = sorted({0, min(last, int(settings.sparsity_delay) + 1), last})
     step = subject.copied_step()
-    step.model.train()
+    for epoch in epochs:
+        _try_epoch(subject, step, epoch)
+    return f"{len(epochs)} epochs of {FEW_BATCHES} batches: losses, rates, modes, statistics, counts"
+
+
+def _try_epoch(subject: Subject, step: TrainingStep, epoch: int) -> None:
     few, tested = FewBatches(subject.pipeline.train_batches), FewTested(subject.pipeline.test_batches)
     few_of_each: Any = {"train_batches": few, "test_batches": tested}
     pipeline = dataclasses.replace(subject.pipeline, step=step, **few_of_each)
@@ -145,6 +151,7 @@ def _try_epoch(subject: Subject, epoch: int) -> None:
     _compare_training(subject, step, few, epoch, record, seen)
     _compare_test(subject, step, few, tested, epoch, record, seen)
     _compare_counts(step.model, record)
+    _compare_row(record)
 
 
 def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
@@ -173,6 +180,10 @@ def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
             seen.test_logits.append(output.detach().clone())
         elif torch.is_grad_enabled():
             seen.logits.append(output.detach().clone())
+            stale = [n for n, layer in quantized_layers(module).items() if _is_stale(layer)]
+            if stale:
+                measured = f"step {len(seen.logits)}: weights are not what quantizers give now: {some(stale)}"
+                seen.faults.append((measured, "quantized weights are cached across optimizer steps"))
 
     def optimize(optimizer: Any, *_: Any) -> None:
         seen.rates.append({g.get("name", "weights"): float(g["lr"]) for g in optimizer.param_groups})
@@ -184,6 +195,13 @@ def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
         model.register_forward_hook(logits),
         step.optimizer.register_step_pre_hook(optimize),
     ]
+
+
+def _is_stale(layer: Any) -> bool:
+    """Whether a layer computes with other weights than those that are stored give now."""
+    with torch.no_grad():
+        fresh = layer.parametrizations.weight()
+    return not torch.equal(layer.weight.detach(), fresh)
 
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -364,6 +382,20 @@ def _compare_renewal(subject: Subject, step: TrainingStep, few: FewBatches, epoc
                 "statistics taken afresh are not the plain mean over the batches",
                 5e-2 if precision == "bf16" else 1e-3,
             )
+
+
+def _compare_row(record: EpochRecord) -> None:
+    """The table's row has each number below its name."""
+    data = DataRecord("CIFAR-10", "", False, 1, 1)
+    (header,) = [line for line in report.table_header(data).splitlines() if line.startswith("Epoch")]
+    names = [cell.strip() for cell in header.split("|")]
+    cells = [float(cell) for cell in report.table_row(record).split("|")]
+    due = {"Epoch": record.epoch, "Loss": record.loss, "Acc": 100 * record.accuracy}
+    due |= {"Unstr": 100 * record.unstructured_sparsity, "Struct": 100 * record.structured_sparsity}
+    due |= {"Bits": record.learned_bits, "Time": record.seconds}
+    odd = [n for n, cell in zip(names, cells, strict=True) if n in due and abs(cell - due[n]) > 0.051]
+    expect(not odd, f"the table's row shows other numbers than the record's for {some(odd)}",
+           "the columns of the table are mixed up (experiments/report.py)")  # fmt: skip
 
 
 @torch.no_grad()

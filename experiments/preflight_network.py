@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from experiments import reference
+from experiments.data import CLASSES
 from experiments.expect import (
     EXACT,
     BrokenError,
@@ -46,8 +47,15 @@ def layers_are_quantized(subject: Subject) -> str:
     parameters = [id(p) for q in quantizers.values() for p in q.parameters()]
     expect(
         len(own) == len(quantizers) and len(set(parameters)) == len(parameters),
-        f"{len(quantizers)} layers share {len(own)} quantizers",
+        f"{len(quantizers)} layers have {len(own)} quantizers with {len(set(parameters))} parameters between "
+        f"them, expected {len(parameters)}",
         "one quantizer object is attached to several layers",
+    )
+    stored = [id(p) for n, p in model.named_parameters(remove_duplicate=False)]
+    expect(
+        len(stored) == len(set(stored)) or not subject.own_network,
+        f"{len(stored) - len(set(stored))} parameters occur twice in the network",
+        "layers share their weights",
     )
     modules = [id(m) for _, m in model.named_modules(remove_duplicate=False)]
     expect(
@@ -65,6 +73,13 @@ def start_is_fresh(subject: Subject) -> str:
     if not subject.own_network:
         raise NotApplicableError("the network is not one of resnet.py")
     model = subject.pipeline.model
+    found = sum(p.numel() for n, p in model.named_parameters() if ".quantizer." not in n)
+    due = reference.parameter_count(subject.blocks, CLASSES)
+    expect(
+        found == due,
+        f"{found:,} parameters where a ResNet-{6 * subject.blocks + 2} for {CLASSES} classes has {due:,}",
+        "another architecture than resnet.py's: its widths, blocks, biases or classes, or shared weights",
+    )
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             quantized = parametrize.is_parametrized(layer, "weight")
@@ -327,15 +342,12 @@ def _compare_network_gradients(model: Any, found: Tensor, wanted: Tensor, leaves
     plain = dict(zip(leaves, theirs, strict=True))
     quantized = quantized_layers(model)
     unquantized = [n for n in leaves if n not in quantized]
-    ours = torch.autograd.grad((found * g).sum(), [model.get_submodule(n).weight for n in unquantized])
-    for name, gradient in zip(unquantized, ours, strict=True):
-        expect_close(
-            gradient,
-            plain[name],
-            f"the gradient to {name}'s weights",
-            "the network's backward pass: something detaches or scales a gradient",
-            EXACT,
-        )
+    stored = [model.get_submodule(n).weight for n in unquantized]
+    ours = torch.autograd.grad((found * g).sum(), stored, allow_unused=True)
+    cause = "the network's backward pass: something detaches or scales a gradient"
+    for name, weight, gradient in zip(unquantized, stored, ours, strict=True):
+        gradient = torch.zeros_like(weight) if gradient is None else gradient
+        expect_close(gradient, plain[name], f"the gradient to {name}'s weights", cause, EXACT)
 
 
 def images_are_independent(subject: Subject) -> str:
@@ -345,9 +357,9 @@ def images_are_independent(subject: Subject) -> str:
     leaf = images.clone().requires_grad_()
     logits = model(leaf)
     expect(
-        logits.shape[0] == len(images) and logits.ndim == 2,
+        logits.shape == (len(images), CLASSES),
         f"logits of shape {tuple(logits.shape)} for {len(images)} images",
-        "the network's output",
+        f"the network's output: {CLASSES} classes are due",
     )
     alone = torch.cat([model(image[None]) for image in images[:2]])
     expect_close(

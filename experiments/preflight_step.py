@@ -310,9 +310,8 @@ def updates_are_adamws(subject: Subject) -> str:
 def it_can_learn(subject: Subject) -> str:
     """A few steps on 16 images at the run's rates bring their cross-entropy down."""
     step = subject.copied_step()
-    # Repeated to the size of other checks' batches, for which the convolutions have been set up already.
-    images, labels = (t[:16].repeat_interleave(4, 0) for t in subject.first_batch)
-    if len(labels) < 8 or step.processes.count > 1:
+    images, labels = (t[:16] for t in subject.first_batch)
+    if len(labels) < 2 or step.processes.count > 1:
         raise NotApplicableError("needs 2 images or more in one rank")
     rates = expected_rates(subject)
     for group in step.optimizer.param_groups:

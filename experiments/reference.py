@@ -92,6 +92,16 @@ class Network:
         return x.mean((2, 3)) @ self.weights["linear"].T + self.values["linear.bias"]
 
 
+def parameter_count(blocks: int, classes: int) -> int:
+    """Parameters of the plain ResNet: convolutions without biases, batch norms, the classifier."""
+    total, before = 3 * WIDTHS[0] * 9 + 2 * WIDTHS[0], WIDTHS[0]
+    for width in WIDTHS:
+        for _ in range(blocks):
+            total += 9 * before * width + 9 * width * width + 4 * width
+            before = width
+    return total + before * classes + classes
+
+
 Member = tuple[str, str, int]  # layer, "filter" or "input", number
 
 
