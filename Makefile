@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test bench
+.PHONY: run test faults bench
 
 run: $(VENV)/run-ready
 	$(BIN)/python -m experiments.debug_run $(ARGS)
@@ -13,6 +13,9 @@ test: $(VENV)/test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+faults: $(VENV)/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(ARGS)
 
 bench: $(VENV)/run-ready
 	$(BIN)/python -m experiments.benchmark $(ARGS)

@@ -149,8 +149,9 @@ class Subject:
 def plant(model: nn.Module, own_quantizers: bool) -> None:
     """Random batch norms and logits, and some dead slices, in place.
 
-    Dead slices are stored as small numbers inside the dead zone, so that they are zero by the quantizer alone:
-    whether they are then kept dead shows in what is stored. Channel 1 of each block is dead as a whole group.
+    Dead slices are stored as small numbers inside the dead zone, so that they are zero by the quantizer
+    alone: whether they are then kept dead shows in what is stored. Channel 1 of each block is dead as a whole
+    group.
     """
     generator = torch.Generator().manual_seed(20_251)
 

@@ -14,7 +14,7 @@ from experiments.expect import BrokenError, NotApplicableError, Subject, expect,
 
 LOOKED_AT = 192  # images that are compared with all their possible crops
 OFFSETS = 2 * PADDING + 1  # of a crop along each axis; 192 images miss one of them once in 10^8 runs
-WALKED = 2048  # images of an epoch that are looked at
+WALKED = 2048  # images of the second epoch that are looked at; the first is walked wholly
 MIN_PROBED = 1000  # training images below which the linear probe tells nothing
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 
@@ -188,8 +188,13 @@ def order_is_the_seeds(subject: Subject) -> str:
                     "each epoch, or with another seed)",
                 )
             seen += size
-            if seen >= WALKED:
+            if epoch and seen >= WALKED:
                 break
+        expect(
+            seen == count or (epoch > 0 and seen >= WALKED),
+            f"epoch {epoch + 1} ended after {seen:,} of {count:,} images",
+            "the last batch is dropped, or the epoch ends too soon",
+        )
     return f"{count:,} images once an epoch in {len(batches)} batches, shuffled anew"
 
 

@@ -40,6 +40,8 @@ class FewBatches:
             self.sizes[-1] = -(-self.sizes[-1] // 2)  # a smaller last batch, as in most epochs
 
     def __getattr__(self, name: str) -> Any:
+        if name == "batches":  # of a copy in the making, which has nothing yet
+            raise AttributeError(name)
         return getattr(self.batches, name)
 
     def __len__(self) -> int:
@@ -120,6 +122,7 @@ class Seen:
     penalties: list[float] = field(default_factory=list)  # before each step
     statistics: list[dict[str, Tensor]] = field(default_factory=list)  # at the first test pass
     kinds: set[torch.dtype] = field(default_factory=set)  # of the logits
+    passes: list[str] = field(default_factory=list)  # train, renew or test, in their order
     renewed: list[Tensor] = field(default_factory=list)  # images of passes in training mode without gradients
 
 
@@ -144,6 +147,11 @@ def _try_epoch(subject: Subject, step: TrainingStep, epoch: int) -> None:
     record, _ = subject.one_epoch(pipeline, epoch)
     for handle in handles:
         handle.remove()
+    expect(
+        "test" not in seen.passes[: seen.passes.index("train") if "train" in seen.passes else 0],
+        f"the test pass of epoch {epoch + 1} came before its training",
+        "the network is tested before the epoch's training, not after it",
+    )
     for check in record.ledger:
         if check.status == FAIL:
             measured, _, cause = check.message.partition(". Likely cause: ")
@@ -173,6 +181,7 @@ def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
             seen.tested if not module.training else seen.trained if torch.is_grad_enabled() else seen.renewed
         )
         where.append(inputs[0].detach().clone())
+        seen.passes.append("train" if torch.is_grad_enabled() else "renew" if module.training else "test")
 
     def logits(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.kinds.add(output.dtype)

@@ -155,7 +155,7 @@ class EpochWatch:
     def weights(self) -> dict[str, Tensor]:
         """The weights that the quantized layers compute with now, by layer name."""
         layers: Any = {name: self.model.get_submodule(name) for name in quantizers(self.model)}
-        return {name: layer.parametrizations.weight() for name, layer in layers.items()}
+        return {name: layer.parametrizations.weight().detach() for name, layer in layers.items()}
 
     def _moment(self, name: str) -> Tensor:
         states = {p: self.step.optimizer.state.get(p, {}) for p in self.parameters.values()}
