@@ -144,7 +144,8 @@ def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> It
         point = ",".join(f"{name}={getattr(settings, name)}" for name in lists if name != "seed")
         yield _member(folder, point, settings.seed, [*common, *flags])
     for seed in lists["seed"]:
-        arguments = [*common, flag("seed"), seed, "--exclude-layers", "."]
+        # The default's beta2 is there for the penalty's sake, and full precision has none: torch's own, then.
+        arguments = ["--beta2", "0.999", *common, flag("seed"), seed, "--exclude-layers", "."]
         yield _member(folder, FULL_PRECISION, parse_settings(arguments).seed, arguments)
 
 

@@ -18,7 +18,7 @@ def environment() -> dict[str, str]:
     COLUMNS and LINES are left out, so that a program sees the size of its own terminal, not of the tests'.
     """
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from folders import PICTURES, tree
 from hypothesis import HealthCheck, given, settings
@@ -33,10 +34,11 @@ from hypothesis import strategies as st
 from programs import DEADLINE, environment
 from torch import nn
 
-from experiments import cifar10, data, debug_run, device, plots, proofs, verify
+from experiments import cifar10, compressed, data, debug_run, device, plots, verify
 from experiments.checkpoint import VERSION, Checkpoint, checkpoint_path, save_checkpoint
 from experiments.data import Dataset
 from experiments.files import lock_folder
+from experiments.history import DataRecord
 from experiments.settings import Settings, flag, parse_settings
 from resnet import resnet20
 from src.packing import pack_network
@@ -173,6 +175,7 @@ def both_altered(folder: Path) -> None:
 RESUMED = replace(Settings(), data="synthetic", epochs=3, threads=1, device="cpu")
 DATA_HERE = {
     "name": "synthetic stand-in",
+    "source": "built in",
     "synthetic": True,
     "train_images": TRAIN_IMAGES,
     "test_images": TEST_IMAGES,
@@ -182,20 +185,23 @@ FIRST = "debug_output/checkpoint_0001.pt"
 
 def checkpoint(**changes: Any) -> Prepare:
     """The checkpoint after the first epoch of RESUMED, with only what is read before a refusal."""
+    history = runs.good_run(1)
+    history.settings, history.device = RESUMED.to_json(), "cpu, 1 threads"
+    history.versions["torch"] = str(torch.__version__)
+    history.data = DataRecord(**DATA_HERE)
+    for name in changes.keys() & vars(history).keys():
+        setattr(history, name, changes[name])
     state: dict[str, Any] = {
-        "settings": RESUMED.to_json(),
-        "surroundings": {"torch": str(torch.__version__), "device": "cpu, 1 threads", "data": DATA_HERE},
+        "history": history,
         "model": {},
         "optimizer": {},
         "random": {"cpu": torch.get_rng_state(), "cuda": None},
-        "start": {},
-        "records": [{}],
-        "resumed": [],
     }
+    state |= {name: value for name, value in changes.items() if name in state}
 
     def prepare(folder: Path) -> None:
         an_earlier_run(folder)
-        save_checkpoint(folder / "debug_output", Checkpoint(**state | changes))
+        save_checkpoint(folder / "debug_output", Checkpoint(**state))
 
     return prepare
 
@@ -274,7 +280,8 @@ class Case:
     prepare: Prepare = nothing
 
 
-WHOLE = [item.name for item in fields(Settings) if item.type in (int, int | None)]
+BITS = ("max_bits", "fixed_bits")  # whole numbers of a small range
+WHOLE = [item.name for item in fields(Settings) if item.type in (int, int | None) and item.name not in BITS]
 NUMBERS = [item.name for item in fields(Settings) if item.type is float and item.name != "beta2"]
 CHOSEN = {item.name: item.metadata["choices"] for item in fields(Settings) if item.metadata["choices"]}
 LEAST = {"seed": 0, "batch_norm_batches": 0, "logit_steps": 0}  # The least value of any other is 1.
@@ -527,13 +534,7 @@ CASES = dict(refused_values()) | {
     "a checkpoint on other data": Case(
         RESUME,
         ("--resume", "synthetic stand-in (16", "CIFAR-10 (50,000", "the same data"),
-        checkpoint(
-            surroundings={
-                "torch": str(torch.__version__),
-                "device": "cpu, 1 threads",
-                "data": DATA_HERE | {"name": "CIFAR-10", "synthetic": False, "train_images": 50_000},
-            }
-        ),
+        checkpoint(data=DataRecord("CIFAR-10", "elsewhere", False, 50_000, TEST_IMAGES)),
     ),
     # What someone sends.
     "no file to verify": Case("verify", ("FILE",)),
@@ -658,13 +659,13 @@ def test_a_value_at_the_end_of_its_range_is_taken_as_it_is(name: str, value: Any
 @pytest.fixture
 def quick(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs in `here` take a second: nothing is exported, timed or drawn as a picture."""
-    monkeypatch.setattr(proofs, "exported", lambda network: b"an exported network")
-    monkeypatch.setattr(proofs, "measure_latency", lambda networks, images: {})
+    monkeypatch.setattr(compressed, "exported", lambda network: b"an exported network")
+    monkeypatch.setattr(compressed, "measure_latency", lambda networks, images: {})
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: path.write_bytes(b"a picture"))
     return here
 
 
-QUICK = f"{SYNTHETIC} --device cpu --threads 1 --epochs 1"
+QUICK = f"{SYNTHETIC} --device cpu --threads 1 --epochs 1 --preflight off"
 
 
 def assert_ended_well_or_was_refused_before_the_work(
@@ -761,15 +762,16 @@ SHORT_RUN = [
     "-c",
     """
 import sys
-from experiments import data, debug_run, proofs
+from experiments import compressed, data, debug_run
 data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST = 64, 32
-proofs.exported = lambda network: b"an exported network"
-proofs.measure_latency = lambda networks, images: {}
+compressed.exported = lambda network: b"an exported network"
+compressed.measure_latency = lambda networks, images: {}
 sys.exit(debug_run.main())
 """,
 ]
 TINY = shlex.split(
-    "--data synthetic --limit-train 64 --limit-test 32 --batch-size 32 --threads 1 --epochs 1 --device cpu"
+    "--preflight off --data synthetic --limit-train 64 --limit-test 32 --batch-size 32 --threads 1 "
+    "--epochs 1 --device cpu"
 )
 
 
@@ -948,7 +950,6 @@ TRAINED = st.fixed_dictionaries(
         "batch_size": st.sampled_from((8, 15, 16, 10**30)),
         "limit_train": st.integers(1, 2),
         "limit_test": st.integers(1, 2),
-        "keep_dead": st.sampled_from(CHOSEN["keep_dead"]),
         "batch_norm_batches": st.sampled_from((0, 1, sys.maxsize)),
         "logit_steps": st.sampled_from((0, 1, 10**30)),
         "beta2": st.sampled_from((0.0, 5e-324, 0.5, 1 - 2.0**-53)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import runs
 import torch
 from folders import names, silent
 from same import assert_same
@@ -19,18 +20,16 @@ from experiments.checkpoint import (
     Checkpoint,
     check_settings,
     checkpoint_path,
+    describe_differences,
     last_checkpoint,
     load_checkpoint,
     random_states,
     restore,
     save_checkpoint,
 )
-from experiments.debug_run import what_changed
 from experiments.files import OutputError
+from experiments.history import Resumption
 from experiments.settings import Settings, flag
-
-DATA = {"name": "CIFAR-10", "synthetic": False, "train_images": 50_000, "test_images": 10_000}
-SURROUNDINGS = {"torch": "2.0.0", "device": "cpu, 1 threads", "data": DATA}
 
 
 def small_model(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -48,16 +47,10 @@ def small_model(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def made(epochs: int, settings: Settings | None = None) -> Checkpoint:
     model, optimizer = small_model()
-    return Checkpoint(
-        settings=(settings or Settings()).to_json(),
-        surroundings=SURROUNDINGS,
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict()["state"],
-        random=random_states(),
-        start={"layer1.0.conv1": {"bit_logit": 3.0}},
-        records=[{"epoch": i + 1, "loss": 0.1 * i, "layers": {"a": {"bits": None}}} for i in range(epochs)],
-        resumed=[{"after_epoch": 1, "said": ["a", "b"]}],
-    )
+    history = runs.good_run(epochs)
+    history.settings = (settings or Settings()).to_json()
+    history.resumed = [Resumption(1, ["a", "b"])]
+    return Checkpoint(history, model.state_dict(), optimizer.state_dict()["state"], random_states())
 
 
 def with_digest(content: bytes) -> bytes:
@@ -212,7 +205,9 @@ def test_a_whole_file_of_something_else_is_refused_with_a_few_words(kind, tmp_pa
 
 def test_a_version_from_the_future_is_refused_by_its_number(tmp_path):
     (tmp_path / "a.pt").write_bytes(written({"version": checkpoint.VERSION + 1, "what": "may come"}))
-    with pytest.raises(ValueError, match=f"version {checkpoint.VERSION + 1}.*reads version 1"):
+    with pytest.raises(
+        ValueError, match=f"version {checkpoint.VERSION + 1}.*reads version {checkpoint.VERSION}"
+    ):
         load_checkpoint(tmp_path / "a.pt")
 
 
@@ -265,17 +260,18 @@ def test_where_all_are_damaged_one_sentence_says_what_can_be_done(tmp_path):
 OTHER = {
     "preset": "plan", "batch_size": 7, "seed": 7, "device": "cpu", "threads": 7, "precision": "bf16",
     "data": "synthetic", "limit_train": 7, "limit_test": 7, "exclude_layers": ("linear",),
-    "sparsity_weight": 7.0, "sparsity_delay": 7.0, "sparsity_ramp": 7.0, "keep_dead": "no",
+    "sparsity_weight": 7.0, "sparsity_delay": 7.0, "sparsity_ramp": 7.0, "keep_dead": False,
+    "rehearse": True, "quantizer": "own_quantizers:LSQ", "max_bits": 7, "fixed_bits": 7,
     "batch_norm_batches": 7, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0, "weights_decay": 7.0,
     "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "logit_steps": 7,
 }  # fmt: skip
-FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True}
+FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True, "preflight": "off"}
 
 
 def saved_settings(tmp_path: Path) -> dict[str, Any]:
     """Those of the defaults, as they come back from a file."""
     save_checkpoint(tmp_path, made(1))
-    return load_checkpoint(checkpoint_path(tmp_path, 1)).settings
+    return load_checkpoint(checkpoint_path(tmp_path, 1)).history.settings
 
 
 def test_every_setting_is_here():
@@ -289,7 +285,7 @@ def test_a_setting_that_differs_is_refused_by_its_flag_with_both_values(name, to
     saved, now = (defaults, other) if to_other else (other, defaults)
     save_checkpoint(tmp_path, made(1, saved))
     with pytest.raises(ValueError) as error:
-        check_settings(load_checkpoint(checkpoint_path(tmp_path, 1)).settings, now)
+        check_settings(load_checkpoint(checkpoint_path(tmp_path, 1)).history.settings, now)
     sentence = str(error.value)
     assert sentence.startswith(f"--resume: {flag(name)} is ") and "\n" not in sentence
     for value in (getattr(saved, name), getattr(now, name)):
@@ -313,20 +309,24 @@ def test_fewer_epochs_are_refused_with_both_numbers(tmp_path):
 
 def test_a_setting_that_an_older_program_did_not_have_is_refused_as_not_given(tmp_path):
     saved = {k: v for k, v in saved_settings(tmp_path).items() if k != "keep_dead"}
-    with pytest.raises(ValueError, match="--keep-dead is yes, and the run to go on with has not given"):
+    with pytest.raises(ValueError, match="--keep-dead is True, and the run to go on with has not given"):
         check_settings(saved, Settings())
 
 
 # What is said of what has changed
 
 
-def head(**changes: Any) -> dict[str, Any]:
-    data = DATA | {"source": "somewhere else"} | changes.pop("data", {})
-    return {"versions": {"torch": "2.0.0"}, "device": "cpu, 1 threads", "data": data} | changes
+def differences(done: int, settings: Settings | None = None, **changes: Any) -> list[str]:
+    """What is said of a run that is resumed after `done` of 20 epochs with these settings and changes."""
+    saved, now = runs.good_run(20), runs.good_run(20)
+    saved.epochs = saved.epochs[:done]
+    now.settings = (settings or Settings()).to_json()
+    now.data = replace(now.data, source="somewhere else", **changes.pop("data", {}))
+    return describe_differences(saved, replace(now, **changes))
 
 
 def test_where_nothing_has_changed_nothing_is_said():
-    assert what_changed(made(1), Settings(), head()) == []
+    assert differences(1) == []
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_where_nothing_has_changed_nothing_is_said():
 )
 def test_another_data_set_is_refused_by_both_names(change):
     with pytest.raises(ValueError) as error:
-        what_changed(made(1), Settings(), head(data=change))
+        differences(1, data=change)
     sentence = str(error.value)
     assert sentence.startswith("--resume: ") and "CIFAR-10" in sentence and "\n" not in sentence
     assert change.get("name", "CIFAR-10") in sentence and "give the same data" in sentence
@@ -343,21 +343,21 @@ def test_another_data_set_is_refused_by_both_names(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"versions": {"torch": "3.0.0"}}, ["torch", "2.0.0", "3.0.0"]),
-        ({"device": "cpu, 2 threads"}, ["device", "1 threads", "2 threads"]),
+        ({"versions": {"torch": "3.0.0"}}, ["torch", "2.9.0", "3.0.0"]),
+        ({"device": "cpu (7 threads)"}, ["device", "2 threads", "7 threads"]),
     ],
 )
 def test_another_version_or_device_is_said_with_what_follows_from_it(change, words):
-    (sentence,) = what_changed(made(1), Settings(), head(**change))
+    (sentence,) = differences(1, **change)
     assert [word for word in [*words, "last digits may differ"] if word not in sentence] == []
 
 
 def test_more_epochs_are_said_with_the_rates_that_follow():
-    (sentence,) = what_changed(made(10), Settings(epochs=40), head())
+    (sentence,) = differences(10, Settings(epochs=40))
     assert "--epochs was 20, is 40" in sentence
     # (1 + cos(pi t)) / 2 at a quarter and at a half of the way
     assert "0.8536 of their peak instead of 0.5000" in sentence
     # 98 steps an epoch: 20 epochs are the 1,960 that the logits' rates are meant for, 40 twice as many
     assert "the logits' peak being 0.5000 of what it was" in sentence
-    (sentence,) = what_changed(made(10), Settings(epochs=40, logit_steps=0), head())
+    (sentence,) = differences(10, Settings(epochs=40, logit_steps=0))
     assert "logits" not in sentence

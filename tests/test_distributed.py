@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from experiments.checkpoint import load_checkpoint
 from experiments.data import Dataset, TestBatches, TrainBatches
 from experiments.distributed import ALONE, Processes, use_global_batch_norms, use_local_batch_norms
+from experiments.history import EpochRecord
 from experiments.settings import Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import (
@@ -494,7 +495,8 @@ def test_a_nan_in_a_weight_ends_the_epoch_in_all_and_is_named(teams):
 
 # Whole runs, as torchrun starts them: each in a folder of its own, two at a time.
 
-SMALL = ["--data", "synthetic", "--limit-train", "129", "--limit-test", "31", "--batch-size", "65",
+SMALL = ["--preflight", "off",
+         "--data", "synthetic", "--limit-train", "129", "--limit-test", "31", "--batch-size", "65",
          "--threads", "1", "--sparsity-delay", "0", "--sparsity-ramp", "1"]  # fmt: skip
 TWO_EPOCHS, THREE_EPOCHS = [*SMALL, "--epochs", "2"], [*SMALL, "--epochs", "3"]
 ROW = re.compile(r"^ +(\d+) \|" + r" *[\d.]+ \|" * 5 + r" *[\d.]+$", re.MULTILINE)
@@ -575,8 +577,8 @@ class LaunchedRun(RunFolder):
     def rows(self) -> list[int]:
         return [int(epoch) for epoch in ROW.findall(self.out)]
 
-    def epoch(self, number: int) -> dict[str, float]:
-        return load_checkpoint(self.output / f"checkpoint_{number:04d}.pt").records[-1]
+    def epoch(self, number: int) -> EpochRecord:
+        return load_checkpoint(self.output / f"checkpoint_{number:04d}.pt").history.epochs[-1]
 
 
 def marked(folder: Path) -> list[tuple[int, list[bytes]]]:
@@ -686,9 +688,9 @@ def test_the_proofs_of_two_processes_hold_on_the_whole_test_set(runs):
 
 def test_the_first_epoch_of_two_processes_is_near_that_of_one(runs):
     two, alone = runs["two"].result().history["epochs"][0], runs["alone"].result().epoch(1)
-    assert two["loss"] == pytest.approx(alone["loss"], rel=0.02)
-    assert two["penalty"] == pytest.approx(alone["penalty"], rel=0.02)
-    assert two["unstructured_sparsity"] == pytest.approx(alone["unstructured_sparsity"], abs=0.002)
+    assert two["loss"] == pytest.approx(alone.loss, rel=0.02)
+    assert two["penalty"] == pytest.approx(alone.penalty, rel=0.02)
+    assert two["unstructured_sparsity"] == pytest.approx(alone.unstructured_sparsity, abs=0.002)
 
 
 def test_a_killed_worker_ends_the_run_with_a_sentence_about_it(runs):
@@ -717,15 +719,16 @@ def test_one_process_finishes_what_two_began(runs):
     assert resumed.files == sorted(FILES)
     # The undisturbed run of two has the same first epoch to the bit, and nearly the same second one.
     two = runs["two"].result()
-    assert resumed.epoch(1)["loss"] == two.epoch(1)["loss"]
-    assert resumed.epoch(2)["penalty"] == pytest.approx(two.epoch(2)["penalty"], rel=0.02)
+    assert resumed.epoch(1).loss == two.epoch(1).loss
+    assert resumed.epoch(2).penalty == pytest.approx(two.epoch(2).penalty, rel=0.02)
 
 
 def test_two_processes_resume_what_one_began(runs):
     resumed, alone = runs["resumed"].result(), runs["alone"].result()
     assert resumed.rows == [1, 2]
     same = ("loss", "accuracy", "penalty", "unstructured_sparsity", "seconds")
-    assert [resumed.history["epochs"][0][key] for key in same] == [alone.epoch(1)[key] for key in same]
+    first = resumed.history["epochs"][0]
+    assert [first[key] for key in same] == [getattr(alone.epoch(1), key) for key in same]
     assert "device cpu, 1 threads before, cpu, 1 threads, 2 processes now" in resumed.out
     second, like = resumed.history["epochs"][1], runs["two"].result().epoch(2)
     assert second["penalty"] == pytest.approx(like["penalty"], rel=0.05)

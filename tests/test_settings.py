@@ -75,18 +75,18 @@ PLAN = DEBUG | {
 SMOKE = DEBUG | {
     "--preset": "smoke",
     "--epochs": 8,
-    "--batch-size": 64,
+    "--batch-size": 32,
     "--data": "synthetic",
     "--output-dir": Path("smoke_output"),
     "--rehearse": True,
-    "--limit-train": 2048,
+    "--limit-train": 1600,
     "--limit-test": 1000,
-    "--sparsity-weight": 1e-2,
-    "--sparsity-delay": 2.0,
+    "--sparsity-weight": 8e-3,
+    "--sparsity-delay": 1.0,
     "--sparsity-ramp": 2.0,
-    "--batch-norm-batches": 5,
-    "--bit-lr": 8e-2,
-    "--deadzone-lr": 8e-2,
+    "--weights-lr": 1.6e-2,
+    "--bit-lr": 4e-2,
+    "--deadzone-lr": 3e-2,
 }
 COUNTS = ["--epochs", "--batch-size", "--threads", "--limit-train", "--limit-test"]
 NUMBERS = [name for name, value in DEBUG.items() if isinstance(value, float)]

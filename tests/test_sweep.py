@@ -10,17 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from programs import DEADLINE, environment, environment_at_start
 
 from experiments import plots, sweep
+from experiments.history import Check
 from experiments.settings import parse_settings
 from experiments.sweep import LISTS, Member, main, plan
 
-SMALL = ["--data", "synthetic", "--limit-train", "64", "--limit-test", "32", "--batch-size", "32",
+SMALL = ["--preflight", "off",
+         "--data", "synthetic", "--limit-train", "64", "--limit-test", "32", "--batch-size", "32",
          "--epochs", "2", "--threads", "1"]  # fmt: skip
 ONE_POINT = [*SMALL, "--sparsity-weight", "0.001", "--seed", "0"]
 
@@ -32,16 +36,12 @@ def working_folder(tmp_path, monkeypatch) -> Path:
 
 
 def history(settings: dict[str, Any], accuracy: float, ratio: float) -> dict[str, Any]:
-    """The parts of a finished run's history.json that a sweep reads."""
-    last = {"accuracy": accuracy, "unstructured_sparsity": 0.5, "structured_sparsity": 0.25, "bits": 4.0}
-    return {
-        "settings": settings,
-        "stopped": None,
-        "data": {"name": "synthetic stand-in"},
-        "epochs": [{"seconds": 1.5} | last, {"seconds": 2.0} | last],
-        "final": dict.fromkeys(sweep.RATIOS, ratio),
-        "verdict": [{"status": "PASS"}, {"status": "FAIL"}],
-    }
+    """A finished run's history.json, of two epochs that took 3.5 seconds."""
+    run = runs.changed(runs.good_run(2), {1: {"seconds": 1.5}, 2: {"seconds": 2.0, "accuracy": accuracy}})
+    run.data = replace(run.data, name="synthetic stand-in")
+    run.settings, run.final = settings, runs.final(**dict.fromkeys(sweep.RATIOS, ratio))
+    run.verdict = [Check("PASS", "a", "b"), Check("FAIL", "c", "d")]
+    return json.loads(json.dumps(run.to_json()))
 
 
 def finish(member: Member, accuracy: float = 0.5, ratio: float = 10.0, **settings: Any) -> None:
