@@ -1,0 +1,971 @@
+"""Faults that people really make, seeded one at a time into a copy of the sources: does a run notice?
+
+    python tests/faults.py                      # all of them; `make faults` does this
+    python tests/faults.py --area data --area loss
+    python tests/faults.py --only 'BGR|/255' --shown
+
+Each fault is a patch of a few lines. It is caught when the run says FAIL or warns, and the cause is right when
+the first line that says so names it. A fault costs a fork of a process that has imported torch, and the
+preflight; what the preflight does not see goes on to a short run. Prints the matrix; exit status 1 if a fault
+is missed or if the unpatched copy is not clean.
+"""
+
+import argparse
+import contextlib
+import importlib
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("*.py", "experiments/*.py", "src/*.py")
+PREFLIGHT, EPOCH, END, MISSED = "preflight", "epoch", "end", "missed"
+
+# Lengths that leave a smaller last batch, rates that all differ, and a delay that is not the ramp: where two
+# settings are equal, to confuse them is no fault.
+SETTINGS = shlex.split(
+    "--data synthetic --limit-train 1050 --limit-test 300 --batch-size 64 --threads 1 --epochs 6 "
+    "--sparsity-delay 2 --sparsity-ramp 3 --sparsity-weight 5e-3 --bit-lr 1.2e-2 --deadzone-lr 8e-3 "
+    "--weights-decay 1e-3"
+)
+# A short run to the end, for what the preflight does not see: it stops and resumes, packs and verifies.
+SHORT_RUN = [
+    "--preset",
+    "smoke",
+    "--preflight",
+    "off",
+    "--limit-train",
+    "500",
+    "--limit-test",
+    "300",
+    "--threads",
+    "1",
+]
+STAND_IN_SIZES = {"SYNTHETIC_TRAIN": 3000, "SYNTHETIC_TEST": 1000}  # a whole stand-in takes seconds to make
+
+DATA, CIFAR = "experiments/data.py", "experiments/cifar10.py"
+NETWORK, QUANTIZER, ATTACH = "resnet.py", "src/quantizer.py", "utils_quantization.py"
+PENALTY, CHANNELS = "experiments/sparsity.py", "src/channels.py"
+TRAINING, SCHEDULES, RUN = "experiments/training.py", "experiments/schedules.py", "experiments/debug_run.py"
+COUNTS, EVALUATOR = "metrics.py", "experiments/evaluator.py"
+CHECKPOINT, PACKING, SLIM = "experiments/checkpoint.py", "src/packing.py", "src/slim.py"
+REPORT = "experiments/report.py"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`old`, which is in the file exactly once, becomes `new`; where `old` is empty, `new` is added at the end."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, tree: Path) -> None:
+        path = tree / self.file
+        text = path.read_text()
+        if self.old:
+            found = text.count(self.old)
+            assert found == 1, f"{self.file} holds this text {found} times, expected once:\n{self.old}"
+            path.write_text(text.replace(self.old, self.new))
+        else:
+            path.write_text(text + self.new)
+
+
+def around(file: str, function: str, body: str) -> Edit:
+    """Replace a function of a module by one of this body, which may call `whole`, the function as it was."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    return Edit(
+        file,
+        "",
+        f"\n\ndef {function}(*args, whole={function}, **kwargs):  # noqa\n{lines}",
+    )
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A patch; `says` is found in the line that must catch it, at the latest in this part of the run."""
+
+    name: str
+    says: str  # regular expression, case ignored
+    edits: tuple[Edit, ...]
+    when: str
+    flags: tuple[str, ...]
+    area: str = ""
+
+
+def fault(
+    name: str, says: str, *edits: Edit | tuple[str, str, str], when: str = PREFLIGHT, flags: str = ""
+) -> Fault:
+    made = tuple(e if isinstance(e, Edit) else Edit(*e) for e in edits)
+    return Fault(name, says, made, when, tuple(flags.split()))
+
+
+CROSS_ENTROPY = "return F.cross_entropy(logits, labels)\n"
+CONVOLVE_1 = "out = F.relu(self.bn1(self.conv1(x)), inplace=True)\n        out = self.bn2(self.conv2(out))"
+
+FAULTS_BY_AREA = {
+    "data": [
+        fault("training labels are shuffled", r"label",
+              (DATA, "self.labels = dataset.train_labels.to(self.device)",
+               "self.labels = dataset.train_labels[torch.randperm(count)].to(self.device)")),
+        fault("training labels are shifted by one image", r"label",
+              (DATA, "self.labels[order[shard]]", "self.labels[order[shard].roll(1)]")),
+        fault("training labels are in the data set's order, images in the epoch's", r"label",
+              (DATA, "self.labels[order[shard]]", "self.labels[shard]")),
+        fault("a fifth of the training labels is random", r"label",
+              (DATA, "train_labels=dataset.train_labels[:train],",
+               "train_labels=torch.where(torch.rand(train) < 0.2, torch.randint(10, (train,)), "
+               "dataset.train_labels[:train]),")),
+        fault("training labels are shuffled where they are read", r"label",
+              (DATA, "train_labels=dataset.train_labels[:train],",
+               "train_labels=dataset.train_labels[:train][torch.randperm(train)],")),
+        fault("test labels are shifted by one image", r"label",
+              (DATA, "self.labels = dataset.test_labels[shard].to(device)",
+               "self.labels = dataset.test_labels[shard].roll(1).to(device)")),
+        fault("test images are BGR", r"BGR|colou?r|channels? (are )?(swapped|order)",
+              (DATA, "self.images = dataset.test_images[shard].to(device)",
+               "self.images = dataset.test_images[shard].flip(1).to(device)")),
+        fault("test images are transposed", r"test image|height|transpos|augment",
+              (DATA, "self.images = dataset.test_images[shard].to(device)",
+               "self.images = dataset.test_images[shard].mT.to(device)")),
+        fault("normalisation without / 255", r"normalis|/ ?255|standard dev|\bstd\b",
+              (DATA, "self.scale = (1 / (255 * std))", "self.scale = (1 / std)")),
+        fault("mean and deviation are swapped", r"normalis|standard dev|\bstd\b|\bmean\b",
+              (DATA, "mean, std = torch.tensor(MEAN), torch.tensor(STD)",
+               "std, mean = torch.tensor(MEAN), torch.tensor(STD)")),
+        fault("only training images are normalised", r"normalis",
+              (DATA, "yield self.normalise(images), labels\n",
+               "yield images.permute(0, 3, 1, 2) / 255, labels\n")),
+        fault("only test images are normalised", r"normalis",
+              (DATA, "yield self.normalise(images), self.labels",
+               "yield images.permute(0, 3, 1, 2) / 255, self.labels")),
+        fault("one crop and flip for a whole batch", r"crop|augment",
+              (DATA, "order, down, right, flips = draws(len(self.labels), self.seed, epoch)\n",
+               "order, down, right, flips = draws(len(self.labels), self.seed, epoch)\n"
+               "        first = torch.arange(len(order)) // self.batch_size * self.batch_size\n"
+               "        down, right, flips = down[first], right[first], flips[first]\n")),
+        fault("no crop", r"crop|augment",
+              (DATA, "down, right = torch.randint(CROP_OFFSETS, (2, count), generator=generator)",
+               "down, right = torch.full((2, count), PADDING)")),
+        fault("crops never reach the last offset", r"crop|offset|augment",
+              (DATA, "down, right = torch.randint(CROP_OFFSETS, (2, count), generator=generator)",
+               "down, right = torch.randint(CROP_OFFSETS - 1, (2, count), generator=generator)")),
+        fault("no flip", r"flip|mirror|augment",
+              (DATA, "flips = torch.randint(2, (count,), generator=generator)",
+               "flips = torch.zeros(count, dtype=torch.int64)")),
+        fault("every image is flipped", r"flip|mirror|augment",
+              (DATA, "flips = torch.randint(2, (count,), generator=generator)",
+               "flips = torch.ones(count, dtype=torch.int64)")),
+        fault("flips are upside down", r"flip|mirror|upside|augment",
+              (DATA, "torch.stack([rows + columns, rows + columns.flip(0)])",
+               "torch.stack([rows + columns, rows.flip(0) + columns])")),
+        fault("padded after normalisation", r"pad",
+              (DATA, "    inner = slice(PADDING, PADDING + SIDE)\n",
+               "    padded += torch.tensor([125, 123, 114], dtype=torch.uint8, device=device)\n"
+               "    inner = slice(PADDING, PADDING + SIDE)\n")),
+        fault("training images are BGR", r"BGR|colou?r|channels? (are )?(swapped|order)",
+              (DATA, "padded[:, inner, inner] = images.to(device)",
+               "padded[:, inner, inner] = images.flip(1).to(device)")),
+        fault("the order is never reshuffled", r"order|shuffl|epoch",
+              (DATA, 'f"seed {seed}, epoch {epoch}"', 'f"seed {seed}"')),
+        fault("every second epoch repeats the one before", r"order|shuffl|epoch",
+              (DATA, 'f"seed {seed}, epoch {epoch}"', 'f"seed {seed}, epoch {epoch // 2}"')),
+        fault("training always draws epoch 0", r"order|shuffl|epoch",
+              (TRAINING, "enumerate(batches.epoch(epoch))", "enumerate(batches.epoch(0))")),
+        fault("the seed has no part in the order", r"seed|order|shuffl",
+              (DATA, 'f"seed {seed}, epoch {epoch}"', 'f"epoch {epoch}"')),
+        fault("images are not shuffled", r"order|shuffl",
+              (DATA, "order = torch.randperm(count, generator=generator)", "order = torch.arange(count)")),
+        fault("the last training batch is dropped", r"(last|small\w*) batch|dropped|left out|images (an|in an) epoch|steps an epoch|batches",
+              (DATA, "for start in range(0, len(order), self.batch_size):",
+               "for start in range(0, len(order) - self.batch_size + 1, self.batch_size):")),
+        fault("the last training batch is dropped and not counted either", r"(last|small\w*) batch|dropped|left out|images|steps an epoch|batches",
+              (DATA, "[min(batch_size, count - first) for first in range(0, count, batch_size)]",
+               "[batch_size] * (count // batch_size)"),
+              (DATA, "for start in range(0, len(order), self.batch_size):",
+               "for start in range(0, len(order) - self.batch_size + 1, self.batch_size):")),
+        fault("images are drawn with replacement", r"twice|often|once|replacement|seen|order|permutation",
+              (DATA, "order = torch.randperm(count, generator=generator)",
+               "order = torch.randint(count, (count,), generator=generator)")),
+        fault("test images are among the training images", r"test (image|set)|both|disjoint|overlap|apart",
+              (DATA, "train_images=dataset.train_images[:train],",
+               "train_images=torch.cat([dataset.test_images[:100], dataset.train_images])[:train],"),
+              (DATA, "train_labels=dataset.train_labels[:train],",
+               "train_labels=torch.cat([dataset.test_labels[:100], dataset.train_labels])[:train],")),
+        fault("the training batches are made of the test set", r"test|training image|disjoint|other images|label|source",
+              (RUN, "train_batches = TrainBatches(dataset,",
+               "from dataclasses import replace as _replace\n"
+               "        train_batches = TrainBatches(_replace(dataset, train_images=dataset.test_images, "
+               "train_labels=dataset.test_labels),")),
+        fault("test images are augmented", r"test image|augment",
+              (DATA, "yield self.normalise(images), labels\n",
+               "yield self.normalise(images.roll(tuple(torch.randint(-4, 5, (2,)).tolist()), (1, 2))), labels\n")),
+        fault("the limit takes the first images by class", r"class|label",
+              (DATA, "    return replace(\n        dataset,\n        train_images=dataset.train_images[:train],\n"
+               "        train_labels=dataset.train_labels[:train],",
+               "    by_class = dataset.train_labels.argsort(stable=True)\n"
+               "    return replace(\n        dataset,\n        train_images=dataset.train_images[by_class][:train],\n"
+               "        train_labels=dataset.train_labels[by_class][:train],")),
+        fault("training images are transposed", r"crop|augment|transpos|height",
+              (DATA, "padded[:, inner, inner] = images.to(device).permute(0, 2, 3, 1)",
+               "padded[:, inner, inner] = images.to(device).permute(0, 3, 2, 1)")),
+        fault("pixels overflow where contrast is doubled in uint8", r"pixel|normalis|crop|image",
+              (DATA, "images = self.pixels.index_select(0, chosen.view(-1))",
+               "images = (self.pixels * 2).index_select(0, chosen.view(-1))")),
+    ],
+    "network": [
+        fault("no ReLU after the first batch norm", r"ReLU|network|forward|reference|layer|logits",
+              (NETWORK, CONVOLVE_1, "out = self.bn1(self.conv1(x))\n        out = self.bn2(self.conv2(out))")),
+        fault("no ReLU after the sum", r"ReLU|network|forward|reference|layer|logits",
+              (NETWORK, "out += self.shortcut(x)\n        return F.relu(out, inplace=True)",
+               "out += self.shortcut(x)\n        return out")),
+        fault("ReLU before the sum", r"ReLU|network|forward|reference|layer|logits",
+              (NETWORK, "out = self.bn2(self.conv2(out))\n", "out = F.relu(self.bn2(self.conv2(out)))\n")),
+        fault("the stride is in the second convolution", r"stride|MACs|multipl|network|architecture",
+              (NETWORK, "nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)",
+               "nn.Conv2d(in_channels, channels, 3, stride=1, padding=1, bias=False)"),
+              (NETWORK, "nn.Conv2d(channels, channels, 3, stride=1, padding=1, bias=False)",
+               "nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)")),
+        fault("no shortcut", r"shortcut|residual|network|forward|reference|layer|logits",
+              (NETWORK, "        out += self.shortcut(x)\n", "")),
+        fault("the shortcut pads on one side", r"shortcut|network|forward|reference|layer|logits",
+              (NETWORK, "(0, 0, 0, 0, self.pad, self.pad)", "(0, 0, 0, 0, 0, 2 * self.pad)")),
+        fault("no second batch norm", r"batch norm|gradient|network|forward|bn2",
+              (NETWORK, "self.bn2(self.conv2(out))", "self.conv2(out)")),
+        fault("a convolution has a bias", r"bias\b|parameters|architecture",
+              (NETWORK, "nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)",
+               "nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1)")),
+        fault("weights are initialised far too large", r"init|weights? at the start|variance|scale",
+              (NETWORK, "nn.init.kaiming_normal_(module.weight)", "nn.init.normal_(module.weight)")),
+        fault("weights are initialised for fan-out of the whole layer, far too small", r"init|weights? at the start|variance|scale",
+              (NETWORK, "nn.init.kaiming_normal_(module.weight)",
+               "nn.init.normal_(module.weight, std=1 / module.weight.numel())")),
+        fault("all filters start alike", r"init|alike|same|equal|symmetr",
+              (NETWORK, "nn.init.kaiming_normal_(module.weight)",
+               "nn.init.kaiming_normal_(module.weight)\n"
+               "                module.weight.data[:] = module.weight.data[:1].clone()")),
+        fault("two convolutions share a weight", r"share|same (weight|tensor|parameter)|parameters",
+              (NETWORK, "        self.bn2 = nn.BatchNorm2d(channels)\n",
+               "        self.bn2 = nn.BatchNorm2d(channels)\n"
+               "        if in_channels == channels:\n            self.conv2.weight = self.conv1.weight\n")),
+        fault("dropout is left in", r"dropout|random|network|forward",
+              (NETWORK, "self.linear(out.mean((2, 3)))", "self.linear(F.dropout(out.mean((2, 3)), 0.1))")),
+        fault("dropout of the training mode", r"dropout|random|network|forward",
+              (NETWORK, "self.linear(out.mean((2, 3)))",
+               "self.linear(F.dropout(out.mean((2, 3)), 0.1, self.training))")),
+        fault("max pool instead of average pool", r"pool|network|forward|reference|logits",
+              (NETWORK, "out.mean((2, 3))", "out.amax((2, 3))")),
+        fault("the stem and the first stage get no gradient", r"gradient|detach",
+              (NETWORK, "out = self.layer1(out)  #", "out = self.layer1(out).detach()  #")),
+        fault("a reshape mixes the images of a batch", r"other images|mix|batch|image",
+              (NETWORK, "out.mean((2, 3))",
+               "out.contiguous().transpose(0, 1).reshape(len(out), out.shape[1], -1).mean(2)")),
+        fault("100 classes", r"class|linear|logits|parameters",
+              (NETWORK, "blocks_per_stage: int, num_classes: int = 10", "blocks_per_stage: int, num_classes: int = 100")),
+        fault("two blocks a stage instead of three", r"parameters|MACs|multipl|layers|blocks|architecture|ResNet",
+              (NETWORK, "return ResNet(3)", "return ResNet(2)")),
+        fault("the classifier is never used", r"linear|classifier|gradient|logits|network",
+              (NETWORK, "return self.linear(out.mean((2, 3)))", "return out.mean((2, 3))[:, :10]")),
+    ],
+    "quantizer": [
+        fault("no straight-through gradient", r"straight|gradient",
+              (QUANTIZER, "return grad * sign.abs(), grad_s", "return torch.zeros_like(grad), grad_s")),
+        fault("no gradient to weights in the dead zone", r"straight|gradient|dead zone",
+              (QUANTIZER, "return grad * sign.abs(), grad_s", "return grad * (by_h + sign).abs(), grad_s")),
+        fault("no gradient to clipped weights", r"straight|gradient|clip",
+              (QUANTIZER, "return grad * sign.abs(), grad_s", "return grad * (by_s.abs() <= 0.5), grad_s")),
+        fault("the quantizer's gradient is halved", r"straight|gradient",
+              (QUANTIZER, "return grad * sign.abs(), grad_s", "return 0.5 * grad * sign.abs(), grad_s")),
+        fault("the dead zone is half as wide", r"dead.?zone|formula|quantiz",
+              (QUANTIZER, "d = 2 * r * (1 -", "d = r * (1 -")),
+        fault("the dead zone is twice as wide", r"dead.?zone|formula|quantiz",
+              (QUANTIZER, "d = 2 * r * (1 -", "d = 4 * r * (1 -")),
+        fault("the range is the 0.9 quantile", r"range|quantile|formula|quantiz",
+              (QUANTIZER, "RANGE_QUANTILE = 0.99 ", "RANGE_QUANTILE = 0.9 ")),
+        fault("the range is the largest weight", r"range|quantile|formula|quantiz",
+              (QUANTIZER, "RANGE_QUANTILE = 0.99 ", "RANGE_QUANTILE = 1.0 ")),
+        fault("Q is one too many", r"level|\bQ\b|formula|quantiz|code",
+              (QUANTIZER, "Q = 2 ** (self.get_bitwidth() - 1) - 1", "Q = 2 ** (self.get_bitwidth() - 1)")),
+        fault("twice as many levels as the bits allow", r"level|\bQ\b|formula|quantiz|code",
+              (QUANTIZER, "Q = 2 ** (self.get_bitwidth() - 1) - 1", "Q = 2 ** self.get_bitwidth() - 1")),
+        fault("bits are rounded down", r"bit|round",
+              (QUANTIZER, "return x.round()", "return x.floor()")),
+        fault("codes are cut instead of rounded", r"round|code|formula|quantiz|dead.?zone",
+              (QUANTIZER, "u.round().clamp(-Q, Q)", "u.trunc().clamp(-Q, Q)")),
+        fault("the sign is lost", r"sign|negative|formula|quantiz",
+              (QUANTIZER, "u = sign * (w.abs() - h)", "u = (w.abs() - h)")),
+        fault("codes are not clipped", r"clip|level|\bQ\b|formula|quantiz|code",
+              (QUANTIZER, "u.round().clamp(-Q, Q)", "u.round()")),
+        fault("the shift is left out of the weight", r"shift|formula|quantiz",
+              (QUANTIZER, "return (s * q + h * sign_q)", "return (s * q)")),
+        fault("no gradient to the bit logits", r"bit",
+              (QUANTIZER, "Q = 2 ** (self.get_bitwidth() - 1)", "Q = 2 ** (self.get_bitwidth().detach() - 1)")),
+        fault("no gradient to the dead-zone logits", r"dead.?zone|logit_dz|dz",
+              (QUANTIZER, "(1 - self.logit_dz.tanh().abs())", "(1 - self.logit_dz.detach().tanh().abs())")),
+        fault("the dead-zone gradient has the wrong sign", r"dead.?zone|logit_dz|gradient",
+              (QUANTIZER, "grad_h = (grad * by_h).sum()", "grad_h = -(grad * by_h).sum()")),
+        fault("the step size's gradient has the wrong sign", r"step size|bit|gradient",
+              (QUANTIZER, "grad_s = (grad * by_s).sum()", "grad_s = -(grad * by_s).sum()")),
+        fault("the step size is detached", r"step size|bit|gradient",
+              (QUANTIZER, "s = (r - d / 2) / (Q - 0.5) + STEP_EPS", "s = ((r - d / 2) / (Q - 0.5) + STEP_EPS).detach()")),
+        fault("the range has a gradient", r"range|gradient",
+              (QUANTIZER, "magnitude = w.detach().abs().flatten()", "magnitude = w.abs().flatten()")),
+        fault("the gradient of tanh is left out", r"gradient|bit|formula",
+              (QUANTIZER, "self.logit_bit.tanh().abs()", "(self.logit_bit.tanh().abs().detach() + 0.01 * (self.logit_bit - self.logit_bit.detach()))")),
+        fault("layers of one shape share their logits", r"share|one quantizer|same (quantizer|parameter|logit)|of its own",
+              around(ATTACH, "attach_weight_quantizers",
+                     "names, first = whole(*args, **kwargs), {}\n"
+                     "for layer in quantized_layers(args[0]).values():\n"
+                     "    shape = tuple(layer.parametrizations.weight.original.shape)\n"
+                     "    quantizer = weight_quantization(layer).quantizer\n"
+                     "    kept = first.setdefault(shape, quantizer)\n"
+                     "    quantizer.logit_bit, quantizer.logit_dz = kept.logit_bit, kept.logit_dz\n"
+                     "return names")),
+        fault("quantizers are off in training", r"quantiz",
+              (ATTACH, "return self.quantizer(w) if self.enabled else w",
+               "return self.quantizer(w) if self.enabled and not self.training else w")),
+        fault("quantizers are off in the test", r"quantiz",
+              (ATTACH, "return self.quantizer(w) if self.enabled else w",
+               "return self.quantizer(w) if self.enabled and self.training else w")),
+        fault("the stored weight is overwritten by the quantized one", r"stored|overwrit|latent|quantiz|weights",
+              (ATTACH, "return self.quantizer(w) if self.enabled else w",
+               "if self.enabled:\n            w_hat = self.quantizer(w)\n            w.data.copy_(w_hat.data)\n"
+               "            return w_hat\n        return w")),
+        fault("exclude patterns match as substrings", r"exclu|quantized|layers|pattern|full precision",
+              (ATTACH, "re.search(pattern, name)", 're.search(pattern.strip("^$"), name)')),
+        fault("every layer is quantized, excluded or not", r"exclu|quantized|layers|pattern|full precision",
+              (ATTACH, "for name, m in layers.items() if name not in excluded}", "for name, m in layers.items()}")),
+    ],
+    "penalty": [
+        fault("squared norms", r"penalty|norm|lasso",
+              (PENALTY, "return torch.linalg.vector_norm(torch.stack(slices), dim=0)",
+               "return torch.stack(slices).square().sum(0)")),
+        fault("the slice's dimension is guessed from its size", r"penalty|norm|lasso|slice|group",
+              (PENALTY, "dim=(1, 2, 3) if dim == FILTERS else (0, 2, 3))",
+               "dim=(1, 2, 3) if weights[name].shape[0] == groups.channels else (0, 2, 3))")),
+        fault("groups are not coupled", r"penalty|group|couple|lasso",
+              (PENALTY, "return torch.linalg.vector_norm(torch.stack(slices), dim=0)",
+               "return torch.stack(slices).sum(0)")),
+        fault("the last stage has no penalty", r"penalty|group|lasso",
+              (PENALTY, "[group_norms(g, weights) for g in groups]",
+               '[group_norms(g, weights) for g in groups if "layer3" not in g.name]')),
+        fault("a stage's residual group is missing", r"penalty|group|lasso",
+              (PENALTY, "[group_norms(g, weights) for g in groups]",
+               '[group_norms(g, weights) for g in groups if "layer2 residual" != g.name]')),
+        fault("residual groups end with their stage", r"penalty|group|lasso|slice|coupl",
+              (CHANNELS, "source = stage if position else stage - 1", "source = stage if position else -1")),
+        fault("the penalty is detached", r"penalty|gradient|detach",
+              (PENALTY, "cast(Tensor, model.get_submodule(name).weight)",
+               "cast(Tensor, model.get_submodule(name).weight.detach())")),
+        fault("the penalty is of a copy of the model", r"penalty|copy|gradient",
+              around(PENALTY, "coupled_group_lasso",
+                     "import copy\ntwin = copy.deepcopy(args[0])\npenalty = whole(*args, **kwargs)\n"
+                     "return lambda model: penalty(twin)")),
+        fault("mean of the groups instead of their sum", r"penalty|mean|sum|lasso",
+              (PENALTY, "torch.cat([group_norms(g, weights) for g in groups]).sum()",
+               "torch.cat([group_norms(g, weights) for g in groups]).mean()")),
+        fault("the penalty is of the stored weights", r"penalty|stored|quantized",
+              (PENALTY, "cast(Tensor, model.get_submodule(name).weight)",
+               "cast(Any, model.get_submodule(name)).parametrizations.weight.original")),
+        fault("the gradient at a group of zeros is NaN", r"NaN|finite|zero",
+              around(PENALTY, "group_norms",
+                     "groups, weights = args\n"
+                     "return sum(weights[n].square().sum((1, 2, 3) if d == FILTERS else (0, 2, 3))\n"
+                     "           for n, d in groups.members).sqrt()")),
+        fault("the penalty is an L1 norm", r"penalty|norm|lasso|group",
+              (PENALTY, "torch.cat([group_norms(g, weights) for g in groups]).sum()",
+               "sum(w.abs().sum() for w in weights.values())")),
+    ],
+    "loss": [
+        fault("double softmax", r"softmax|cross.entropy|logits",
+              (TRAINING, CROSS_ENTROPY, "return F.cross_entropy(logits.softmax(1), labels)\n")),
+        fault("label smoothing", r"smooth|cross.entropy",
+              (TRAINING, CROSS_ENTROPY, "return F.cross_entropy(logits, labels, label_smoothing=0.1)\n")),
+        fault("sum over the batch instead of mean", r"sum|mean|cross.entropy",
+              (TRAINING, CROSS_ENTROPY, 'return F.cross_entropy(logits, labels, reduction="sum")\n')),
+        fault("nll_loss of plain logits", r"softmax|cross.entropy|logits|nll",
+              (TRAINING, CROSS_ENTROPY, "return F.nll_loss(logits, labels)\n")),
+        fault("multi-margin loss", r"cross.entropy|loss",
+              (TRAINING, CROSS_ENTROPY, "return F.multi_margin_loss(logits, labels)\n")),
+        fault("the coefficient is not applied", r"coefficient|penalty",
+              (TRAINING, "cross_entropy + self.coefficient * penalty", "cross_entropy + penalty")),
+        fault("the coefficient never reaches the step", r"coefficient|penalty",
+              (TRAINING, "        self.coefficient.fill_(coefficient)\n", "")),
+        fault("the penalty counts twice", r"coefficient|penalty|twice",
+              (TRAINING, "        loss.backward()\n",
+               "        if penalised:\n            loss = loss + self.coefficient * penalty\n"
+               "        loss.backward()\n")),
+        fault("the coefficient is squared", r"coefficient|penalty|schedule",
+              (TRAINING, "self.coefficient.fill_(coefficient)", "self.coefficient.fill_(coefficient**2)")),
+        fault("the penalty is subtracted", r"coefficient|penalty|sign",
+              (TRAINING, "cross_entropy + self.coefficient *", "cross_entropy - self.coefficient *")),
+        fault("the loss is reported without the penalty", r"report|loss",
+              (TRAINING, "torch.stack((loss, cross_entropy,", "torch.stack((cross_entropy, cross_entropy,")),
+        fault("the loss is added to the cross-entropy once more in the report", r"report|loss",
+              (TRAINING, "torch.stack((loss, cross_entropy,", "torch.stack((loss + cross_entropy, cross_entropy,")),
+        fault("the reported loss is a mean over batches, not over images", r"mean|report|loss|average",
+              (TRAINING, "((sums * sizes).sum(0) / sizes.sum()).tolist()", "sums.mean(0).tolist()")),
+        fault("the reported loss is the last batch's", r"mean|report|loss|average",
+              (TRAINING, "((sums * sizes).sum(0) / sizes.sum()).tolist()", "sums[-1].tolist()")),
+        fault("the loss is divided by accumulation steps that there are none of", r"gradient|scaled|accum",
+              (TRAINING, "        loss.backward()\n", "        (loss / 4).backward()\n")),
+        fault("the loss is maximised", r"sign|descent|gradient|ascend|maxim|minus",
+              (TRAINING, "        loss.backward()\n", "        (-loss).backward()\n")),
+        fault("only the penalty's gradient is taken", r"gradient|cross.entropy|detach",
+              (TRAINING, "            loss = (\n                cross_entropy + ",
+               "            loss = (\n                cross_entropy.detach() + ")),
+    ],
+    "optimizer": [
+        fault("the third stage's weights are in no group", r"layer3|optimizer|group|not move|moved|parameters",
+              around(TRAINING, "make_optimizer",
+                     "optimizer, names = whole(*args, **kwargs), {id(p): n for n, p in args[0].named_parameters()}\n"
+                     'for group in optimizer.param_groups:\n'
+                     '    group["params"] = [p for p in group["params"] if "layer3" not in names[id(p)]'
+                     ' or "logit" in names[id(p)]]\n'
+                     "return optimizer")),
+        fault("the optimizer holds the parameters of a copy", r"optimizer|copy|moved?|parameters",
+              around(TRAINING, "make_optimizer",
+                     "import copy\nreturn whole(copy.deepcopy(args[0]), *args[1:], **kwargs)")),
+        fault("no zero_grad", r"zero|accumul",
+              (TRAINING, "        self.optimizer.zero_grad(set_to_none=not self.graphs)\n", "")),
+        fault("zero_grad between backward and step", r"zero|gradient|moved?",
+              (TRAINING, "        self.optimizer.step()\n",
+               "        self.optimizer.zero_grad(set_to_none=False)\n        self.optimizer.step()\n")),
+        fault("step before backward", r"order|backward|another (batch|step)|stale|moved?",
+              (TRAINING, "        self.optimizer.zero_grad(set_to_none=not self.graphs)\n", ""),
+              (TRAINING, "        loss.backward()\n",
+               "        self.optimizer.step()\n        self.optimizer.zero_grad()\n        loss.backward()\n"),
+              (TRAINING, "        self.optimizer.step()\n        with torch.no_grad():",
+               "        with torch.no_grad():")),
+        fault("rates and decays of bits and dead zone are swapped", r"bit|dead.?zone|rate|decay|group",
+              around(TRAINING, "make_optimizer",
+                     "optimizer = whole(*args, **kwargs)\n_, bit, deadzone = optimizer.param_groups\n"
+                     'for key in ("lr", "peak_lr", "weight_decay"):\n'
+                     "    bit[key], deadzone[key] = deadzone[key], bit[key]\nreturn optimizer")),
+        fault("the weights get the bits' decay", r"decay",
+              around(TRAINING, "make_optimizer",
+                     "optimizer = whole(*args, **kwargs)\n"
+                     'optimizer.param_groups[0]["weight_decay"] = args[1].bit_decay\nreturn optimizer')),
+        fault("no decay of the bit logits", r"decay|bit",
+              around(TRAINING, "make_optimizer",
+                     "optimizer = whole(*args, **kwargs)\n"
+                     'optimizer.param_groups[1]["weight_decay"] = 0.0\nreturn optimizer')),
+        fault("logits are trained at the weights' rate", r"rate|\blr\b|bit|dead.?zone",
+              around(TRAINING, "make_optimizer",
+                     "optimizer = whole(*args, **kwargs)\nfor group in optimizer.param_groups:\n"
+                     '    group["lr"] = group["peak_lr"] = args[1].weights_lr\nreturn optimizer')),
+        fault("gradients are clipped", r"gradient|clip",
+              (TRAINING, "        self.optimizer.step()\n",
+               "        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)\n        self.optimizer.step()\n")),
+        fault("gradients are clipped one by one", r"gradient|clip",
+              (TRAINING, "        self.optimizer.step()\n",
+               "        torch.nn.utils.clip_grad_value_(self.model.parameters(), 1e-3)\n        self.optimizer.step()\n")),
+        fault("Adam instead of AdamW", r"AdamW|decay|optimizer|update",
+              (TRAINING, "return torch.optim.AdamW(groups", "return torch.optim.Adam(groups")),
+        fault("SGD instead of AdamW", r"AdamW|optimizer|SGD|update",
+              around(TRAINING, "make_optimizer",
+                     "groups = whole(*args, **kwargs).param_groups\n"
+                     'return torch.optim.SGD([{k: g[k] for k in ("name", "params", "lr", "peak_lr", "weight_decay")}'
+                     " for g in groups], momentum=0.9)")),
+        fault("betas are swapped", r"beta|optimizer|AdamW|update",
+              (TRAINING, "betas = (0.9, settings.beta2)", "betas = (settings.beta2, 0.9)")),
+        fault("betas are torch's own", r"beta|optimizer|AdamW|update",
+              (TRAINING, "betas = (0.9, settings.beta2)", "betas = (0.9, 0.999)")),
+        fault("AdamW's epsilon is 1e-3", r"eps|optimizer|AdamW|update",
+              (TRAINING, "torch.optim.AdamW(groups, betas=betas,", "torch.optim.AdamW(groups, eps=1e-3, betas=betas,")),
+        fault("the learning rate is never annealed", r"rate|\blr\b|anneal",
+              (RUN, "set_learning_rates(step.optimizer, pipeline.rate_schedule(epoch, settings.epochs))", "pass")),
+        fault("only the weights' rate is annealed", r"rate|\blr\b|anneal",
+              (TRAINING, "    for group in optimizer.param_groups:\n", "    for group in optimizer.param_groups[:1]:\n")),
+        fault("the annealing factor multiplies what it multiplied before", r"rate|\blr\b|anneal",
+              (TRAINING, 'group["lr"] = group["peak_lr"] * factor', 'group["lr"] *= factor')),
+        fault("the learning rate is ten times too high", r"rate|\blr\b",
+              (TRAINING, 'group["lr"] = group["peak_lr"] * factor', 'group["lr"] = 10 * group["peak_lr"] * factor')),
+        fault("the logits' pace is left out in a long run", r"rate|pace|logit|\blr\b|bit|dead.?zone",
+              (TRAINING, "    pace = logit_pace(settings.logit_steps, steps)\n", "    pace = 1.0\n"),
+              flags="--epochs 400"),
+        fault("batch norms are not trained", r"batch norm|bn\d|moved?|gradient|train|group|parameters",
+              (RUN, "model: nn.Module = resnet20().to(device)\n",
+               "model: nn.Module = resnet20().to(device)\n"
+               "        for norm in model.modules():\n            if isinstance(norm, nn.BatchNorm2d):\n"
+               "                norm.requires_grad_(False)\n")),
+        fault("a second optimizer", r"optimizer|twice|second|update|beside",
+              (TRAINING, "        self.optimizer.step()\n",
+               "        self.optimizer.step()\n"
+               "        torch.optim.SGD(self.model.parameters(), 1e-4).step()\n")),
+        fault("two steps on one gradient", r"optimizer|twice|two steps|update|AdamW",
+              (TRAINING, "        self.optimizer.step()\n", "        self.optimizer.step()\n        self.optimizer.step()\n")),
+        fault("gradients are rounded to bf16", r"gradient|bf16|precision|round",
+              (TRAINING, "        self.optimizer.step()\n",
+               "        for p in self.model.parameters():\n            if p.grad is not None:\n"
+               "                p.grad = p.grad.bfloat16().float()\n        self.optimizer.step()\n")),
+        fault("the moments are lost at every epoch", r"moment|state|step count|optimizer|AdamW",
+              (RUN, "set_learning_rates(step.optimizer,", "step.optimizer.state.clear(); set_learning_rates(step.optimizer,")),
+        fault("every second batch takes no step", r"not (taken|move)|moved?|skip|optimizer|AdamW|update",
+              (TRAINING, "        self.optimizer.step()\n",
+               "        self.turn = not getattr(self, 'turn', False)\n        if self.turn:\n            self.optimizer.step()\n")),
+        fault("weights drift to their average (EMA left in)", r"moved?|update|optimizer|AdamW|beside",
+              (TRAINING, "        self.optimizer.step()\n",
+               "        before = [p.detach().clone() for p in self.model.parameters()]\n        self.optimizer.step()\n"
+               "        with torch.no_grad():\n            for p, b in zip(self.model.parameters(), before, strict=True):\n"
+               "                p.lerp_(b, 0.5)\n")),
+    ],
+    "schedule": [
+        fault("delay and ramp are swapped", r"coefficient|schedule|warm.?up|delay|ramp",
+              (RUN, "linear_warmup(settings.sparsity_delay, settings.sparsity_ramp)",
+               "linear_warmup(settings.sparsity_ramp, settings.sparsity_delay)")),
+        fault("the rate is annealed per step, for a number of epochs", r"rate|\blr\b|anneal|cosine|schedule",
+              (RUN, "pipeline.rate_schedule(epoch, settings.epochs)",
+               "pipeline.rate_schedule(epoch * len(pipeline.train_batches), settings.epochs)")),
+        fault("the warm-up is per step, for a number of epochs", r"coefficient|schedule|warm.?up",
+              (RUN, "pipeline.sparsity_schedule(epoch, settings.epochs)",
+               "pipeline.sparsity_schedule(epoch * len(pipeline.train_batches), settings.epochs)")),
+        fault("the rate is an epoch ahead", r"rate|\blr\b|anneal|cosine|schedule",
+              (RUN, "pipeline.rate_schedule(epoch, settings.epochs)", "pipeline.rate_schedule(epoch + 1, settings.epochs)")),
+        fault("the warm-up is an epoch ahead", r"coefficient|schedule|warm.?up",
+              (RUN, "pipeline.sparsity_schedule(epoch, settings.epochs)",
+               "pipeline.sparsity_schedule(epoch + 1, settings.epochs)")),
+        fault("the warm-up is an epoch late", r"coefficient|schedule|warm.?up",
+              (RUN, "pipeline.sparsity_schedule(epoch, settings.epochs)",
+               "pipeline.sparsity_schedule(epoch - 1, settings.epochs)")),
+        fault("the cosine is reversed", r"rate|\blr\b|anneal|cosine|schedule",
+              (SCHEDULES, "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(")),
+        fault("the cosine is of degrees", r"rate|\blr\b|anneal|cosine|schedule",
+              (SCHEDULES, "math.cos(math.pi * ", "math.cos(")),
+        fault("annealing begins with the warm-up", r"rate|\blr\b|anneal|cosine|schedule",
+              (RUN, "rate_schedule=cosine_anneal(0)", "rate_schedule=cosine_anneal(settings.sparsity_delay)")),
+        fault("annealing is over at half the epochs", r"rate|\blr\b|anneal|cosine|schedule",
+              (RUN, "pipeline.rate_schedule(epoch, settings.epochs)", "pipeline.rate_schedule(epoch, settings.epochs / 2)")),
+        fault("the warm-up never ends", r"coefficient|schedule|warm.?up",
+              (SCHEDULES, "min((epoch - delay) / ramp, 1.0)", "(epoch - delay) / ramp")),
+        fault("the coefficient is negative before the warm-up", r"coefficient|schedule|warm.?up",
+              (SCHEDULES, "        if epoch < delay:\n            return 0.0\n", "")),
+        fault("the warm-up is divided in whole numbers", r"coefficient|schedule|warm.?up",
+              (SCHEDULES, "min((epoch - delay) / ramp, 1.0)", "min((epoch - delay) // ramp, 1.0)")),
+        fault("the coefficient is a constant of the code", r"coefficient|schedule|warm.?up|sparsity.weight",
+              (RUN, "settings.sparsity_weight * pipeline", "4e-3 * pipeline")),
+        fault("the warm-up's factor is left out", r"coefficient|schedule|warm.?up",
+              (RUN, "settings.sparsity_weight * pipeline.sparsity_schedule(epoch, settings.epochs)", "settings.sparsity_weight")),
+        fault("the coefficient is the warm-up's alone", r"coefficient|schedule|warm.?up|sparsity.weight",
+              (RUN, "settings.sparsity_weight * pipeline.sparsity_schedule", "pipeline.sparsity_schedule")),
+        fault("the row shows the peak's coefficient, not the one used", r"coefficient",
+              (RUN, "coefficient=coefficient,", "coefficient=settings.sparsity_weight,")),
+    ],
+    "modes": [
+        fault("training in evaluation mode", r"mode|eval|batch norm",
+              (TRAINING, "    step.model.train()\n", "    step.model.eval()\n")),
+        fault("train() is left out, so that the second epoch trains in evaluation mode", r"mode|eval|batch norm",
+              (TRAINING, "    step.model.train()\n", "")),
+        fault("frozen batch norms in training", r"mode|eval|batch norm|statistic",
+              (TRAINING, "    step.model.train()\n",
+               "    step.model.train()\n    for norm in step.model.modules():\n"
+               "        if isinstance(norm, nn.BatchNorm2d):\n            norm.eval()\n")),
+        fault("test in training mode", r"mode|train|batch norm|statistic",
+              (TRAINING, "predict(model.eval(), batches", "predict(model.train(), batches")),
+        fault("test with the mode that training left", r"mode|train|batch norm|statistic",
+              (TRAINING, "predict(model.eval(), batches", "predict(model, batches")),
+        fault("statistics are never renewed", r"statistic|renew|batch norm",
+              (RUN, "if settings.batch_norm_batches:", "if False:")),
+        fault("statistics are renewed on the test set", r"statistic|renew|batch norm|test",
+              (RUN, "model, pipeline.train_batches, epoch, settings.batch_norm_batches",
+               "model, pipeline.test_batches, epoch, settings.batch_norm_batches"),
+              (TRAINING, "itertools.islice(batches.epoch(epoch), min(count, len(batches)))",
+               "itertools.islice(batches, min(count, len(batches)))")),
+        fault("old statistics are not cleared when they are renewed", r"statistic|renew|batch norm",
+              (TRAINING, "            norm.reset_running_stats()\n", "")),
+        fault("statistics are renewed in evaluation mode", r"statistic|renew|batch norm|mode",
+              (TRAINING, "    model.train()\n    device = next(model.parameters()).device\n",
+               "    model.eval()\n    device = next(model.parameters()).device\n")),
+        fault("statistics are renewed on one batch", r"statistic|renew|batch norm|batches",
+              (TRAINING, "min(count, len(batches))", "1")),
+        fault("statistics are renewed by the usual momentum", r"statistic|renew|batch norm|momentum",
+              (TRAINING, "            norm.momentum = None  #", "            norm.momentum = 0.1  #")),
+        fault("statistics are renewed before the epoch's training", r"statistic|renew|batch norm",
+              (RUN, "if settings.batch_norm_batches:", "if False:"),
+              (RUN, "losses = train_epoch(",
+               "renew_batch_norms(model, pipeline.train_batches, epoch, settings.batch_norm_batches); losses = train_epoch(")),
+        fault("momentum 0", r"statistic|momentum|batch norm",
+              (NETWORK, "        for module in self.modules():\n",
+               "        for module in self.modules():\n            if isinstance(module, nn.BatchNorm2d):\n"
+               "                module.momentum = 0.0\n"), flags="--batch-norm-batches 0"),
+        fault("the epoch trains on the quantized weights of its first step", r"cache|stale|quantized weights|older weights",
+              (TRAINING, "    step.model.train()\n",
+               "    step.model.train()\n    cache = parametrize.cached()\n    cache.__enter__()\n"),
+              (TRAINING, "    sums = losses.double().cpu()\n",
+               "    cache.__exit__(None, None, None)\n    sums = losses.double().cpu()\n"),
+              (TRAINING, "        loss.backward()\n", "        loss.backward(retain_graph=True)\n")),
+        fault("the test is of the network of the first test", r"stale|copy|other weights|other network|another network",
+              (TRAINING, "    logits, labels = predict(model.eval(), batches, precision)\n",
+               "    import copy\n    if not hasattr(batches, 'network'):\n"
+               "        batches.network = copy.deepcopy(model).eval()\n    model.eval()\n"
+               "    logits, labels = predict(batches.network, batches, precision)\n")),
+        fault("the test is in full precision", r"quantiz|full precision",
+              around(TRAINING, "measure_accuracy",
+                     "from utils_quantization import toggle_quantization\n"
+                     "toggle_quantization(args[0], False)\ntry:\n    return whole(*args, **kwargs)\n"
+                     "finally:\n    toggle_quantization(args[0], True)")),
+        fault("quantization stays off after the first test", r"quantiz|full precision",
+              around(TRAINING, "measure_accuracy",
+                     "from utils_quantization import toggle_quantization\n"
+                     "accuracy = whole(*args, **kwargs)\ntoggle_quantization(args[0], False)\nreturn accuracy")),
+    ],
+    "keep dead": [
+        fault("the mask is inverted", r"mask|dead|kept|slice|filter",
+              (PENALTY, "(layer.weight != 0).any(others, keepdim=True)",
+               "~(layer.weight != 0).any(others, keepdim=True)")),
+        fault("one zero kills a filter", r"mask|dead|kept|slice|filter",
+              (PENALTY, "(layer.weight != 0).any(others, keepdim=True)",
+               "(layer.weight != 0).all(3, keepdim=True).all(2, keepdim=True).all(others[0], keepdim=True)")),
+        fault("the mask is applied before the step", r"mask|dead|kept|slice|filter",
+              (TRAINING, "        self.optimizer.step()\n        with torch.no_grad():\n"
+               "            for weight, mask in kept:\n                weight.mul_(mask)\n",
+               "        with torch.no_grad():\n            for weight, mask in kept:\n"
+               "                weight.mul_(mask)\n        self.optimizer.step()\n")),
+        fault("only filters are kept dead", r"mask|dead|kept|slice|filter",
+              (PENALTY, "members = [member for g in groups for member in g.members]",
+               "members = [member for g in groups for member in g.members if member[1] == FILTERS]")),
+        fault("only the first member of a group is kept dead", r"mask|dead|kept|slice|filter",
+              (PENALTY, "members = [member for g in groups for member in g.members]",
+               "members = [member for g in groups for member in g.members[:1]]")),
+        fault("nothing is kept dead", r"mask|dead|kept|slice|filter",
+              (RUN, "keep_dead = keep_dead_slices(model) if settings.keep_dead else None", "keep_dead = None")),
+        fault("dead slices are kept before the penalty acts", r"mask|dead|kept|slice|filter",
+              (TRAINING, "self.keep_dead(self.model) if self.keep_dead and penalised else []",
+               "self.keep_dead(self.model) if self.keep_dead else []")),
+        fault("masks are of the stored weights", r"mask|dead|kept|slice|filter",
+              (PENALTY, "(layer.weight != 0).any(others", "(layer.parametrizations.weight.original != 0).any(others")),
+    ],
+    "counts": [
+        fault("the bias is counted", r"metrics|count|MACs|weights|bias",
+              (COUNTS, "dense_macs=w.numel() * channels.positions", "dense_macs=(w.numel() + len(w)) * channels.positions")),
+        fault("zeros are counted before quantization", r"metrics|zero|count|spars",
+              (CHANNELS, 'n: m.parametrizations.weight() if parametrize.is_parametrized(m, "weight") else m.weight',
+               'n: m.parametrizations.weight.original if parametrize.is_parametrized(m, "weight") else m.weight')),
+        fault("BOPs with the bits before rounding", r"metrics|bit|BOP|count",
+              (COUNTS, "return self.structured_macs * self.bits * ACTIVATION_BITS",
+               "return int(self.structured_macs * self.learned_bits * ACTIVATION_BITS)")),
+        fault("every layer has the first stage's positions", r"metrics|MACs|position|count",
+              (CHANNELS, "return self.shift[0].numel()", "return 1024 if self.shift.ndim > 1 else 1")),
+        fault("the constant of a dead channel is forgotten", r"metrics|constant|channel|smaller network|dead",
+              (CHANNELS, "step.shift.clamp_min(0).masked_fill(step.varies[:, None, None], 0)",
+               "torch.zeros_like(step.shift)")),
+        fault("dead filters stop at the batch norm: their channels count as alive", r"metrics|channel|dead|structured|MACs|count",
+              (CHANNELS, "_Step(reads, (reads & x.varies).any(1), shift)",
+               "_Step(reads, torch.ones_like((reads & x.varies).any(1)), shift)")),
+        fault("a filter is zero when its weights sum to zero", r"metrics|filter|zero|count|structured",
+              (COUNTS, "zero_filters=int((w == 0).flatten(1).all(1).sum())",
+               "zero_filters=int((w.flatten(1).sum(1).abs() < 1e-6).sum())")),
+        fault("the structured MACs are the unstructured ones", r"metrics|structured|MACs|count",
+              (COUNTS, "structured_macs=left * channels.positions", "structured_macs=nonzero * channels.positions")),
+        fault("the structured ratio is the unstructured one", r"metrics|structured|ratio|BOP|MACs",
+              (EVALUATOR, 'return ratio(self.dense_bops, self.count.total("structured_bops"))',
+               'return ratio(self.dense_bops, self.count.total("unstructured_bops"))')),
+        fault("the last layer is left out of the total", r"metrics|total|count|MACs|layer",
+              (COUNTS, "sum(getattr(layer, count) for layer in self.layers)",
+               "sum(getattr(layer, count) for layer in self.layers[:-1])")),
+        fault("each layer has its neighbour's bits", r"metrics|bit|BOP|count",
+              (COUNTS, "bits = {name: weight_bits(model.get_submodule(name)) for name in weights}",
+               "near = dict(zip(weights, [*list(weights)[1:], *list(weights)[:1]], strict=True))\n"
+               "    bits = {name: weight_bits(model.get_submodule(near[name])) for name in weights}")),
+        fault("near zero counts as zero", r"metrics|zero|count|spars",
+              (COUNTS, "nonzero = int((w != 0).sum())", "nonzero = int((w.abs() > 1e-2).sum())")),
+        fault("sparsity counts the full-precision layers too", r"metrics|spars|count|zero",
+              (COUNTS, '_share(self.quantized, "zero_weights", "weights")', '_share(self.layers, "zero_weights", "weights")')),
+        fault("mean bits count the full-precision layers too", r"metrics|bit",
+              (COUNTS, "_mean([layer.learned_bits for layer in self.quantized])",
+               "_mean([layer.learned_bits for layer in self.layers])")),
+        fault("dead inputs count as alive", r"metrics|structured|MACs|channel|input|count",
+              (COUNTS, "int(channels.inputs.sum()) * w[0, 0].numel()", "w[0].numel()")),
+        fault("the dense network is counted in FLOPs, the other in MACs", r"metrics|dense|MACs|FLOP|count|ratio",
+              (COUNTS, "dense_macs=w.numel() * channels.positions", "dense_macs=2 * w.numel() * channels.positions")),
+        fault("the dense network has 16-bit weights", r"metrics|dense|BOP|bit|count|ratio|baseline",
+              (COUNTS, "self.dense_macs * FULL_PRECISION_BITS * ACTIVATION_BITS", "self.dense_macs * 16 * ACTIVATION_BITS")),
+        fault("the network is counted before the epoch", r"metrics|count|stale|zero|bits|other network|spars",
+              (RUN, "compression = pipeline.evaluator.evaluate(model)", "pass"),
+              (RUN, "losses = train_epoch(", "compression = pipeline.evaluator.evaluate(model); losses = train_epoch(")),
+        fault("the first network is counted in every epoch", r"metrics|count|stale|zero|bits|other network|spars",
+              around(EVALUATOR, "count_network",
+                     "kept = getattr(args[0], '_counted', None)\n"
+                     "args[0]._counted = kept or (whole(*args, **kwargs) if quantized_layers(args[0]) else None)\n"
+                     "return args[0]._counted or whole(*args, **kwargs)"),
+              (EVALUATOR, "from metrics import", "from utils_quantization import quantized_layers\nfrom metrics import")),
+    ],
+    "accuracy": [
+        fault("top-5", r"top|accuracy|hits|count",
+              (TRAINING, "(logits.argmax(1) == labels).sum()",
+               "(logits.topk(5).indices == labels[:, None]).any(1).sum()")),
+        fault("on training images", r"test image|test set|training image|label",
+              (RUN, "test_batches = TestBatches(dataset, device, processes=processes)",
+               "from dataclasses import replace as _replace\n"
+               "        test_batches = TestBatches(_replace(dataset, test_images=dataset.train_images, "
+               "test_labels=dataset.train_labels), device, processes=processes)")),
+        fault("the last test batch is dropped", r"test image|dropped|tested|last|cut",
+              (DATA, "shard = processes.shard(0, len(dataset.test_labels))",
+               "shard = processes.shard(0, len(dataset.test_labels) // 128 * 128)")),
+        fault("divided by 10,000 whatever was tested", r"accuracy|count|divid|tested",
+              (TRAINING, "labels.new_tensor(len(labels))", "labels.new_tensor(10_000)")),
+        fault("divided by the batches", r"accuracy|count|divid|tested",
+              (TRAINING, "return right / tested", "return right / (100 * len(batches))")),
+        fault("the best accuracy so far is shown", r"accuracy|best|tested",
+              around(TRAINING, "measure_accuracy",
+                     "model, batches = args[:2]\n"
+                     "batches.best = max(getattr(batches, 'best', 0.0), whole(*args, **kwargs))\nreturn batches.best"),
+              when=END),
+        fault("tested before the epoch's training", r"accuracy|tested|stale|order",
+              (RUN, "accuracy = measure_accuracy(model, pipeline.test_batches, settings.precision, step.processes)", "model.eval()"),
+              (RUN, "losses = train_epoch(",
+               "accuracy = measure_accuracy(model, pipeline.test_batches, settings.precision, step.processes); "
+               "losses = train_epoch(")),
+        fault("the largest logit of every class over the images", r"accuracy|hits|count",
+              (TRAINING, "(logits.argmax(1) == labels).sum()",
+               "(logits.sort(1).indices[:, -2:] == labels[:, None]).any(1).sum()")),
+    ],
+    "files": [
+        fault("checkpoints hold no optimizer state", r"checkpoint|resum|optimizer|moment|restor",
+              (CHECKPOINT, 'optimizer.state_dict()["state"]', "{}"), when=END),
+        fault("checkpoints hold the first epoch's weights", r"checkpoint|resum|weights|stale|restor",
+              around(CHECKPOINT, "take_checkpoint",
+                     "import copy\nmade = whole(*args, **kwargs)\n"
+                     "first = args[0].__dict__.setdefault('_first', copy.deepcopy(made.model))\n"
+                     "return dataclasses.replace(made, model=first)"), when=END),
+        fault("quantizers are not restored", r"checkpoint|resum|quantiz|restor|logit",
+              (CHECKPOINT, "model.load_state_dict(checkpoint.model)",
+               'model.load_state_dict({k: v for k, v in checkpoint.model.items() if "logit" not in k}, strict=False)'),
+              when=END),
+        fault("moments are not restored", r"checkpoint|resum|optimizer|moment|restor",
+              (CHECKPOINT, 'optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})', "groups"),
+              when=END),
+        fault("the random state is not restored", r"random|checkpoint|resum|restor",
+              (CHECKPOINT, "set_random_states(checkpoint.random)", "checkpoint.random"), when=END),
+        fault("packed codes are off by one", r"pack|code",
+              around(PACKING, "unpack_codes", "return whole(*args, **kwargs) - 1"), when=END),
+        fault("packed step sizes are half precision", r"pack|logits",
+              (PACKING, "numbers += [layer.step_size", "numbers += [layer.step_size.half().float()"), when=END),
+        fault("codes are packed with a bit less, and wrap", r"pack|code|level",
+              around(PACKING, "pack_codes", "codes, bits = args\nreturn whole(codes % (2**bits - 2), bits)"),
+              when=END),
+        fault("the smaller network has no constants", r"smaller network|slim",
+              (SLIM, "shift[wanted].to(self.dtype), reads", "torch.zeros_like(shift[wanted]).to(self.dtype), reads"), when=END),
+        fault("the smaller network folds batch norms without epsilon", r"smaller network|slim",
+              (SLIM, "torch.sqrt(bn.running_var + bn.eps)", "torch.sqrt(bn.running_var)"), when=END),
+        fault("the history has the epoch before", r"epoch|history|record",
+              (RUN, "epoch + 1,\n", "epoch,\n")),
+        fault("the table's sparsity columns are swapped", r"table|row|column|history|spars",
+              (REPORT, '{100 * record.unstructured_sparsity:6.2f} | {100 * record.structured_sparsity:6.2f}',
+               '{100 * record.structured_sparsity:6.2f} | {100 * record.unstructured_sparsity:6.2f}'), when=EPOCH),
+        fault("loss and cross-entropy are swapped in the history", r"loss|history|record",
+              (RUN, " loss=losses.loss,", " loss=losses.cross_entropy,"),
+              (RUN, " cross_entropy=losses.cross_entropy,", " cross_entropy=losses.loss,")),
+    ],
+}  # fmt: skip
+
+FAULTS = [
+    Fault(f.name, f.says, f.edits, f.when, f.flags, area)
+    for area, faults in FAULTS_BY_AREA.items()
+    for f in faults
+]
+
+
+# One of every area, for `make test`.
+FAST = (
+    "training labels are shifted by one image",
+    "no ReLU after the sum",
+    "no straight-through gradient",
+    "groups are not coupled",
+    "double softmax",
+    "no zero_grad",
+    "the warm-up never ends",
+    "training in evaluation mode",
+    "only filters are kept dead",
+    "the bias is counted",
+    "top-5",
+    "packed codes are off by one",
+)
+
+
+# Running one.
+
+WAY_TO_GO = {PREFLIGHT: 0, EPOCH: 1, END: 2, MISSED: 3}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run said of a fault."""
+
+    fault: Fault | None  # None: the sources as they are
+    when: str  # the part of the run in which the first line was said
+    lines: tuple[str, ...]  # FAIL lines and warnings, in their order
+    crash: str  # the last line of a traceback, "" without one
+    seconds: float
+
+    @property
+    def right(self) -> str:
+        """Whether the cause is right: "yes" by the first line, "later" by another one, "no", or "-"."""
+        assert self.fault
+        causes = [line.rpartition("Likely cause: ")[2] for line in self.lines]
+        named = [re.search(self.fault.says, cause, re.IGNORECASE) is not None for cause in causes]
+        return "-" if not named else "yes" if named[0] else "later" if any(named) else "no"
+
+
+def snapshot(sources: Path, folder: Path) -> Path:
+    """Copy the sources, so that edits during a long examination do not mix; returns the copy's folder."""
+    tree = folder / "tree"
+    for pattern in SOURCES:
+        for path in sources.glob(pattern):
+            copy = tree / path.relative_to(sources)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+    return tree
+
+
+def run(tree: Path, flags: Sequence[str], output: Path) -> None:
+    """Run `experiments.debug_run` of a tree in a forked process; what it prints goes to the file `output`."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            with output.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os.chdir(tree)
+            sys.path.insert(0, str(tree))
+            from experiments import data, debug_run
+
+            for name, size in STAND_IN_SIZES.items():
+                setattr(data, name, size)
+            debug_run.main(list(flags))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+def said(text: str) -> Iterator[tuple[str, str]]:
+    """The FAIL lines and warnings in a run's output, each with the part of the run that said it."""
+    part = PREFLIGHT
+    # A long line of the preflight or the verdict goes on in the next ones, indented.
+    for line in re.sub(r"\n {6}(?! *!)(?=\S)", " ", text).splitlines():
+        if line.startswith("--- Verdict"):
+            part = END
+        elif part == PREFLIGHT and re.match(r" *\d+ \|", line):
+            part = EPOCH
+        if line.startswith(("FAIL", "      ! ", "error: ")):
+            yield part, line.strip()
+
+
+def examine(
+    fault: Fault | None, tree: Path, folder: Path, more: Sequence[str] = (), preflight_only: bool = False
+) -> Result:
+    """Run the preflight on a patched copy of the tree, and a short run where that is silent.
+
+    `more` are flags for both.
+    """
+    began = time.monotonic()
+    own = fault.flags if fault else ()
+    stages = [[*SETTINGS, "--preflight", "only"], *([] if preflight_only else [SHORT_RUN])]
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        patched, output = Path(made) / "tree", Path(made) / "output.txt"
+        shutil.copytree(tree, patched)
+        for edit in fault.edits if fault else ():
+            edit.apply(patched)
+        for stage in stages:
+            run(patched, [*stage, *own, *more, "--output-dir", str(Path(made) / "run")], output)
+            text = output.read_text()
+            lines = list(said(text))
+            crash = text.strip().splitlines()[-1] if "Traceback (most recent" in text else ""
+            if lines or crash:
+                break
+    when = lines[0][0] if lines else MISSED
+    return Result(fault, when, tuple(line for _, line in lines), crash, time.monotonic() - began)
+
+
+# The matrix.
+
+
+def row(result: Result) -> str:
+    """A line of the matrix: area, fault, when it was caught, whether the cause is right, and by which line."""
+    fault = result.fault
+    assert fault
+    late = " (late)" if WAY_TO_GO[result.when] > WAY_TO_GO[fault.when] else ""
+    by = result.lines[0] if result.lines else f"CRASH {result.crash}" if result.crash else ""
+    return f"{fault.area:<10}| {fault.name:<64.64}| {result.when + late:<16}| {result.right:<6}| {by[:160]}"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """How many were caught, when, and with the right cause; an area a line where one was missed."""
+    when, right = Counter(r.when for r in results), Counter(r.right for r in results)
+    caught = len(results) - when[MISSED]
+    lines = [
+        f"{caught} of {len(results)} faults caught: {when[PREFLIGHT]} by the preflight, "
+        f"{when[EPOCH]} in an epoch, {when[END]} at the end",
+        f"right cause: {right['yes']} by the first line, {right['later']} by a later one, {right['no']} not",
+    ]
+    missed = [f"missed: {r.fault.name}" for r in results if r.fault and r.when == MISSED]
+    return "\n".join([*lines, *missed])
+
+
+def examine_all(
+    faults: Sequence[Fault | None],
+    workers: int,
+    more: Sequence[str] = (),
+    preflight_only: bool = False,
+    sources: Path = ROOT,
+) -> Iterator[Result]:
+    """The result of each, in order, so many at a time, all on one snapshot of the sources."""
+    for module in ("numpy", "torch.export", "matplotlib.pyplot"):  # once here, not again in every run
+        importlib.import_module(module)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tree = snapshot(sources, Path(folder))
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            jobs = partial(examine, tree=tree, folder=Path(folder), more=more, preflight_only=preflight_only)
+            yield from pool.imap(jobs, faults)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Seed faults into a copy of the sources, one at a time.")
+    parser.add_argument("--area", action="append", choices=FAULTS_BY_AREA)
+    parser.add_argument("--only", default="", help="regular expression, looked for in the faults' names")
+    parser.add_argument("--fast", action="store_true", help="the few that `make test` runs, preflight alone")
+    parser.add_argument("--sources", type=Path, default=ROOT, help="another checkout")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--shown", action="store_true", help="all lines that were said, not the first alone")
+    chosen, more = parser.parse_known_args()  # what is left goes to the run
+    faults = [
+        f
+        for f in FAULTS
+        if (not chosen.area or f.area in chosen.area)
+        and re.search(chosen.only, f.name)
+        and (not chosen.fast or f.name in FAST)
+    ]
+    alarms: list[str] = []
+    results: list[Result] = []
+    for result in examine_all([None, *faults], chosen.workers, more, chosen.fast, chosen.sources):
+        if result.fault is None:
+            alarms = [*result.lines, *([result.crash] if result.crash else [])]
+            print("\n".join(["clean sources: " + ("ALARM" if alarms else "no alarm"), *alarms]))
+            continue
+        results.append(result)
+        print(row(result), flush=True)
+        if chosen.shown:
+            print("\n".join(f"    {line}" for line in result.lines[1:]), flush=True)
+    print(summary(results))
+    return 1 if alarms or any(r.when == MISSED for r in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
