@@ -144,7 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "output_dir": Path("smoke_output"),
         "rehearse": True,
         "limit_train": 1600,
-        "limit_test": 1000,
+        "limit_test": 500,
         "sparsity_weight": 8e-3,
         "sparsity_delay": 1.0,
         "sparsity_ramp": 2.0,

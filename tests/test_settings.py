@@ -80,7 +80,7 @@ SMOKE = DEBUG | {
     "--output-dir": Path("smoke_output"),
     "--rehearse": True,
     "--limit-train": 1600,
-    "--limit-test": 1000,
+    "--limit-test": 500,
     "--sparsity-weight": 8e-3,
     "--sparsity-delay": 1.0,
     "--sparsity-ramp": 2.0,
