@@ -712,7 +712,7 @@ def test_one_process_finishes_what_two_began(runs):
     assert resumed.rows == [1, 2]
     (went_on,) = resumed.history["resumed"]
     assert went_on["after_epoch"] == 1
-    assert went_on["said"] == [
+    assert went_on["differences"] == [
         "device cpu, 1 threads, 2 processes before, cpu, 1 threads now: the last digits may differ"
     ]
     assert resumed.history["stopped"] is None
@@ -731,7 +731,7 @@ def test_two_processes_resume_what_one_began(runs):
     assert [first[key] for key in same] == [getattr(alone.epoch(1), key) for key in same]
     assert "device cpu, 1 threads before, cpu, 1 threads, 2 processes now" in resumed.out
     second, like = resumed.history["epochs"][1], runs["two"].result().epoch(2)
-    assert second["penalty"] == pytest.approx(like["penalty"], rel=0.05)
+    assert second["penalty"] == pytest.approx(like.penalty, rel=0.05)
 
 
 def test_sigterm_to_the_launcher_still_writes_the_finished_epochs_files(runs):
