@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from experiments import reference
 from experiments.data import TestBatches, TrainBatches
 from experiments.history import Check, EpochRecord
-from experiments.watch import EpochWatch, numbers
+from experiments.settings import STORED
+from experiments.watch import EpochWatch, State, numbers
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import quantizers
@@ -301,9 +302,9 @@ class Ledger:
                 return _judge(wrong, name, "", cause)
             return Check(SKIP, name, "loss = cross-entropy + coefficient x penalty; the penalty's formula is "
                          "not this project's")  # fmt: skip
-        last = self._lasso(self.weights)
+        last = self._lasso(self.weights, self.end)
         if c:
-            first = self._lasso(self.weights_before)
+            first = self._lasso(self.weights_before, self.before)
             said = self.losses.steps[0][2]
             wrong.unless(
                 _close(said, first, ROUNDED),
@@ -614,8 +615,14 @@ class Ledger:
         with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             return self.model(self.watch.tested[0]).float()
 
-    def _lasso(self, weights: dict[str, Tensor]) -> float:
-        """The penalty of quantized weights by layer name, by the slow reference in float64."""
+    def _lasso(self, quantized: dict[str, Tensor], state: State) -> float:
+        """The penalty in float64 by the slow reference, of the weights that the settings put it on."""
+        weights = quantized
+        if self.settings.penalty_on == STORED:
+            stored = _split(self.parameters, state.values)
+            weights = {
+                n: stored[f"{n}.parametrizations.weight.original"][0].view_as(w) for n, w in quantized.items()
+            }
         chosen = {
             n: w.detach().cpu().double() for n, w in weights.items() if re.fullmatch(BLOCK_CONVOLUTION, n)
         }
@@ -736,25 +743,6 @@ def _number(*numbers: float) -> str:
 
 def _kind(thing: object) -> str:
     return type(thing).__name__
-
-
-def _copied(rate: Any) -> Any:
-    return rate.clone() if isinstance(rate, Tensor) else rate
-
-
-def _ends(images: Tensor) -> list[Tensor]:
-    """The first and the last image of a batch, copied; none of an empty share."""
-    return [images[0].detach().clone(), images[-1].detach().clone()] if len(images) else []
-
-
-def _moment(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
-    return state[name] if name in state else torch.zeros_like(parameter)
-
-
-def _flat(tensors: Any, device: torch.device | str = "cpu") -> Tensor:
-    """Copies in a row, (n,)."""
-    rows = [t.detach().reshape(-1).float() for t in tensors]
-    return torch.cat(rows) if rows else torch.zeros(0, device=device)
 
 
 def _split(parameters: dict[str, nn.Parameter], *rows: Tensor) -> dict[str, tuple[Tensor, ...]]:

@@ -22,6 +22,7 @@ from experiments.expect import (
     stored_weight,
     used_weights,
 )
+from experiments.settings import STORED
 from src.quantizer import MIN_BITS
 from utils_quantization import quantized_layers, weight_quantization
 
@@ -420,11 +421,13 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
     )
     if not (subject.own_penalty and subject.own_network):
         return f"{value.item():.4g}; SKIP of its formula, which is not this project's"
-    leaves = {n: w.clone().requires_grad_() for n, w in quantized.items()}
+    on_stored = subject.pipeline.settings.penalty_on == STORED
+    penalised = {n: stored_weight(model.get_submodule(n)) for n in quantized} if on_stored else quantized
+    leaves = {n: w.clone().requires_grad_() for n, w in penalised.items()}
     wanted = reference.penalty(leaves, subject.blocks)
     cause = (
         "the penalty's groups or norms (experiments/sparsity.py, src/channels.py): squared or missing norms, "
-        "a wrong dimension, slices that are not coupled"
+        "a wrong dimension, slices that are not coupled, or stored weights in place of quantized ones"
     )
     expect(
         abs(value.item() - wanted.item()) <= EXACT * abs(wanted.item()),
@@ -433,13 +436,17 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
     )
     by_weight = torch.autograd.grad(wanted, list(leaves.values()))
     twin: Any = copy.deepcopy(model)
+    layers = {n: twin.get_submodule(n) for n in leaves}
     through = sum(
-        ((twin.get_submodule(n).weight * g).sum() for n, g in zip(leaves, by_weight, strict=True)),
+        (
+            ((layer.parametrizations.weight.original if on_stored else layer.weight) * g).sum()
+            for layer, g in zip(layers.values(), by_weight, strict=True)
+        ),
         value.new_zeros(()),
     )
     parameters = dict(twin.named_parameters())
     expected = torch.autograd.grad(through, [parameters[n] for n in gradients], allow_unused=True)
     for (name, ours), theirs in zip(gradients.items(), expected, strict=True):
-        if theirs is not None:
-            expect_close(ours, theirs, f"the penalty's gradient to {name}", cause, EXACT)
+        due = torch.zeros_like(ours) if theirs is None else theirs
+        expect_close(ours, due, f"the penalty's gradient to {name}", cause, EXACT)
     return f"{value.item():.4g} and its gradients to {len(gradients)} parameters"

@@ -18,6 +18,7 @@ PRECISIONS = {
     "bf16": "bf16 convolutions (all else float32)",
 }
 DATA = ("auto", "cifar10", "synthetic")
+STORED, QUANTIZED = "stored", "quantized"  # the weights that the penalty is on
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -65,6 +66,11 @@ class Settings:
     max_bits: int | None = _setting(None, "upper bound of the learned bits; without it, the class's own")
     fixed_bits: int | None = _setting(None, "bits of every quantized weight, which are then not learned")
     sparsity_weight: float = _setting(4e-3, "peak of the group lasso's coefficient")
+    penalty_on: str = _setting(
+        QUANTIZED,
+        "weights that the group lasso is on: the stored ones feel it inside the dead zone too",
+        (STORED, QUANTIZED),
+    )
     sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
     keep_dead: bool = _setting(

@@ -4,11 +4,12 @@ Source: Yuan & Lin 2006, eq. (2.1), without the sqrt(n_g) factor; groups as in s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from experiments.settings import QUANTIZED, STORED
 from src.channels import FILTERS, ChannelGroups, channel_groups
 from utils_quantization import quantized_layers
 
@@ -26,8 +27,12 @@ def group_norms(groups: ChannelGroups, weights: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(slices), dim=0)  # (members, C) -> (C,)
 
 
-def coupled_group_lasso(model: nn.Module) -> Callable[[nn.Module], Tensor]:
-    """The sum of the group norms of the quantized convolutions' weights, as quantized.
+def coupled_group_lasso(model: nn.Module, on: str = QUANTIZED) -> Callable[[nn.Module], Tensor]:
+    """The sum of the group norms of the quantized convolutions' weights.
+
+    `on` says of which: as they are quantized, or as they are stored. The norm of quantized weights has no
+    gradient at those that are zero, so it lets go of every weight that the dead zone has caught; on stored
+    weights it goes on pressing, and it leaves the quantizers' own parameters alone.
 
     Returns a function of the model that gives a scalar. Call it inside the same `parametrize.cached()` as the
     forward pass: then each quantizer is evaluated once for both.
@@ -36,7 +41,7 @@ def coupled_group_lasso(model: nn.Module) -> Callable[[nn.Module], Tensor]:
     """
     convolutions = _quantized_convolutions(model)
     groups = channel_groups(model, convolutions)
-    return lambda model: _penalty(model, convolutions, groups)
+    return lambda model: _penalty(model, convolutions, groups, on)
 
 
 def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
@@ -70,8 +75,12 @@ def _quantized_convolutions(model: nn.Module) -> list[str]:
     return [n for n, m in quantized_layers(model).items() if isinstance(m, nn.Conv2d)]
 
 
-def _penalty(model: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroups]) -> Tensor:
+def _penalty(model: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroups], on: str) -> Tensor:
     if not groups:
         return next(model.parameters()).new_zeros(())
-    weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in layers}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    weights: dict[str, Tensor] = {
+        name: layer.parametrizations.weight.original if on == STORED else layer.weight
+        for name, layer in modules.items()
+    }
     return torch.cat([group_norms(g, weights) for g in groups]).sum()

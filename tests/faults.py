@@ -366,8 +366,8 @@ FAULTS_BY_AREA = {
         fault("residual groups end with their stage", r"penalty|group|lasso|slice|coupl",
               (CHANNELS, "source = stage if position else stage - 1", "source = stage if position else -1")),
         fault("the penalty is detached", r"penalty|gradient|detach",
-              (PENALTY, "cast(Tensor, model.get_submodule(name).weight)",
-               "cast(Tensor, model.get_submodule(name).weight.detach())")),
+              (PENALTY, "return torch.cat([group_norms(g, weights) for g in groups]).sum()",
+               "return torch.cat([group_norms(g, weights) for g in groups]).sum().detach()")),
         fault("the penalty is of a copy of the model", r"penalty|copy|gradient",
               around(PENALTY, "coupled_group_lasso",
                      "import copy\ntwin = copy.deepcopy(args[0])\npenalty = whole(*args, **kwargs)\n"
@@ -375,9 +375,8 @@ FAULTS_BY_AREA = {
         fault("mean of the groups instead of their sum", r"penalty|mean|sum|lasso",
               (PENALTY, "torch.cat([group_norms(g, weights) for g in groups]).sum()",
                "torch.cat([group_norms(g, weights) for g in groups]).mean()")),
-        fault("the penalty is of the stored weights", r"penalty|stored|quantized",
-              (PENALTY, "cast(Tensor, model.get_submodule(name).weight)",
-               "cast(Any, model.get_submodule(name)).parametrizations.weight.original")),
+        fault("the penalty is of the stored weights where it is to be of the quantized ones, and the reverse",
+              r"penalty|stored|quantized", (PENALTY, "if on == STORED", "if on != STORED")),
         fault("the gradient at a group of zeros is NaN", r"NaN|finite|zero",
               around(PENALTY, "group_norms",
                      "groups, weights = args\n"
