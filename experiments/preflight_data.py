@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,14 @@ def order_is_the_seeds(subject: Subject) -> str:
     return f"{count:,} images once an epoch in {len(batches)} batches, shuffled anew"
 
 
+# What pixels may have gone through by mistake, undone.
+UNDONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "the colour channels are in another order": lambda pixels: pixels.flip(1),
+    "images are transposed, height for width": lambda pixels: pixels.mT,
+    "images are turned upside down": lambda pixels: pixels.flip(2),
+}
+
+
 class Window:
     """Finds a training image in the run's batch among the crops and mirror images of its source."""
 
@@ -216,9 +225,8 @@ class Window:
         found = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)  # (B, 3, 9, 9, 32, 32)
         return found.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
-    def find(self, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def find(self, pixels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """For each image, the number of its crop among 162 (from 81 on mirrored), and the distance to it."""
-        pixels = self.pixels(images)
         numbers, distances = [], []
         for image, number in zip(pixels, index, strict=True):
             crops = self.crops(number[None])[0]  # (81, 3, 32, 32)
@@ -230,25 +238,30 @@ class Window:
         return torch.stack(numbers), torch.stack(distances)
 
     def matches(self, images: Tensor, index: Tensor) -> Tensor:
-        return self.find(images, index)[1] < 0.05
+        return self.find(self.pixels(images), index)[1] < 0.05
+
+
+def _normalised_otherwise(pixels: Tensor) -> bool:
+    """Whether these are no whole grey levels from 0 to 255."""
+    whole = (pixels - pixels.round()).abs().max().item()
+    return whole > 0.05 or pixels.min().item() < -0.05 or pixels.max().item() > 255.05
 
 
 def augmentation_is_crops_and_flips(subject: Subject) -> str:
     """Each image of a batch is one crop, mirrored or not, of its own source; every image draws anew."""
     images, index = _first_images(subject)
     window = Window(subject)
-    numbers, distances = window.find(images, index)
+    pixels = window.pixels(images)
+    numbers, distances = window.find(pixels, index)
     off = distances > 0.05  # of 255 grey levels
     if off.any():
-        pixels = window.pixels(images)
-        whole = (pixels - pixels.round()).abs().max().item()
-        bgr = window.find(images.flip(1), index)[1] < 0.05
-        if bgr.all():
-            cause = "the colour channels are in another order than in the data set"
-        elif whole > 0.05 or pixels.min() < -0.05 or pixels.max() > 255.05:
+        cause = "augmentation does more than crop after zero padding and mirror, or shows other images"
+        if _normalised_otherwise(pixels):
             cause = "training images are not normalised as (x / 255 - mean) / std (or padded after that)"
-        else:
-            cause = "augmentation does more than crop after zero padding and mirror, or shows other images"
+        for what, undo in UNDONE.items():
+            # Of transposed images those that were mirrored before are no crops either.
+            if (window.find(undo(pixels[off]), index[off])[1] < 0.05).float().mean() > 0.3:
+                cause = f"{what} (training images)"
         raise BrokenError(
             f"{int(off.sum())} of {len(off)} training images are no crop of their source image (off by "
             f"{distances.max():.1f} of 255 grey levels)",
@@ -308,14 +321,12 @@ def test_images_are_untouched(subject: Subject) -> str:
         off = (pixels - wanted[seen : seen + len(images)]).abs().amax((1, 2, 3))
         if (off > 0.05).any():
             source = wanted[seen : seen + len(images)].float()
-            if (pixels.flip(1) - source).abs().max() < 0.05:
-                cause = "the test images' colour channels are in another order"
-            elif (
-                (pixels.round() - pixels).abs().max() > 0.05 or pixels.min() < -0.05 or pixels.max() > 255.05
-            ):
+            cause = "the test images are augmented, or are not the test set's"
+            if _normalised_otherwise(pixels):
                 cause = "test images are not normalised as the training images are"
-            else:
-                cause = "the test images are augmented, or are not the test set's"
+            for what, undo in UNDONE.items():
+                if (undo(pixels) - source).abs().max() < 0.05:
+                    cause = f"{what} (test images)"
             raise BrokenError(
                 f"{int((off > 0.05).sum())} of {len(off)} test images are not the test set's "
                 f"(off by {off.max():.1f} of 255 grey levels)",
