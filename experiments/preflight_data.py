@@ -154,10 +154,13 @@ def order_is_the_seeds(subject: Subject) -> str:
     """The first batches of two epochs: which images they show, by their labels, and how many."""
     dataset, batches = subject.dataset, subject.pipeline.train_batches
     count = len(dataset.train_labels)
+    missing = count - sum(batches.sizes)
     expect(
-        sum(batches.sizes) == count,
+        missing == 0,
         f"an epoch has {sum(batches.sizes):,} of {count:,} training images",
-        "the last batch is dropped, or images are left out of an epoch",
+        "the last batch is dropped"
+        if 0 < missing < subject.pipeline.settings.batch_size
+        else "the batches are made of other images than the training set's (the test set's, or a part)",
     )
     expect(
         len(batches) == len(batches.sizes) == -(-count // subject.pipeline.settings.batch_size),
@@ -178,15 +181,19 @@ def order_is_the_seeds(subject: Subject) -> str:
             )
             right = labels.cpu() == expected
             if not right.all():
-                whole = Window(subject)
-                follow = whole.matches(images[:LOOKED_AT], order[shard][:LOOKED_AT]).float().mean() > 0.5
+                due = order[shard][:LOOKED_AT]
+                cause = (
+                    "the order of the images is not the one of this seed and epoch (not shuffled anew each "
+                    "epoch, or with another seed)"
+                )
+                if Window(dataset.train_images).holds(images[:LOOKED_AT], due):
+                    cause = "labels do not follow their images into the batch"
+                elif Window(dataset.test_images).holds(images[:LOOKED_AT], due % len(dataset.test_images)):
+                    cause = "the training batches are made of test images"
                 raise BrokenError(
                     f"{int((~right).sum())} of {len(labels)} labels in a batch of epoch {epoch + 1} are not "
                     f"those of the images that are due",
-                    "labels do not follow their images into the batch"
-                    if follow
-                    else "the order of the images is not the one of this seed and epoch (not shuffled anew "
-                    "each epoch, or with another seed)",
+                    cause,
                 )
             seen += size
             if epoch and seen >= WALKED:
@@ -208,10 +215,10 @@ UNDONE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Window:
-    """Finds a training image in the run's batch among the crops and mirror images of its source."""
+    """Finds an image of a batch among the crops and mirror images of its source in a set, (N, 3, 32, 32)."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.images = subject.dataset.train_images
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
         mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
         self.mean, self.std = mean, std
 
@@ -237,8 +244,9 @@ class Window:
             distances.append(both.min())
         return torch.stack(numbers), torch.stack(distances)
 
-    def matches(self, images: Tensor, index: Tensor) -> Tensor:
-        return self.find(self.pixels(images), index)[1] < 0.05
+    def holds(self, images: Tensor, index: Tensor) -> bool:
+        """Whether most of these normalised images are crops of those at `index`."""
+        return bool((self.find(self.pixels(images), index)[1] < 0.05).float().mean() > 0.5)
 
 
 def _normalised_otherwise(pixels: Tensor) -> bool:
@@ -250,7 +258,7 @@ def _normalised_otherwise(pixels: Tensor) -> bool:
 def augmentation_is_crops_and_flips(subject: Subject) -> str:
     """Each image of a batch is one crop, mirrored or not, of its own source; every image draws anew."""
     images, index = _first_images(subject)
-    window = Window(subject)
+    window = Window(subject.dataset.train_images)
     pixels = window.pixels(images)
     numbers, distances = window.find(pixels, index)
     off = distances > 0.05  # of 255 grey levels
@@ -310,7 +318,7 @@ def test_images_are_untouched(subject: Subject) -> str:
         "the test batches' labels are not the test set's",
         "test labels are shuffled, shifted or cut, or the test batches hold other images",
     )
-    window, seen = Window(subject), 0
+    window, seen = Window(subject.dataset.train_images), 0
     for images, batch_labels in batches:
         expect(
             torch.equal(batch_labels.cpu(), labels[seen : seen + len(images)]),
