@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import resnet
 from experiments import reference
 from experiments.data import CLASSES
 from experiments.expect import (
@@ -25,6 +26,8 @@ from experiments.expect import (
 from experiments.settings import STORED
 from src.quantizer import MIN_BITS
 from utils_quantization import quantized_layers, weight_quantization
+
+DEPTHS = (20, 32, 44, 56, 110)  # of resnet.py's networks: layers with weights, shortcuts have none
 
 # The model as the run built it.
 
@@ -74,6 +77,14 @@ def start_is_fresh(subject: Subject) -> str:
     if not subject.own_network:
         raise NotApplicableError("the network is not one of resnet.py")
     model = subject.pipeline.model
+    with torch.device("meta"):
+        depths = {depth: 6 * len(getattr(resnet, f"resnet{depth}")().layer1) + 2 for depth in DEPTHS}
+    expect(
+        all(depth == found for depth, found in depths.items()) and 6 * subject.blocks + 2 in DEPTHS,
+        f"the network has {6 * subject.blocks + 2} layers, {subject.blocks} blocks a stage; resnet.py's of "
+        f"{', '.join(map(str, depths))} layers have {', '.join(map(str, depths.values()))}",
+        "a ResNet of other blocks a stage than its name says",
+    )
     found = sum(p.numel() for n, p in model.named_parameters() if ".quantizer." not in n)
     due = reference.parameter_count(subject.blocks, CLASSES)
     expect(

@@ -154,7 +154,8 @@ def picture_title(history: History, settings: Settings) -> str:
     """What every picture's title says: network, data set, settings, epoch."""
     data = history.data
     name = f"{data.name.upper()}, NOT CIFAR-10" if data.synthetic else data.name
-    return f"ResNet-20 on {name}, preset {settings.described()}, epoch {history.epochs[-1].epoch}"
+    depth = len(history.quantized) + len(history.full_precision)
+    return f"ResNet-{depth} on {name}, preset {settings.described()}, epoch {history.epochs[-1].epoch}"
 
 
 def layer_table(count: NetworkCount) -> str:
