@@ -328,6 +328,11 @@ class Ledger:
             wrong.unless(p.training == {True}, f"step {i + 1} ran with modules in evaluation mode")
             wrong.unless(p.quantized, f"step {i + 1} ran with quantizers switched off")
         cause = "the network is not put into training mode (train() missing or undone), or quantizers are off"
+        if all(b - a >= steps for a, b in zip(self.before.tracked, self.after.tracked, strict=True)) and off:
+            cause = (
+                "more runs through the network in training mode than the epoch has steps: batch norm "
+                "statistics renewed before the training, not after it, or a second forward pass"
+            )
         return _judge(wrong, "training mode", f"{steps} batches counted", cause)
 
     def check_renewal(self) -> Check:
@@ -346,9 +351,9 @@ class Ledger:
         passes = self.passes["renewal"]
         wrong.unless(len(passes) == due, f"{len(passes)} forward passes before the test, expected {due}")
         if due and len(self.watch.last_norm) == due and self.processes.count == 1:
-            last, norm = list(self.norms.items())[-1]
+            last = list(self.norms)[-1]
             mean, var = (torch.stack(v).double().mean(0) for v in zip(*self.watch.last_norm, strict=True))
-            stored_mean, stored_var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr]
+            stored_mean, stored_var = self.watch.ready_norm
             off = (stored_mean - mean).abs() / (var.sqrt() + mean.abs() + 1e-6)
             off = torch.maximum(off, (stored_var - var).abs() / (var + mean.square() + 1e-6)).max().item()
             wrong.unless(off <= 1e-2, f"{last} is {off:.3g} (relative) from the mean over these batches")
@@ -416,6 +421,8 @@ class Ledger:
         cause = (
             "how hits are counted: images left out or counted twice, another label, another epoch's number"
         )
+        if not tested:
+            cause = "another network than the one that trains is tested: a copy, an older one, or none"
         return _judge(wrong, name, f"{hits:,.0f} of {due:,.0f} images", cause)
 
     # What the epoch left.

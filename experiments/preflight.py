@@ -7,6 +7,7 @@ stay as they are. A check that needs what another found broken is skipped, so th
 cause.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -63,9 +64,13 @@ CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
     ("network: reference", network_is_the_reference, ("quantizer: properties",)),
     ("network: images apart", images_are_independent, ("network: reference",)),
     ("penalty", penalty_is_the_group_lasso, ("quantizer: properties", "quantizer: formula")),
-    ("step: loss", loss_is_what_it_says, ("network: images apart", "penalty")),
-    ("step: gradients", gradients_are_the_losss, ("step: loss", "model: optimizer's parameters")),
     ("optimizer: settings", optimizer_has_the_settings, ()),
+    ("step: loss", loss_is_what_it_says, ("network: images apart", "penalty")),
+    (
+        "step: gradients",
+        gradients_are_the_losss,
+        ("step: loss", "model: optimizer's parameters", "optimizer: settings"),
+    ),
     ("optimizer: updates", updates_are_adamws, ("step: gradients", "optimizer: settings")),
     ("schedules", schedules_are_the_settings, ()),
     ("epoch: report", an_epoch_reports_what_it_did, ("step: loss", "schedules")),
@@ -116,7 +121,10 @@ def _outcome(name: str, check: Callable[[Subject], str], subject: Subject) -> Ch
     except Exception as error:  # the run's own code raises within the check: that is what is broken
         words = " ".join(str(error).split())[:200]
         place = _place(error)
-        return Check(FAIL, name, f"{type(error).__name__}: {words}. Likely cause: an error in {place}")
+        cause = f"an error in {place}"
+        if re.search(r"dtype|\bDouble\b", words):  # the checks compute in float64
+            cause = f"a cast to a precision of its own (of weights, gradients or losses) in {place}"
+        return Check(FAIL, name, f"{type(error).__name__}: {words}. Likely cause: {cause}")
 
 
 def _place(error: BaseException) -> str:

@@ -171,7 +171,7 @@ def _learns(subject: Subject, name: str) -> bool:
 def quantizers_keep_their_word(subject: Subject) -> str:
     """Properties of any quantizer, on each layer's weights: levels, order, sign, zeros, a gradient to all."""
     model = subject.float64_step().model
-    computed = used_weights(model)
+    computed, tested = used_weights(model.train()), used_weights(model.eval())
     for name, layer in quantized_layers(model).items():
         quantizer = subject.quantizers(model)[name]
         w = stored_weight(layer)
@@ -217,6 +217,11 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             bool((computed[name] == quantizer(w)).all()),
             f"{name} computes with other weights than its quantizer gives",
             "quantization is not applied in the layer",
+        )
+        expect(
+            bool((computed[name] == tested[name]).all()),
+            f"{name} computes with other weights in evaluation mode than in training mode",
+            "quantization is switched off in one of the two modes, or depends on it",
         )
     return f"{len(quantized_layers(model))} quantizers: levels, order, zeros and gradients"
 

@@ -158,7 +158,8 @@ def gradients_are_the_losss(subject: Subject) -> str:
             expect(
                 not silent,
                 f"no gradient at {len(silent)} of {len(wanted)} parameters: {some(silent)}",
-                "backward is not called, or a parameter is detached from the loss",
+                "backward is not called, gradients are cleared before the optimizer's step (zero_grad), or a "
+                "parameter is detached from the loss",
             )
             dead = [n for n, g in wanted.items() if not _any(g)]
             expect(

@@ -106,6 +106,7 @@ class EpochWatch:
         self.phase = "training"
         self.tested: list[Tensor] = []  # the first images of the test pass
         self.last_norm: list[tuple[Tensor, Tensor]] = []  # mean and variance of what it saw in the renewal
+        self.ready_norm: list[Tensor] = []  # running mean and variance of that norm before the test pass
         self.hooks: list[Any] = []
 
     def __enter__(self) -> "EpochWatch":
@@ -136,6 +137,11 @@ class EpochWatch:
     def renewed(self) -> None:
         """To be called before the test pass, whether batch norms were renewed or not."""
         self.phase, self.ready = "test", self.state()
+        if self.norms:
+            last: Any = list(self.norms.values())[-1]
+            self.ready_norm = [
+                x.double().clone() for x in (last.running_mean, last.running_var) if x is not None
+            ]
 
     @torch.no_grad()
     def state(self) -> State:
