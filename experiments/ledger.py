@@ -354,8 +354,9 @@ class Ledger:
             last = list(self.norms)[-1]
             mean, var = (torch.stack(v).double().mean(0) for v in zip(*self.watch.last_norm, strict=True))
             stored_mean, stored_var = self.watch.ready_norm
-            off = (stored_mean - mean).abs() / (var.sqrt() + mean.abs() + 1e-6)
-            off = torch.maximum(off, (stored_var - var).abs() / (var + mean.square() + 1e-6)).max().item()
+            off_mean = (stored_mean - mean).abs() / (var.sqrt() + mean.abs() + 1e-6)
+            off_var = (stored_var - var).abs() / (var + mean.square() + 1e-6)
+            off = torch.maximum(off_mean, off_var).max().item()
             wrong.unless(off <= 1e-2, f"{last} is {off:.3g} (relative) from the mean over these batches")
         cause = (
             "batch norm statistics are not renewed as --batch-norm-batches asks: another number of batches, "
