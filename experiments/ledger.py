@@ -420,8 +420,8 @@ class Ledger:
                 f"({right:,.0f} of {due:,.0f} images)",
             )
         cause = (
-            "how hits are counted: images left out or counted twice, another label, or another epoch's accuracy (the "
-            "last one, the best one)"
+            "how hits are counted: images left out or counted twice, another label, or another epoch's "
+            "accuracy (the last one, the best one)"
         )
         if not tested:
             cause = "another network than the one that trains is tested: a copy, an older one, or none"
