@@ -1,12 +1,12 @@
-"""How fast the run is: pairs of loops measured in turn, so that a busy machine slows both.
+"""How fast the run is: loops are compared by measuring them in turn, so that a busy machine slows all.
 
     python -m experiments.benchmark
     python -m experiments.benchmark --rounds 5 --data-dir ./data
 
-Prints a table with medians and spread, and one JSON object as its last line. The plan's loop is the loop as
-one would first write it: per-sample PIL transforms in a loader with two workers, the lasso as a loop over
-channels, a plainly written quantizer evaluated at every access, default memory layout and allocator, the loss
-read at each step.
+Prints a table with medians and ranges, and one JSON object as its last line. The baseline, the "plan" loop,
+is the training loop as one would first write it: per-sample PIL transforms in a loader with two workers, the
+lasso as a loop over channels, a plainly written quantizer evaluated at every access, the default memory
+layout and allocator, the loss read at each step.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from resnet import BasicBlock, ResNet, resnet20, resnet110
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantizers
 
-STEPS_AN_EPOCH = 98  # of 50,000 images in batches of 512
+STEPS_AN_EPOCH = 98  # training steps over 50,000 images in batches of 512
 LOOPS = ("plan", "float32", "bf16")
-WEIGHT = 1e-3  # of the lasso: any that is not 0
+WEIGHT = 1e-3  # the lasso's weight in the loss; any value but 0 costs the same time
 
 Step = Callable[[Tensor, Tensor], Any]
 
@@ -59,7 +59,8 @@ def main() -> int:
     if arguments.only:
         print(seconds_a_step(arguments.only, arguments.data_dir, arguments.device, arguments.steps))
         return 0
-    # Whole commands first: a child's peak memory counts that of the parent it was forked from.
+    # Measure whole commands before this process loads any data: the peak memory that Linux reports of a
+    # child is never less than what its parent took when it forked.
     results = peak_memory(arguments.data_dir, arguments.device)
     results |= first_step(arguments.data_dir, arguments.device)
     settings = Settings(device=arguments.device, data_dir=arguments.data_dir)
@@ -86,7 +87,10 @@ class Bench:
         self.rounds, self.steps = rounds, steps
 
     def overheads(self) -> dict[str, Any]:
-        """A quantized step over a plain one, float32 and bf16, and for ResNet-110 in a smaller batch."""
+        """Time a training step with quantizers and lasso against one without.
+
+        ResNet-20 at the full batch size in float32 and bf16; ResNet-20 and ResNet-110 at a quarter of it.
+        """
         found: dict[str, Any] = {}
         for precision in ("float32", "bf16"):
             batch = self._batch(self.settings.batch_size)
@@ -108,8 +112,9 @@ class Bench:
         return next(iter(TrainBatches(self.dataset, size, 0, self.device).epoch(0)))
 
     def _compare(self, what: str, loops: dict[str, Iterator[None]], base: str) -> dict[str, Any]:
-        """Rounds of a few steps each, in turn; the ratio is taken round by round."""
-        for loop in loops.values():  # set-up: cuDNN, the optimizer's state, graphs
+        """Time the loops in turn, a few steps each in every round, and relate them to the loop `base`."""
+        # The first steps take longer: cuDNN tries its algorithms, and graphs are captured.
+        for loop in loops.values():
             self._timed(loop)
         turns = {name: functools.partial(self._timed, loop) for name, loop in loops.items()}
         return compare(what, turns, base, self.rounds, faster=False)
@@ -118,7 +123,7 @@ class Bench:
         return timed(loop, self.steps, self.device)
 
     def outside_the_steps(self) -> dict[str, Any]:
-        """What an epoch spends on metrics, records and its checkpoint, as a share of steps and test pass."""
+        """Time an epoch's metrics, record and checkpoint as a share of its training steps and test pass."""
         model = quantized_model(resnet20(), self.device)
         evaluator = Evaluator(model)
         history = new_history(self.settings, self.dataset, self.device, ALONE, model, list(quantizers(model)))
@@ -157,7 +162,7 @@ class Bench:
 
 
 def timed(loop: Iterator[None], steps: int, device: torch.device) -> float:
-    """Median seconds a step."""
+    """Run so many steps of the loop. Returns: the median of their seconds."""
     times = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -171,7 +176,13 @@ def timed(loop: Iterator[None], steps: int, device: torch.device) -> float:
 def compare(
     what: str, turns: Mapping[str, Callable[[], float]], base: str, rounds: int, faster: bool
 ) -> dict[str, Any]:
-    """Seconds a step of each, measured in turn; the ratio is taken round by round."""
+    """Call each of the measurements `turns` once in every round; each returns seconds a step.
+
+    A ratio to `base` is taken within each round, so that a load on the machine for a whole round cancels out.
+    It says how many times faster than `base` a measurement is if `faster`, otherwise how many times slower.
+
+    Returns: the `summary` of each measurement, by "what: name".
+    """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():
@@ -185,7 +196,10 @@ def compare(
 
 
 def against_the_plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds a step, its batch included, of the plan's loop and of ours, each in a process of its own."""
+    """Compare the plan's loop with the debug run's, including the time that a batch takes to load.
+
+    Each measurement is a process of its own: the debug run's allocator settings hold for a whole process.
+    """
 
     def turn(kind: str) -> Callable[[], float]:
         command = [sys.executable, "-m", "experiments.benchmark", "--only", kind]
@@ -198,7 +212,7 @@ def against_the_plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds_a_step(kind: str, data_dir: Path, device_name: str, steps: int) -> float:
-    """Median seconds a step of one of `LOOPS`, after a few steps of set-up."""
+    """Measure one of `LOOPS`, after a few steps that set it up. Returns: the median seconds a step."""
     settings = Settings(device=device_name)
     device = choose_device(device_name) if kind == "plan" else prepare_device(settings)
     dataset = load_dataset("auto", data_dir, None, None, print)
@@ -210,11 +224,13 @@ def seconds_a_step(kind: str, data_dir: Path, device_name: str, steps: int) -> f
 
 
 def summary(values: list[float], ratios: list[float] | None = None) -> dict[str, Any]:
+    """Median and range of the values for the JSON line; those of the ratios under "ratio"."""
     found: dict[str, Any] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return found | ({"ratio": summary(ratios)} if ratios else {})
 
 
 def spread(values: list[float], unit: str) -> str:
+    """Median and range of the values for the table."""
     return f"{statistics.median(values):8.3f}{unit} ({min(values):.3f} to {max(values):.3f})"
 
 
@@ -231,7 +247,7 @@ def _repeat(step: Step, batch: tuple[Tensor, Tensor]) -> Iterator[None]:
 
 
 def quantized_model(model: ResNet, device: torch.device) -> ResNet:
-    """As the debug run has it: 18 of ResNet-20's convolutions quantized, channels_last."""
+    """Quantize the model as the debug run does: all convolutions but the stem, in channels_last."""
     attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -243,7 +259,7 @@ def our_step(
     precision: str,
     quantize: bool,
 ) -> Step:
-    """The debug run's training step; without `quantize`, the same network with no quantizers and no lasso."""
+    """Make the debug run's training step; without `quantize`, the network has no quantizers and no lasso."""
     if quantize:
         quantized_model(model, device)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -256,6 +272,7 @@ def our_step(
 
 
 def our_loop(dataset: Dataset, settings: Settings, device: torch.device, precision: str) -> Iterator[None]:
+    """The debug run's training loop: each `next` takes one step on a full batch."""
     step = our_step(resnet20(), settings, device, precision, quantize=True)
     batches = TrainBatches(dataset, settings.batch_size, settings.seed, device)
     for epoch in range(10**6):
@@ -265,11 +282,11 @@ def our_loop(dataset: Dataset, settings: Settings, device: torch.device, precisi
                 yield
 
 
-# The plan's loop.
+# The plan's loop, the baseline.
 
 
 class PilImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """The training set as torchvision's CIFAR10 gives it: one PIL image at a time, through its transforms."""
+    """The training set as torchvision's CIFAR10 class gives it: one PIL image at a time, transformed."""
 
     def __init__(self, dataset: Dataset) -> None:
         from torchvision import transforms
@@ -293,7 +310,10 @@ class PilImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 class PlainQuantizer(DeadZoneLDZCompander):
-    """The same arithmetic as one would first write it: `torch.quantile`, every step in plain autograd."""
+    """The quantizer's arithmetic as one would first write it: `torch.quantile`, and autograd for every step.
+
+    The single letters are those of src/quantizer.py.
+    """
 
     def forward(self, w: Tensor) -> Tensor:
         r = torch.quantile(w.detach().abs(), 0.99)
@@ -309,12 +329,13 @@ class PlainQuantizer(DeadZoneLDZCompander):
 
 
 def plain_block(block: BasicBlock, x: Tensor) -> Tensor:
-    """A residual block's forward pass with nothing in place."""
+    """A residual block's forward pass without in-place operations."""
     out = F.relu(block.bn1(block.conv1(x)))
     return F.relu(block.bn2(block.conv2(out)) + block.shortcut(x))
 
 
 def plan_loop(dataset: Dataset, settings: Settings, device: torch.device) -> Iterator[None]:
+    """The plan's training loop: each `next` takes one step."""
     model = resnet20()
     for block in [m for m in model.modules() if isinstance(m, BasicBlock)]:
         block.forward = functools.partial(plain_block, block)  # type: ignore[method-assign]
@@ -340,8 +361,8 @@ def plan_loop(dataset: Dataset, settings: Settings, device: torch.device) -> Ite
 
 
 def looped_lasso(model: ResNet) -> Tensor:
-    """The coupled group lasso, channel by channel."""
-    channels: list[Sequence[Tensor]] = []  # of each its weight slices
+    """The coupled group lasso of experiments/sparsity.py, computed channel by channel."""
+    channels: list[Sequence[Tensor]] = []  # the weight slices of each channel
     stages: list[Any] = [list(stage) for stage in (model.layer1, model.layer2, model.layer3)]
     for index, blocks in enumerate(stages):
         for block in blocks:
@@ -354,11 +375,14 @@ def looped_lasso(model: ResNet) -> Tensor:
     return torch.stack([torch.cat([s.flatten() for s in slices]).norm() for slices in channels]).sum()
 
 
-# Whole commands.
+# Measurements of the whole `debug_run` command.
 
 
 def first_step(data_dir: Path, device: str) -> dict[str, Any]:
-    """Seconds from the command to the end of its first training step, watched on a pseudo-terminal."""
+    """Time the command from its start to the end of its first training step.
+
+    The command runs on a pseudo-terminal: only on a terminal it prints a line after a training step.
+    """
     seconds = [_until_first_step(data_dir, device) for _ in range(3)]
     print(f"{'command to the end of its first step':<44} {spread(seconds, ' s')}", flush=True)
     return {"command to first step": summary(seconds)}
@@ -384,11 +408,11 @@ def _until_first_step(data_dir: Path, device: str) -> float:
 
 
 def peak_memory(data_dir: Path, device: str) -> dict[str, Any]:
-    """Peak resident memory of a short run at batch 512 with every training image loaded, bytes."""
+    """Measure the peak resident memory, in bytes, of an epoch over 4,096 images at batch size 512."""
     with tempfile.TemporaryDirectory() as folder:
         process = _debug_run(data_dir, device, folder, "--epochs", "1", "--limit-train", "4096")
         _, _, usage = os.wait4(process.pid, 0)
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS reports bytes, Linux KiB
     print(f"{'peak memory, batch 512':<44} {peak / 1e9:8.3f} GB", flush=True)
     return {"peak memory bytes": peak}
 

@@ -1,8 +1,9 @@
-"""Checkpoints: a run's state after an epoch in one file, from which `--resume` goes on.
+"""Checkpoints: the state of a run after an epoch, in one file from which `--resume` continues the run.
 
-checkpoint_0007.pt is the state after epoch 7 in torch's format: tensors and JSON-like values alone, so that
-it is read with `weights_only=True`. The SHA-256 of the whole follows behind its end, where torch's reader
-does not look. The output folder holds the last two.
+checkpoint_0007.pt is the state after epoch 7 in torch's format. It holds only tensors and JSON-like values,
+so that `torch.load` reads it with `weights_only=True`. Its last 32 bytes are the SHA-256 of all bytes before
+them; torch's reader ignores bytes behind the end of its own format. The output folder keeps the checkpoints
+of the last two epochs: if the last one is damaged, a run resumes from the one before it.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ from experiments.settings import Settings, flag
 from experiments.training import logit_pace
 
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
-KEPT = 2
-VERSION = 2
-MAY_CHANGE = ("epochs", "data_dir", "output_dir", "preflight")
+KEPT = 2  # checkpoints in the output folder
+VERSION = 2  # of the file format
+MAY_CHANGE = ("epochs", "data_dir", "output_dir", "preflight")  # settings that a resumed run may change
 
 
 @dataclass(frozen=True)
@@ -39,48 +40,57 @@ class Checkpoint:
     history: History  # with the settings of the run and a record for each finished epoch
     model: dict[str, torch.Tensor]  # its state_dict: weights, quantizers' parameters, batch norms
     optimizer: dict[int, Any]  # AdamW's moments and step counts; its rates follow from the settings
-    random: dict[str, Any]  # torch's generators
+    random: dict[str, Any]  # the states of torch's random generators
 
     @property
     def epochs(self) -> int:
+        """The number of finished epochs."""
         return len(self.history.epochs)
 
 
 def take_checkpoint(history: History, model: nn.Module, optimizer: torch.optim.Optimizer) -> Checkpoint:
-    """The state of the run as it is now."""
+    """Take the state of the run as it is now; the tensors are not copied."""
     return Checkpoint(history, model.state_dict(), optimizer.state_dict()["state"], random_states())
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
+    """The path of the checkpoint after this epoch, counted from 1."""
     return folder / f"checkpoint_{epoch:04d}.pt"
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the last one first; only the names that a run gives count as such."""
+    """List the checkpoints in a folder, the last epoch first.
+
+    A file with any other name, such as a copy that the user made, is not listed.
+    """
     numbered = {int(m[1]): p for p in folder.iterdir() if (m := NAME.fullmatch(p.name))}
     return [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint whole or not at all, then drop all but the last two.
+    """Write the checkpoint atomically, then delete every other checkpoint but that of the epoch before.
 
-    Raises: OutputError naming the file; the checkpoints before it are then still there.
+    Raises: OutputError naming the file if it cannot be written; no other checkpoint is deleted then.
     """
     buffer = io.BytesIO()
     state = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     torch.save(state | {"version": VERSION, "history": checkpoint.history.to_json()}, buffer)
     content = buffer.getvalue()
     write_whole(checkpoint_path(folder, checkpoint.epochs), content + hashlib.sha256(content).digest())
-    # Checkpoints of later epochs go too: they could not be read, or are of epochs that are being done again.
+    # Checkpoints of later epochs are deleted too. A resumed run has them if they were damaged: it went back
+    # to an earlier checkpoint and now trains those epochs again.
     keep = {checkpoint_path(folder, checkpoint.epochs - back) for back in range(KEPT)}
-    with contextlib.suppress(OSError):  # a checkpoint too many does no harm
+    with contextlib.suppress(OSError):  # a checkpoint that cannot be deleted does no harm
         for path in checkpoint_paths(folder):
             if path not in keep and path.is_file():
                 path.unlink()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises: ValueError with a few words on what is wrong with the file."""
+    """Read a checkpoint; its tensors are on the CPU.
+
+    Raises: ValueError saying what is wrong with the file, in words that complete a sentence after its name.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -95,7 +105,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if version == VERSION:
             state["history"] = History.from_json(state["history"])
         checkpoint = Checkpoint(**state) if version == VERSION else None
-    except Exception as error:  # torch raises all kinds for what is no file of its own
+    except Exception as error:  # for a file that torch did not write, torch.load raises errors of many types
         what = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(f"is no checkpoint of this program ({what})") from None
     if checkpoint is None:
@@ -107,10 +117,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The last checkpoint that can be read, None if there is none.
+    """Read the last checkpoint that is not damaged. Returns: None if the folder holds no checkpoint.
 
-    `say` is told what is wrong with later ones.
-    Raises: OutputError if there are some and none can be read.
+    `say` is called with a line for each damaged checkpoint of a later epoch.
+    Raises: OutputError if the folder holds checkpoints and all of them are damaged.
     """
     paths = checkpoint_paths(folder)
     for path in paths:
@@ -129,9 +139,10 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | No
 def find_checkpoint(
     settings: Settings, processes: Processes, say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The checkpoint that every rank resumes from, None if there is none.
+    """Find the checkpoint to resume from: rank 0 reads it and broadcasts it, so that all ranks have the same.
 
-    Raises: ValueError if it has other settings, OutputError if all are damaged.
+    Returns: None if the output folder holds no checkpoint.
+    Raises: ValueError if the checkpoint's settings differ, OutputError if all checkpoints are damaged.
     """
     found = processes.broadcast(last_checkpoint(settings.output_dir, say) if processes.first else None)
     if found:
@@ -142,9 +153,10 @@ def find_checkpoint(
 def resume(
     checkpoint: Checkpoint, history: History, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[str]:
-    """Put the checkpoint's state into model, optimizer and history; returns notes for the first lines.
+    """Put the checkpoint's state into model, optimizer and history.
 
-    Raises: ValueError if it is of another network or another data set.
+    Returns: lines for the head of the run's output, which say where it resumes and what is different now.
+    Raises: ValueError if the checkpoint is of another network or another data set.
     """
     saved = checkpoint.history
     differences = describe_differences(saved, history)
@@ -155,9 +167,10 @@ def resume(
 
 
 def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:
-    """Make sure that a checkpoint with the settings `saved` can go on with these.
+    """Make sure that a run with these settings may resume from a checkpoint with the settings `saved`.
 
-    Raises: ValueError naming the first setting that differs from the checkpoint's and must not.
+    Raises: ValueError naming the first setting that differs and is not in `MAY_CHANGE`, or --epochs if it is
+        lower than before.
     """
     now = settings.to_json()
     for name in now:
@@ -174,10 +187,11 @@ def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:
 
 
 def describe_differences(saved: History, now: History) -> list[str]:
-    """What a resumed run has otherwise than before, beside its folders, each in words.
+    """Describe in words what differs between the run before and the resumed run: torch, device, epochs.
 
-    Raises: ValueError if its data set is another one.
+    Raises: ValueError if the data set is another one.
     """
+    # The source is the folder or the URL that the images came from; the same images may come from elsewhere.
     before, data = (dataclasses.replace(h.data, source="") for h in (saved, now))
     if before != data:
         raise ValueError(
@@ -196,12 +210,12 @@ def describe_differences(saved: History, now: History) -> list[str]:
 
 
 def _longer(saved: History, now: History) -> list[str]:
-    """What more epochs than before change in the epochs that are left."""
+    """Describe what a higher --epochs than before changes in the epochs that are left."""
     was, epochs = saved.settings["epochs"], now.settings["epochs"]
     if was == epochs:
         return []
     before, rate = (cosine_anneal(0)(len(saved.epochs), total) for total in (was, epochs))
-    steps = -(-now.data.train_images // now.settings["batch_size"])  # an epoch
+    steps = -(-now.data.train_images // now.settings["batch_size"])  # optimizer steps of an epoch
     meant_for = now.settings["logit_steps"]
     pace_before, pace = (logit_pace(meant_for, total * steps) for total in (was, epochs))
     return [
@@ -217,9 +231,10 @@ def _shown(value: Any) -> str:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's weights, moments and random states in their places.
+    """Load the checkpoint's weights into the model, its moments into the optimizer, and its random states.
 
-    Raises: ValueError if it is of another network.
+    The optimizer keeps its own learning rates and weight decays, which come from the settings.
+    Raises: ValueError if the checkpoint is of another network.
     """
     groups = optimizer.state_dict()["param_groups"]
     try:
@@ -234,13 +249,16 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def random_states() -> dict[str, Any]:
-    """Torch's random states. Order and augmentation do not depend on them, only on the seed and the epoch."""
+    """The states of torch's random generators; "cuda" is None in a process that does not use a GPU.
+
+    The order and the augmentation of images do not depend on these states, only on the seed and the epoch.
+    """
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Go back to what `random_states` gave."""
+    """Set torch's random generators to states that `random_states` returned."""
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])

@@ -1,7 +1,7 @@
-"""The compressed network made real, and measured: a smaller network, a packed file, and what both give.
+"""Make the smaller network and the packed file of a trained network, write both, and measure them.
 
-Ratios are claims; here each is held against something that exists: the smaller network's own multiplications,
-the file's own bytes, and the logits of both on the whole test set.
+The compression ratios of `metrics.py` are computed from counts. Here they are checked against real things:
+the multiplications of the smaller network, the bytes of the file, the logits of both on the whole test set.
 """
 
 import copy
@@ -26,17 +26,18 @@ from src.slim import slim_network
 from utils_quantization import without_quantizers
 
 PACKED, SLIM = "compressed.codeq", "slim.pt2"
-LATENCY_BATCHES = (1, 128)
-LATENCY_RUNS = 9
+LATENCY_BATCHES = (1, 128)  # images a forward pass
+LATENCY_RUNS = 9  # forward passes that are timed
 
 
 def make_compressed(
     model: nn.Module, count: NetworkCount, batches: TestBatches, folder: Path, settings: dict[str, Any]
 ) -> CompressedRecord:
-    """Make both, write them into `folder`, read the packed one back, and run all three on the test set.
+    """Make the smaller network and the packed file, write them into `folder`, and measure them.
 
-    This is done in float32 on the model's device, whatever precision the model was trained in. Nothing of the
-    model changes but that it is in evaluation mode.
+    The model itself, the smaller network and the network read back from the packed file predict the whole
+    test set, in float32 on the model's device, whatever precision the model was trained in. The model is in
+    evaluation mode afterwards and otherwise unchanged. `settings` go into the header of the packed file.
 
     Raises: PackingError if the network cannot be packed, OutputError if a file cannot be written.
     """
@@ -87,7 +88,7 @@ def _saved_bytes(network: nn.Module) -> int:
 
 
 def exported(network: nn.Module) -> bytes:
-    """The network as torch.export saves it, for any batch size, on the CPU."""
+    """Export the network for any batch size, on the CPU. Returns: the bytes of torch.export's .pt2 file."""
     on_cpu = copy.deepcopy(network).cpu().eval()
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(on_cpu, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=(batch,))
@@ -98,7 +99,11 @@ def exported(network: nn.Module) -> bytes:
 
 @torch.inference_mode()
 def measure_latency(networks: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, float]]:
-    """Seconds a forward pass, the networks in turn, at batch 1 and 128."""
+    """Time a forward pass of each network, in turn, so that a busy machine slows all of them alike.
+
+    Shapes: images (N, 3, 32, 32), of which a batch is the first 1 or 128; with fewer images, all of them.
+    Returns: the median, least and most seconds, by "network, batch size".
+    """
     found = {}
     for size in LATENCY_BATCHES:
         batch = images[:size]
@@ -107,7 +112,7 @@ def measure_latency(networks: dict[str, nn.Module], images: Tensor) -> dict[str,
             for name, network in networks.items():
                 seconds[name].append(_forward_seconds(network, batch))
         for name, times in seconds.items():
-            kept = times[1:]  # the first one sets up
+            kept = times[1:]  # the first pass takes longer: it allocates memory and chooses algorithms
             found[f"{name}, batch {len(batch)}"] = {
                 "median": statistics.median(kept),
                 "least": min(kept),
@@ -118,5 +123,5 @@ def measure_latency(networks: dict[str, nn.Module], images: Tensor) -> dict[str,
 
 def _forward_seconds(network: nn.Module, batch: Tensor) -> float:
     start = time.perf_counter()
-    network(batch)[0, 0].item()  # waits for an accelerator
+    network(batch)[0, 0].item()  # reading a number waits until a GPU has computed it
     return time.perf_counter() - start

@@ -31,7 +31,7 @@ class Processes:
     """The rank of this process, and how many processes the run has."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # of processes
     local_rank: int = 0  # rank among the processes on this machine, and the number of its GPU
 
     @property

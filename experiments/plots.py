@@ -1,4 +1,4 @@
-"""The pictures: matplotlib figures made from a run's history alone."""
+"""The pictures of a run, made with matplotlib from the run's history alone, and the picture of a sweep."""
 
 import io
 import math
@@ -18,7 +18,7 @@ from experiments.report import PICTURES
 from metrics import NetworkCount
 from src.channels import ChannelState
 
-PADDING = 3  # beyond a row's last channel
+PADDING = 3  # a cell beyond the last channel of its layer; the other cells are a ChannelState, 0 to 2
 STATE_COLOURS = {
     ChannelState.NULL: "black",
     ChannelState.CONSTANT: "#d95f02",
@@ -34,8 +34,9 @@ STATE_NAMES = {
 
 
 def draw(history: History, title: str, folder: Path) -> list[Path]:
-    """Draw every picture of a run with at least one finished epoch, and write it; their paths.
+    """Draw the pictures of a run with at least one finished epoch, and write them into `folder`.
 
+    Returns: the paths of the pictures.
     Raises: OutputError naming a file that cannot be written.
     """
     assert history.final
@@ -54,17 +55,19 @@ def draw(history: History, title: str, folder: Path) -> list[Path]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG, whole or not at all. Raises: OutputError naming the file."""
+    """Write the figure as a PNG file, atomically.
+
+    Raises: OutputError naming the file if it cannot be written.
+    """
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_whole(path, content.getvalue())
 
 
 def _set_title(axes: Axes, title: str) -> None:
-    """Break the title into lines that no picture is too narrow for, but no flag at its hyphens.
-
-    The patterns of --exclude-layers may hold dollar signs, between which matplotlib would read a formula.
-    """
+    """Set the title, broken into lines that fit into the narrowest picture."""
+    # A title holds flags of the command line. Do not break one at its hyphens, and do not parse formulas: the
+    # patterns of --exclude-layers may hold dollar signs, between which matplotlib would read one.
     lines = [textwrap.fill(line, 90, break_on_hyphens=False) for line in title.splitlines()]
     axes.set_title("\n".join(lines), fontsize=10, parse_math=False)
 
@@ -113,9 +116,11 @@ def sparsity_figure(history: History, title: str) -> Figure:
 def trade_off_figure(
     points: Mapping[str, Sequence[Mapping[str, float]]], full: Sequence[Mapping[str, float]], title: str
 ) -> Figure:
-    """Test accuracy over BOPs compression, mean and range of the runs of each point, and full precision.
+    """Test accuracy over BOPs compression: the mean and range over the seeds of each point of a sweep.
 
-    A run is its accuracy and its ratios as history.json has them.
+    `points` are the runs by the name of their point, `full` the runs in full precision. A run is its accuracy
+    and its ratios, by their names in history.json. A point with an infinite ratio, of a network with nothing
+    left, is not drawn.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
@@ -146,19 +151,19 @@ def trade_off_figure(
 
 
 def _means_and_ranges(values: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
-    """Means, and the distances below and above them, as `errorbar` takes them."""
+    """The mean of each list, and its distances to the least and the largest, as `errorbar` takes them."""
     means = [sum(v) / len(v) for v in values]
     below = [mean - min(v) for mean, v in zip(means, values, strict=True)]
     return means, [below, [max(v) - mean for mean, v in zip(means, values, strict=True)]]
 
 
 def _over_epochs(history: History, title: str) -> tuple[Figure, Axes]:
-    """Axes over the epochs with the penalty's warm-up shaded."""
+    """Make a figure with the epochs as its x axis, where the epochs of the penalty's warm-up are shaded."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     last = history.epochs[-1].epoch
     delay, ramp = history.settings["sparsity_delay"], history.settings["sparsity_ramp"]
-    begins, ends = delay + 1, min(delay + 1 + ramp, last)  # epochs count from 1 in the table
+    begins, ends = delay + 1, min(delay + 1 + ramp, last)  # settings count epochs from 0, the axis from 1
     if begins < last:
         axes.axvspan(begins, ends, color="tab:orange", alpha=0.12, label="the penalty's warm-up")
     _set_title(axes, title)
@@ -169,14 +174,14 @@ def _over_epochs(history: History, title: str) -> tuple[Figure, Axes]:
 
 
 def _legend(*axes: Axes) -> None:
-    """One legend below the figure for axes that share their x axis."""
+    """Draw one legend below the figure, for all of these axes."""
     entries = [entry for a in axes for entry in zip(*a.get_legend_handles_labels(), strict=True)]
     handles, labels = zip(*entries, strict=True)
     axes[0].legend(handles, labels, loc="upper center", fontsize=8, bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each convolution") -> Figure:
-    """A row a convolution, a cell an output channel; see STATE_COLOURS for what the colours mean."""
+    """The state of every output channel: a row a convolution, a cell a channel, coloured by STATE_COLOURS."""
     layers = [layer for layer in count.layers if layer.is_convolution]
     width = max(layer.filters for layer in layers)
     cells = [[*layer.states] + [PADDING] * (width - layer.filters) for layer in layers]
@@ -204,7 +209,7 @@ def _state_patches() -> list[Patch]:
 
 
 def channels_over_time_figure(history: History, title: str) -> Figure:
-    """Channels alive over the epochs as a share of the layer's: a row a quantized convolution."""
+    """The share of output channels alive over the epochs: a row a quantized convolution."""
     layers, epochs = list(history.epochs[-1].layers), [r.epoch for r in history.epochs]
     figure = Figure(figsize=(9, max(4.5, 1.8 + 0.27 * len(layers))), layout="constrained")
     axes = figure.subplots()
@@ -233,7 +238,7 @@ def channels_over_time_figure(history: History, title: str) -> Figure:
 
 
 def per_layer_figure(count: NetworkCount, title: str) -> Figure:
-    """A bar a convolution, split into its channels' three states; its rounded bits on top."""
+    """The channels of each convolution: a bar a layer, split by channel state, the bits in use on top."""
     layers = [layer for layer in count.layers if layer.is_convolution]
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()

@@ -5,9 +5,9 @@
     python -m experiments.sweep --epochs 100 --print > commands.txt
 
 Every combination is an ordinary `python -m experiments.debug_run` command; a run in full precision is added
-for each seed. Flags that are not lists go to every run. What is done is skipped and what was cut short goes
-on, so the same command again finishes a sweep, or gathers what a cluster ran from the printed commands. At
-the end stand sweep.csv, a row a run, and accuracy_over_bops.png.
+for each seed. Flags that are not lists go to every run. Finished runs are skipped and interrupted runs are
+resumed: the same command again finishes a sweep, or collects the results of printed commands that a cluster
+ran. At the end it writes sweep.csv, a row a run, and accuracy_over_bops.png.
 Exit status: 0, 1 when a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM (the runs in
 progress write their files first).
 """
@@ -15,7 +15,8 @@ progress write their files first).
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until `main` takes over, Ctrl-C just ends the program: a traceback out of `import torch` helps nobody.
+    # Until `main` handles signals, Ctrl-C ends the program silently: a traceback out of `import torch` helps
+    # nobody.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
@@ -43,13 +44,13 @@ from experiments.live import LiveLine
 from experiments.settings import Parser, Settings, flag, parse_settings
 from experiments.verdict import FAIL
 
-LISTS: dict[str, tuple[float, ...]] = {  # what a sweep runs over, and its defaults
+LISTS: dict[str, tuple[float, ...]] = {  # the settings that a sweep varies, with their default values
     "sparsity_weight": (1e-3, 2e-3, 4e-3, 8e-3),
     "bit_decay": (Settings.bit_decay,),
     "deadzone_decay": (Settings.deadzone_decay,),
     "seed": (0, 1, 2),
 }
-FULL_PRECISION = "full_precision"
+FULL_PRECISION = "full_precision"  # the point of the runs without quantizers
 SPARSITIES = ("unstructured_sparsity", "structured_sparsity", "bits")
 RATIOS = (
     "structured_bops_ratio",
@@ -58,7 +59,7 @@ RATIOS = (
     "unstructured_mac_ratio",
 )
 CSV, PICTURE, LOG = "sweep.csv", "accuracy_over_bops.png", "log.txt"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2  # between two looks at which processes have ended
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,16 @@ class Member:
     """One run of the sweep."""
 
     name: str  # of its folder
-    point: str  # the same without the seed: runs of one point differ in nothing else
+    point: str  # its name without the seed: runs of one point differ only in their seed
     arguments: tuple[str, ...]  # for experiments.debug_run
-    settings: Settings  # what it makes of them
+    settings: Settings  # parsed from the arguments
 
     @property
     def folder(self) -> Path:
         return self.settings.output_dir
 
     def history(self) -> History | None:
-        """What the run left, if it came to its end with these settings."""
+        """Read the run's history. Returns: None unless a run with these settings has finished."""
         try:
             history = History.from_json(json.loads((self.folder / "history.json").read_text()))
         except (OSError, ValueError):
@@ -87,6 +88,7 @@ class Member:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the sweep of this command line. Returns: the exit status."""
     parser = Parser(
         prog="python -m experiments.sweep",
         description="The debug run over lists of settings: accuracy over bit operations. "
@@ -118,9 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         held.enter_context(lock_folder(chosen.output_dir, say))
         settings = members[0].settings
-        if (
-            settings.data == "cifar10" and left
-        ):  # Fetch it once for all runs: they may start at the same time.
+        # Download the data set here, once: several runs that start at the same time would each download it.
+        if settings.data == "cifar10" and left:
             load_dataset("cifar10", settings.data_dir, None, None, say)
         say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
         running: dict[Member, subprocess.Popen[bytes]] = {}
@@ -135,16 +136,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> Iterator[Member]:
-    """A member for each combination, then each seed's in full precision. Exits with 2 for a bad flag."""
-    # A curve over two data sets would be none: no falling back to the stand-in.
-    common = ["--data", "cifar10", *others]  # the last one counts
+    """Make a member for each combination, then one in full precision for each seed.
+
+    A bad flag ends the program with status 2.
+    """
+    # Forbid the fallback to the synthetic stand-in: a curve must use one data set. A --data that the user
+    # gives comes later on the command line, and the last one counts.
+    common = ["--data", "cifar10", *others]
     for values in itertools.product(*lists.values()):
         flags = [text for name, value in zip(lists, values, strict=True) for text in (flag(name), value)]
         settings = parse_settings([*common, *flags])
         point = ",".join(f"{name}={getattr(settings, name)}" for name in lists if name != "seed")
         yield _member(folder, point, settings.seed, [*common, *flags])
     for seed in lists["seed"]:
-        # The default's beta2 is there for the penalty's sake, and full precision has none: torch's own, then.
+        # The default beta2 is chosen for training with the penalty, which a full-precision run does not have:
+        # take torch's default.
         arguments = ["--beta2", "0.999", *common, flag("seed"), seed, "--exclude-layers", "."]
         yield _member(folder, FULL_PRECISION, parse_settings(arguments).seed, arguments)
 
@@ -161,7 +167,10 @@ def run_all(
     running: dict[Member, subprocess.Popen[bytes]],
     say: Callable[[str], None],
 ) -> list[Member]:
-    """Run them, `jobs` at a time; returns those that failed. `running` always holds those in progress."""
+    """Run the members, `jobs` at a time. Returns: those that failed.
+
+    `running` holds the runs in progress at any moment, so that the caller can stop them after a signal.
+    """
     waiting, failed = list(reversed(members)), []
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -183,7 +192,7 @@ def run_all(
 
 
 def stop_all(running: dict[Member, subprocess.Popen[bytes]]) -> None:
-    """Have the runs in progress write their files and end, and wait for that."""
+    """Stop the runs in progress with SIGTERM, on which they write their files, and wait for their end."""
     for process in running.values():
         process.terminate()
     for process in running.values():
@@ -191,7 +200,13 @@ def stop_all(running: dict[Member, subprocess.Popen[bytes]]) -> None:
 
 
 def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
-    """Its output goes to log.txt in its folder. Ctrl-C does not reach it: `main` stops it with SIGTERM."""
+    """Start a run as a process of its own, whose output is appended to log.txt in the run's folder.
+
+    The process is in a session of its own, which Ctrl-C does not reach: `stop_all` stops it with SIGTERM. Of
+    several jobs, each gets an equal share of the cores.
+
+    Raises: OSError if the folder or the log cannot be written.
+    """
     member.folder.mkdir(parents=True, exist_ok=True)
     cores = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
     with (member.folder / LOG).open("ab") as log:
@@ -205,6 +220,7 @@ def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
 
 
 def describe(history: History) -> str:
+    """Describe a finished run in a few words for the sweep's own output."""
     row = results(history)
     fails = sum(check.status == FAIL for check in history.verdict)
     return (
@@ -214,21 +230,23 @@ def describe(history: History) -> str:
 
 
 def why_failed(member: Member, status: int) -> str:
-    """The last line of its log, which is the sentence of a bad input."""
+    """Describe a failed run by its exit status and the last line of its log, its error message."""
     log = member.folder / LOG
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return f"FAILED with status {status}; the last line of {log}: {lines[-1] if lines else 'none'}"
 
 
 def results(history: History) -> dict[str, float]:
+    """The numbers of a finished run that the table and the picture show, by their names in history.json."""
     assert history.final
     accuracy = {"accuracy": history.epochs[-1].accuracy}
     return accuracy | {key: getattr(history.final, key) for key in (*SPARSITIES, *RATIOS)}
 
 
 def gather(members: Sequence[Member], folder: Path) -> None:
-    """Write the table and the picture of what is done."""
-    os.environ["MPLBACKEND"] = "agg"  # as in the debug run
+    """Write the table of all runs, and the picture of those that have finished."""
+    # Set before matplotlib is imported: the picture goes to a file, and a machine may have no display.
+    os.environ["MPLBACKEND"] = "agg"
     from experiments import plots
 
     columns = ("name", "status", *LISTS, "epochs", "data", "accuracy", *SPARSITIES, *RATIOS, "seconds")
@@ -240,7 +258,7 @@ def gather(members: Sequence[Member], folder: Path) -> None:
     for member in members:
         history, settings = member.history(), member.settings.to_json()
         row: dict[str, Any] = {"name": member.name, "epochs": settings["epochs"]}
-        # What is not quantized has no penalty and no logits.
+        # A full-precision run has no penalty and no logits: of the lists, only its seed means anything.
         row |= {n: settings[n] for n in LISTS if n == "seed" or member.point != FULL_PRECISION}
         if history:
             found = results(history)

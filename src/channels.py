@@ -1,14 +1,14 @@
-"""What a channel is in a CIFAR ResNet: the weight slices that belong to it, its state, and who reads it.
+"""What a channel is in a CIFAR ResNet: the weight slices that belong to it, its state, and what reads it.
 
-The one account of channels. The group lasso takes its groups from `channel_groups`; the metrics, the pictures
-and the smaller network take theirs from `trace_channels`, so that they cannot disagree.
+No other file decides this. The group lasso takes its groups from `channel_groups`; the metrics, the pictures
+and the smaller network take the states of channels from `trace_channels`, so that they cannot disagree.
 
 A channel of a layer's output (after its batch norm) is in one of three states, in evaluation mode:
 
-    alive     it depends on the image, and something that is left reads it
+    alive     it depends on the image, and a layer that is not removed reads it
     constant  it does not depend on the image, but is a known number (or a known map, beside zero padding)
-              that something reads: it can go when its constant is folded into what follows
-    null      it is zero, or nothing that is left reads it: it can go without a trace
+              that a layer reads: it can be removed once the constant is folded into that layer
+    null      it is zero, or nothing reads it: it can be removed, and nothing else changes
 
 A filter of zeros does not make a null channel: the batch norm behind it still emits a constant.
 """
@@ -27,6 +27,8 @@ from resnet import BasicBlock, ResNet
 
 
 class ChannelState(IntEnum):
+    """The three states of a channel, as the head of this file defines them."""
+
     NULL = 0
     CONSTANT = 1
     ALIVE = 2
@@ -37,8 +39,8 @@ FILTERS, INPUT_SLICES = 0, 1  # the dimension of a weight (O, I, kh, kw) along w
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """The groups of one set of channels: group c is slice c of every member, all of which must vanish
-    for channel c to go. `members` are pairs (layer name, FILTERS or INPUT_SLICES)."""
+    """The groups of one set of channels: group c is slice c of every member. All these slices must be zero
+    before channel c can be removed. `members` are pairs (layer name, FILTERS or INPUT_SLICES)."""
 
     name: str
     channels: int
@@ -46,7 +48,7 @@ class ChannelGroups:
 
 
 def channel_groups(model: nn.Module, layers: Collection[str]) -> list[ChannelGroups]:
-    """The channel groups of the model, as far as they lie in `layers` (the quantized ones, by name).
+    """The channel groups of the model. Members in layers other than `layers` (names) are left out.
 
     Inner channel i of a block: filter i of its conv1 and input slice i of its conv2. Residual channel c of
     a stage: filter c of every conv2 in the stage, input slice c of every later conv1 there, and of the next
@@ -78,11 +80,11 @@ def channel_groups(model: nn.Module, layers: Collection[str]) -> list[ChannelGro
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """One convolution (with its batch norm) or the classifier.
+    """The channels of one convolution (with its batch norm) or of the classifier.
 
-    `outputs` (O,) and `inputs` (I,) are the channels that are left: the layer's weights that must still be
-    multiplied are weight[outputs][:, inputs]. `shift` is the layer's output, batch norm included, where all
-    its alive inputs are zero: (O, H, W), or (O,) for the classifier.
+    `outputs` (O,) and `inputs` (I,) say which channels remain: weight[outputs][:, inputs] are the weights
+    that must still be multiplied. `shift` is the layer's output, batch norm included, when all its alive
+    inputs are zero: (O, H, W), or (O,) for the classifier.
     """
 
     states: Tensor  # (O,) of ChannelState, int8
@@ -92,29 +94,33 @@ class LayerChannels:
 
     @property
     def positions(self) -> int:
-        """Places at which each filter is applied: H_out W_out, 1 for the classifier."""
+        """The number of positions at which each filter is applied: H_out W_out, or 1 for the classifier."""
         return self.shift[0].numel()
 
 
 @dataclass(frozen=True)
 class StreamChannels:
-    """The residual stream where a block (or the stem) hands it on: what is left, and the known rest."""
+    """The residual stream behind a block or the stem."""
 
     alive: Tensor  # (C,) bool
     constant: Tensor  # (C, H, W), 0 where the channel depends on the image
-    source: Tensor | None  # (C,) the channel of the stream before that the shortcut brings, -1: none
+    # (C,) the channel that the shortcut brings here from the stream before this block, -1 for none.
+    source: Tensor | None  # None behind the stem
 
 
 @dataclass(frozen=True)
 class ChannelAccount:
+    """What `trace_channels` finds out about the channels of a network."""
+
     layers: dict[str, LayerChannels]  # every convolution, in order, then the classifier
     streams: dict[str, StreamChannels]  # behind the stem ("conv1") and behind each block, by its name
 
 
 def read_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the convolutions and the classifier compute with, quantized where they are.
+    """The weights that the convolutions and the classifier compute with, by layer name, without gradients.
 
-    Read past the cache of `parametrize.cached()`, which would keep them, without gradients, for a caller.
+    Quantizers that are switched on are applied. They are called directly instead of through `.weight`: inside
+    `parametrize.cached()` that would cache weights without gradients, which the caller's loss would then use.
     """
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     with torch.no_grad():
@@ -130,14 +136,14 @@ def trace_channels(
     input_size: tuple[int, int, int] = (3, 32, 32),
     weights: Mapping[str, Tensor] | None = None,
 ) -> ChannelAccount:
-    """Follow what depends on the image forward and what is read backward, to the exact fixed point.
+    """Find the state of every channel: forward, what depends on the image; backward, what is read.
 
-    One pass each way is that fixed point: whether a channel depends on the image is settled by what lies
-    before it, and whether it is read by what lies behind it. An entry of the classifier's or a filter's
-    weight counts as a reader where it is not zero; a batch norm with scale 0 cuts its filter off.
+    One pass in each direction is exact: whether a channel depends on the image follows from the layers before
+    it, and whether it is read follows from the layers behind it. A weight reads its input channel if it is
+    not zero and the batch norm behind its filter has a scale other than 0.
 
-    Arguments: `weights` in place of the model's own, by layer name. The model's batch norms are read as in
-        evaluation mode, whatever mode it is in; nothing of the model changes.
+    Arguments: `weights` by layer name, instead of the model's own. Batch norms count as in evaluation mode,
+        whatever mode the model is in. The model is not changed.
     Raises: ValueError if the model is not a ResNet of `resnet.py`.
     """
     weights = read_weights(model) if weights is None else weights
@@ -157,7 +163,7 @@ class _Signal:
 
 @dataclass
 class _Step:
-    """A layer on the way forward."""
+    """What the forward pass finds out about a layer."""
 
     reads: Tensor  # (O, I) bool: output o would change with input i
     varies: Tensor  # (O,) bool
@@ -176,7 +182,7 @@ class _Trace:
         self.input_size = input_size
         self.steps: dict[str, _Step] = {}
         self.signals: dict[str, _Signal] = {}  # what enters each layer
-        self.sums: dict[str, _Signal] = {}  # the stream behind the stem and each block
+        self.sums: dict[str, _Signal] = {}  # the residual stream behind the stem and behind each block
         self.layers: dict[str, LayerChannels] = {}
         self.streams: dict[str, StreamChannels] = {}
 
@@ -232,7 +238,10 @@ class _Trace:
         self.streams = dict(reversed(self.streams.items()))
 
     def _account(self, name: str, needed: Tensor) -> Tensor:
-        """Settle a layer, given which of its outputs are read; returns which of its inputs it reads."""
+        """Decide the states of a layer's channels, given which of them are read: needed (O,) bool.
+
+        Returns: which of its inputs the layer reads, (I,) bool.
+        """
         step, x = self.steps[name], self.signals[name]
         reads = step.reads[needed].any(0)
         after_relu = step.shift.clamp_min(0) if name.endswith("conv1") else step.shift

@@ -51,7 +51,7 @@ from utils_quantization import (
 VERSION = 1
 MAGIC = b"\x89CoDeQ\r\n"
 MAX_FILE_BYTES = 1 << 23  # more than the largest network, ResNet-110, takes in float32
-MAX_HEADER_BYTES = 1 << 18
+MAX_HEADER_BYTES = 1 << 18  # far more than settings and metrics take
 MAX_BLOCKS_PER_STAGE = 18  # ResNet-110
 MAX_CLASSES = 1000
 
@@ -141,7 +141,7 @@ def read_header(content: bytes) -> PackedHeader:
 
 
 class _Slot(NamedTuple):
-    """How the file stores one tensor of the network's state: as codes, or as float32 numbers."""
+    """How a packed file stores one tensor of the network's state: as codes, or as float32 numbers."""
 
     name: str
     shape: torch.Size
@@ -153,7 +153,7 @@ class _Slot(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many float32 numbers: a coded weight has its step size and its shift."""
+        """How many float32 numbers the tensor takes: a coded weight takes its step size and its shift."""
         return 2 if self.bits else self.shape.numel()
 
     @property
@@ -188,7 +188,7 @@ def _blank_like(plain: nn.Module) -> ResNet:
     if not isinstance(plain, ResNet):
         raise PackingError(f"only the ResNets of resnet.py can be packed; got {type(plain).__name__}")
     blank = _blank(len(plain.layer1), plain.linear.out_features)
-    if str(blank) != str(plain):  # their text has the type, stride, epsilon and so on of each module
+    if str(blank) != str(plain):  # a network's text has the type, stride, epsilon and so on of each module
         raise PackingError("only the ResNets of resnet.py can be packed; this one has another module in it")
     return blank
 
@@ -210,7 +210,7 @@ def read_codes(model: nn.Module) -> dict[str, Codes]:
             _check_codes(name, coded[name], weight_bits(layer)[0])
             with torch.no_grad():
                 weight = quantization(original).cpu()
-            # NaN is equal to nothing: a weight that is not finite is refused by its own name, elsewhere.
+            # Skip weights that are not finite: NaN equals nothing, and `_checked` refuses them by their name.
             if weight.isfinite().all() and not torch.equal(_weight(coded[name]), weight):
                 raise PackingError(f"the codes of {name} give other weights than its quantizer does")
     return coded
@@ -290,6 +290,7 @@ def _from_json(content: bytes) -> PackedHeader:
 
 
 def _seal(header: bytes, body: bytes) -> bytes:
+    """Put the file together: magic, version, lengths, checksum, header, body."""
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), len(body))
     return prefix + hashlib.sha256(prefix + header + body).digest() + header + body
 

@@ -1,13 +1,13 @@
-"""The smaller network: a plain module without quantizers, with every channel that can go gone for good.
+"""The smaller network: a plain module without quantizers, from which all removable channels are removed.
 
 It gives the logits of the (fake-quantized) network in evaluation mode, to the rounding of its dtype, and does
-exactly the multiplications that `metrics.py` counts as structured MACs. Which channels go is settled in
-src/channels.py:
+exactly the multiplications that `metrics.py` counts as structured MACs. src/channels.py decides which
+channels are removed:
 
-    alive      stays, in a smaller convolution with the batch norm folded in
-    constant   goes into the shift of whatever reads it: a number a channel or, beside zero padding, where the
-               reader meets fewer copies of the constant, a map
-    null       goes
+    alive      is kept, in a smaller convolution with the batch norm folded in
+    constant   is removed and added to the shift of each layer that reads it: a number a channel or, beside
+               zero padding, where a filter meets fewer copies of the constant, a map
+    null       is removed
 
 Weights are (O, I, kh, kw), activations (N, C, H, W). Layers keep the names that they have in `resnet.py`.
 """
@@ -26,20 +26,20 @@ from utils_quantization import without_quantizers
 
 @torch.no_grad()
 def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
-    """The smaller network of a ResNet of `resnet.py`, quantized or not; of its dtype and on its device.
+    """Make the smaller network of a ResNet of `resnet.py`, quantized or not, in its dtype and on its device.
 
-    The model is read as in evaluation mode, whatever mode it is in, and nothing of it changes. The folding is
-    done in float64. Where a shift is a map, the network takes images of `input_size` only.
+    The model counts as in evaluation mode, whatever mode it is in, and is not changed. Constants and batch
+    norms are folded in float64. If a shift is a map, the network takes images of `input_size` only.
 
     Raises: ValueError if the model is not a ResNet of `resnet.py`.
     """
-    like = next(model.parameters(), torch.empty(0))  # what has no parameters is refused below
+    like = next(model.parameters(), torch.empty(0))  # a model without parameters is refused below
     builder = _Builder(without_quantizers(model), input_size, like.dtype)
     return builder.network().to(like.device).eval()
 
 
 class ChannelSelection(nn.Module):
-    """Channels by their number, in the order given; the number behind the last is a channel of zeros.
+    """Selects channels by their numbers, in the given order; number `channels` selects a channel of zeros.
 
     >>> ChannelSelection(torch.tensor([2, 0, 3]), channels=3)(torch.tensor([[5.0, 6.0, 7.0]]))
     tensor([[7., 5., 0.]])
@@ -61,9 +61,10 @@ class ChannelSelection(nn.Module):
 
 
 class Shift(nn.Module):
-    """Adds a number to each channel, or a map (O, H, W), stored without its repeated rows and columns.
+    """Adds a number to each channel, or a map (O, H, W), which is stored without repeated rows and columns.
 
-    A constant differs only in the outermost pixels beside zero padding: 3 x 3 numbers a channel are the rule.
+    A map mostly differs from a single number only in the outermost pixels, beside zero padding: 3 x 3 stored
+    numbers a channel are typical.
 
     Shapes: (N, O, H, W) -> the same.
     """
@@ -87,10 +88,10 @@ class Shift(nn.Module):
 
 
 class SlimConvolution(nn.Module):
-    """A convolution with its batch norm: places(convolve(reads(x))), and the shift.
+    """A convolution with its batch norm folded in: places(convolve(reads(x))) plus the shift.
 
-    `reads` takes the input channels that the weights meet, `places` puts the outputs where they belong in the
-    residual stream. A shift of one number a channel is the convolution's bias, where nothing is placed.
+    `reads` selects the input channels that have weights, `places` puts the outputs at their channels of the
+    residual stream. A shift of one number a channel becomes the convolution's bias if `places` does nothing.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class SlimConvolution(nn.Module):
 
 
 class SlimBlock(nn.Module):
-    """A block with something left in its branch."""
+    """A residual block whose branch still has channels that depend on the image."""
 
     def __init__(self, conv1: SlimConvolution, conv2: SlimConvolution, shortcut: nn.Module) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class SlimBlock(nn.Module):
 
 
 class DeadBlock(nn.Module):
-    """A block whose branch is constant: the shortcut and a shift."""
+    """A residual block whose branch is constant: the shortcut plus a shift."""
 
     def __init__(self, shortcut: nn.Module, shift: Shift) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class DeadBlock(nn.Module):
 
 
 class SlimClassifier(nn.Module):
-    """The classifier; a class without a weight left has a constant logit. (N, C) -> (N, classes)."""
+    """The classifier. A class whose weights are all zero has a constant logit. (N, C) -> (N, classes)."""
 
     def __init__(self, weight: Tensor, bias: Tensor, places: nn.Module) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class SlimClassifier(nn.Module):
 
 
 class SlimResNet(nn.Module):
-    """Stem, three stages of the blocks that still do something, average pool, classifier."""
+    """Stem, three stages of the blocks that change their input, average pool, classifier."""
 
     def __init__(self, conv1: SlimConvolution, stages: list[nn.Sequential], linear: SlimClassifier) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ class ConstantLogits(nn.Module):
 
 
 class _Builder:
-    """Builds the smaller network on the CPU: reads float64, stores `dtype`."""
+    """Builds the smaller network on the CPU: computes in float64, stores the results in `dtype`."""
 
     def __init__(self, plain: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.plain = plain.cpu().double()
@@ -205,16 +206,19 @@ class _Builder:
         return SlimResNet(conv1, [nn.Sequential(s) for s in stages.values()], self.classifier())
 
     def block(self, name: str, before: str) -> nn.Module | None:
-        """What is left of a block, on the stream behind `before`; None where it changes nothing."""
+        """Make the smaller version of a block. Returns: None if the block does not change the stream.
+
+        `before` names the block, or the stem, whose output enters this block.
+        """
         block = self.plain.get_submodule(name)
         assert isinstance(block, BasicBlock)
         given, stream = self.streams[before], self.streams[name]
         assert stream.source is not None
         inner, branch = self.layers[f"{name}.conv1"], self.layers[f"{name}.conv2"]
         shortcut = _select(stream.source[stream.alive], given.alive)
-        if block.conv1.stride[0] > 1:  # a pool over one pixel: every second one, as in `PadShortcut`
+        if block.conv1.stride[0] > 1:  # a pool over one pixel takes every second pixel, as `PadShortcut` does
             shortcut = nn.Sequential(nn.AvgPool2d(1, block.conv1.stride[0]), shortcut)
-        # Where a constant came in by the shortcut and the branch makes the channel live again.
+        # Add the constants that enter by the shortcut: the branch may make such a channel alive again.
         shift = branch.shift + block.shortcut(given.constant[None])[0]
         if branch.outputs.any():
             conv1 = self.convolution(f"{name}.conv1", given.alive, inner.outputs, inner.shift)
@@ -222,11 +226,15 @@ class _Builder:
             return SlimBlock(conv1, conv2, shortcut)
         shift = shift[stream.alive]
         if isinstance(shortcut, nn.Identity) and not shift.any():
-            return None  # the ReLU of what is a ReLU's output already
+            return None  # only a ReLU would be left, and the stream is a ReLU's output already
         return DeadBlock(shortcut, Shift(shift.to(self.dtype)))
 
     def convolution(self, name: str, given: Tensor, wanted: Tensor, shift: Tensor) -> SlimConvolution:
-        """From a tensor of the channels `given`, (I,) bool, to one of the channels `wanted`, (O,) bool."""
+        """Make the smaller version of a convolution and its batch norm.
+
+        It takes a tensor that holds only the channels `given`, (I,) bool, and returns one that holds only the
+        channels `wanted`, (O,) bool. `shift`: (O, H, W).
+        """
         conv, bn = self.plain.get_submodule(name), self.plain.get_submodule(name.replace("conv", "bn"))
         assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
         assert bn.running_var is not None
@@ -249,9 +257,10 @@ def _numbers(flags: Tensor) -> Tensor:
 
 
 def _select(numbers: Tensor, held: Tensor) -> nn.Module:
-    """Takes channels by their numbers in the whole network, from a tensor of only those `held`, (C,) bool.
+    """Make a module that selects channels by their numbers in the whole network.
 
-    A channel that is not held, or has the number -1, is zero.
+    It takes a tensor that holds only the channels `held`, (C,) bool. A channel that is not held, or has the
+    number -1, is zero in its output.
     """
     count = int(held.sum())
     places = torch.where(held, held.cumsum(0) - 1, count)  # (C,)

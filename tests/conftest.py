@@ -1,9 +1,27 @@
-"""For every test: the programs that tests start hear SIGTERM, which the workers of pytest-xdist ignore."""
+"""For every test: the signals that programs started by it hear, and fixtures that shorten a run."""
 
 import signal
 
+import pytest
+
+# The workers of pytest-xdist ignore SIGTERM, and so would the programs that tests start.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # A job that a shell puts in the background ignores Ctrl-C, and so would what the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def small_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The synthetic stand-in has fewer images in this process: all of them take a second to make."""
+    monkeypatch.setattr("experiments.data.SYNTHETIC_TRAIN", 500)
+    monkeypatch.setattr("experiments.data.SYNTHETIC_TEST", 250)
+
+
+@pytest.fixture
+def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process end in no time: nothing is exported, timed or drawn as a picture."""
+    monkeypatch.setattr("experiments.compressed.exported", lambda network: b"an exported network")
+    monkeypatch.setattr("experiments.compressed.measure_latency", lambda networks, images: {})
+    monkeypatch.setattr("experiments.plots.save_figure", lambda figure, path: path.write_bytes(b"a picture"))

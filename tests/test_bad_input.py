@@ -32,11 +32,11 @@ from folders import PICTURES, tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import DEADLINE, environment
+from random_images import random_dataset
 from torch import nn
 
-from experiments import cifar10, compressed, data, debug_run, device, plots, verify
+from experiments import cifar10, data, debug_run, device, verify
 from experiments.checkpoint import VERSION, Checkpoint, checkpoint_path, save_checkpoint
-from experiments.data import Dataset
 from experiments.files import lock_folder
 from experiments.history import DataRecord
 from experiments.settings import Settings, flag, parse_settings
@@ -49,21 +49,16 @@ REFUSING = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # nobody listens on port
 EARLIER = "of an earlier run"
 
 
-def small_stand_in(source: str) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    shape = (TRAIN_IMAGES + TEST_IMAGES, 3, 32, 32)
-    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    labels = torch.arange(TRAIN_IMAGES + TEST_IMAGES) % 10
-    parts = [part for tensor in (images, labels) for part in tensor.split((TRAIN_IMAGES, TEST_IMAGES))]
-    return Dataset("synthetic stand-in", source, True, parts[0], parts[2], parts[1], parts[3])
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A working folder for runs whose stand-in is 24 images, without a network and a GPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(device, "keep_freed_memory", lambda: True)
-    monkeypatch.setattr(data, "synthetic_dataset", small_stand_in)
+    monkeypatch.setattr(
+        data,
+        "synthetic_dataset",
+        lambda source: random_dataset(TRAIN_IMAGES, TEST_IMAGES, "synthetic stand-in", source),
+    )
     monkeypatch.setattr(cifar10, "SOURCES", (REFUSING,))
     for name in ("TRAIN_FILES", "TEST_FILES"):
         table = {file: hashlib.md5(file.encode()).hexdigest() for file in getattr(cifar10, name)}
@@ -341,7 +336,7 @@ def refused_values() -> Iterator[tuple[str, Case]]:
             )
 
 
-NOT_HAD = ("CIFAR-10 could not be had", "by hand", cifar10.ARCHIVE, cifar10.ARCHIVE_MD5)
+NOT_HAD = ("CIFAR-10 could not be had", "by hand", cifar10.ARCHIVE, "170,498,071", cifar10.ARCHIVE_MD5)
 SYNTHETIC = "debug_run --data synthetic"
 RESUME = f"{SYNTHETIC} --device cpu --threads 1 --epochs 3 --resume"
 NO_CHECKPOINT = ("--resume", "no checkpoint in debug_output can be used", "leave --resume out")
@@ -657,11 +652,8 @@ def test_a_value_at_the_end_of_its_range_is_taken_as_it_is(name: str, value: Any
 
 
 @pytest.fixture
-def quick(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs in `here` take a second: nothing is exported, timed or drawn as a picture."""
-    monkeypatch.setattr(compressed, "exported", lambda network: b"an exported network")
-    monkeypatch.setattr(compressed, "measure_latency", lambda networks, images: {})
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: path.write_bytes(b"a picture"))
+def quick(here: Path, quick_end: None) -> Path:
+    """Runs in `here` take a second."""
     return here
 
 
@@ -755,20 +747,23 @@ def test_verify_shows_a_name_whose_letters_standard_output_does_not_have(
 
 # Strange surroundings. Each run is a process of its own, and two run at a time.
 
-WHOLE_RUN = [sys.executable, "-m", "experiments.debug_run"]
 VERIFY = [sys.executable, "-m", "experiments.verify"]
-SHORT_RUN = [
-    sys.executable,
-    "-c",
-    """
+SMALL_STAND_IN = """
 import sys
 from experiments import compressed, data, debug_run
 data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST = 64, 32
+"""
+QUICK_END = """
 compressed.exported = lambda network: b"an exported network"
 compressed.measure_latency = lambda networks, images: {}
-sys.exit(debug_run.main())
-""",
-]
+"""
+NO_PICTURES = """
+from experiments import plots
+plots.save_figure = lambda figure, path: path.write_bytes(b"a picture")
+"""
+WHOLE_RUN = [sys.executable, "-c", SMALL_STAND_IN + "sys.exit(debug_run.main())"]
+DRAWING_RUN = [sys.executable, "-c", SMALL_STAND_IN + QUICK_END + "sys.exit(debug_run.main())"]
+SHORT_RUN = [sys.executable, "-c", SMALL_STAND_IN + QUICK_END + NO_PICTURES + "sys.exit(debug_run.main())"]
 TINY = shlex.split(
     "--preflight off --data synthetic --limit-train 64 --limit-test 32 --batch-size 32 --threads 1 "
     "--epochs 1 --device cpu"
@@ -793,9 +788,11 @@ RUNS = {
         (*WHOLE_RUN, *TINY),
         {"TMPDIR": "/dev/null/none", "TERM": ""},
     ),
-    "no letters but ASCII": Place(
+    "no letters but ASCII, and a matplotlib backend that is none": Place(
         '"$@"',
-        environment={
+        (*DRAWING_RUN, *TINY),
+        {
+            "MPLBACKEND": "nonsense",
             "LC_ALL": "C",
             "PYTHONUTF8": "0",
             "PYTHONCOERCECLOCALE": "0",
@@ -806,7 +803,6 @@ RUNS = {
     "a terminal of 20 columns, and a home that is a file": Place(
         'stty cols 20; "$@"', environment={"HOME": "/dev/null"}, terminal=True
     ),
-    "a matplotlib backend that is none": Place('"$@"', environment={"MPLBACKEND": "nonsense"}),
     "standard output closed": Place('"$@" >&-'),
 }
 VERIFY_HERE = (*VERIFY, "a.codeq", *shlex.split(FEW))

@@ -10,6 +10,7 @@ import torch
 import torchvision.transforms.functional as vision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_images import random_dataset
 from torch import Tensor
 
 from experiments import data
@@ -24,16 +25,6 @@ from experiments.data import (
     synthetic_dataset,
 )
 from experiments.distributed import Processes
-
-
-def random_dataset(train: int, test: int = 4) -> Dataset:
-    generator = torch.Generator().manual_seed(train)
-    images = torch.randint(256, (train + test, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (train + test,), generator=generator)
-    return Dataset(
-        "random", "made here", True, images[:train], labels[:train], images[train:], labels[train:]
-    )
-
 
 # Batches.
 

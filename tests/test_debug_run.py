@@ -1,8 +1,6 @@
 """The script from command to files: what it prints and writes, what each mistake says, how it stops."""
 
 import fcntl
-import hashlib
-import json
 import os
 import pty
 import re
@@ -19,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from programs import DEADLINE
+from folders import PICTURES, RunFolder, names, tree
+from programs import DEADLINE, environment
+from random_images import random_dataset
 
 from experiments import cifar10, data, debug_run, device, plots, report, training
 from experiments.data import Dataset
@@ -29,16 +29,9 @@ from experiments.live import Stopped
 from experiments.report import check_lines
 from experiments.settings import Settings
 
-ROOT = Path(__file__).parent.parent
-PICTURES = [
-    "accuracy_curve.png",
-    "channel_liveness.png",
-    "channels_over_time.png",
-    "per_layer_channels.png",
-    "sparsity_curves.png",
-]
 PROOFS = ["compressed.codeq", "slim.pt2"]
-SMALL = ["--data", "synthetic", "--limit-train", "256", "--limit-test", "128", "--threads", "1"]
+SMALL = ["--data", "synthetic", "--limit-train", "256", "--limit-test", "128", "--threads", "1",
+         "--preflight", "off"]  # fmt: skip
 TWO_EPOCHS = [*SMALL, "--epochs", "2", "--batch-size", "64"]
 BLOCKS = [f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3)]
 ROW = re.compile(r"^ *(\d+) \|" + r" *(-?[\d.]+) \|" * 5 + r" *([\d.]+)$")
@@ -62,11 +55,6 @@ def files_after(epochs: int, stopped: bool = False) -> list[str]:
 # Real runs, each in a process and a folder of its own. Those that need no watching go side by side.
 
 
-def environment() -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-
-
 def start(
     folder: Path, arguments: list[str], code: str | None = None, **streams: Any
 ) -> subprocess.Popen[Any]:
@@ -76,8 +64,9 @@ def start(
 
 
 @dataclass
-class Finished:
-    folder: Path
+class Finished(RunFolder):
+    """A run that has ended: its folder, its exit status and what it printed."""
+
     status: int
     out: str
     err: str
@@ -91,15 +80,8 @@ class Finished:
         found = [match for line in self.lines if (match := ROW.match(line))]
         return [dict(zip(COLUMNS, map(float, match.groups()), strict=True)) for match in found]
 
-    @property
-    def files(self) -> list[str]:
-        return sorted(p.name for p in (self.folder / "debug_output").iterdir())
 
-    @property
-    def history(self) -> dict[str, Any]:
-        return json.loads((self.folder / "debug_output" / "history.json").read_text())
-
-
+DIVERGING = [*SMALL, "--epochs", "3", "--batch-size", "256", "--weights-lr", "1e30"]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
@@ -112,17 +94,7 @@ def started(tmp_path_factory):
     running = {
         "log": (start(base / "log", TWO_EPOCHS, **PIPES), None),
         "terminal": (start(base / "terminal", TWO_EPOCHS, stdout=inside, stderr=subprocess.PIPE), terminal),
-        "diverging": (
-            start(
-                base / "diverging",
-                [
-                    *SMALL,
-                    *("--epochs", "3", "--batch-size", "256", "--weights-lr", "1e30", "--preflight", "off"),
-                ],
-                **PIPES,
-            ),
-            None,
-        ),
+        "diverging": (start(base / "diverging", DIVERGING, **PIPES), None),
     }
     os.close(inside)
     yield {name: (base / name, *rest) for name, rest in running.items()}
@@ -173,7 +145,7 @@ sys.exit(main())
 def interrupted(tmp_path_factory) -> Finished:
     """Ctrl-C in the second epoch of a run whose verdict would fail: its bit logits cannot move."""
     folder = tmp_path_factory.mktemp("interrupted")
-    arguments = [*SMALL, "--epochs", "50", "--batch-size", "32", "--bit-lr", "0", "--preflight", "off"]
+    arguments = [*SMALL, "--epochs", "50", "--batch-size", "32", "--bit-lr", "0"]
     process = start(folder, arguments, code=INTERRUPTIBLE, **PIPES)
     seen = []
     for line in process.stdout:
@@ -197,8 +169,8 @@ def test_a_run_of_two_epochs_succeeds_without_a_word_on_stderr(log):
 def test_it_writes_the_pictures_the_history_the_checkpoints_and_the_two_networks_and_nothing_else(log):
     assert log.files == files_after(2)
     for picture in PICTURES:
-        assert (log.folder / "debug_output" / picture).read_bytes().startswith(b"\x89PNG\r\n")
-    assert sorted(p.name for p in log.folder.iterdir()) == ["debug_output"]
+        assert (log.output / picture).read_bytes().startswith(b"\x89PNG\r\n")
+    assert names(log.folder) == ["debug_output"]
 
 
 def test_it_first_says_what_runs(log):
@@ -288,7 +260,7 @@ def test_the_last_line_names_the_files_where_they_are(log):
 def test_the_history_tells_the_whole_run(log):
     history = log.history
     assert history["settings"] == Settings(
-        data="synthetic", limit_train=256, limit_test=128, threads=1, epochs=2, batch_size=64
+        data="synthetic", limit_train=256, limit_test=128, threads=1, preflight="off", epochs=2, batch_size=64
     ).to_json() | {"exclude_layers": ["^conv1$", "^linear$"]}
     assert set(history["versions"]) == {"python", "torch", "numpy", "matplotlib"}
     assert history["data"]["train_images"] == 256 and history["data"]["test_images"] == 128
@@ -337,7 +309,6 @@ def test_nobody_can_mistake_the_stand_in_for_cifar10(log):
 
 def without_seconds(lines: list[str]) -> list[str]:
     lines = [re.sub(r"\| +[\d.]+$", "| s", line) if ROW.match(line) else line for line in lines]
-    lines = [re.sub(r"\d+ s", "s", line) if line.startswith("Preflight:") else line for line in lines]
     return [line.partition(" ms (")[0][:30] if " ms (" in line else line for line in lines]
 
 
@@ -358,11 +329,8 @@ def test_the_same_settings_give_the_same_history_and_pictures_save_the_seconds(l
             assert record.pop("seconds") > 0
         assert history["compressed"].pop("latency_seconds")
     assert histories[0] == histories[1]
-    digests = [
-        [hashlib.sha256((run.folder / "debug_output" / p).read_bytes()).hexdigest() for p in PICTURES]
-        for run in (log, terminal)
-    ]
-    assert digests[0] == digests[1]
+    trees = [tree(run.output) for run in (log, terminal)]
+    assert [trees[0][picture] for picture in PICTURES] == [trees[1][picture] for picture in PICTURES]
 
 
 # The live line
@@ -430,28 +398,18 @@ def test_a_loss_that_is_not_finite_fails_the_verdicts_line_about_it(diverging):
 # Runs inside this process, on a handful of images: quick, and with faults planted where no flag reaches.
 
 
-def handful(name: str = "CIFAR-10", synthetic: bool = False, train: int = 16, test: int = 8) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (train + test, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (train + test,), generator=generator)
-    return Dataset(
-        name, "made here", synthetic, images[:train], labels[:train], images[train:], labels[train:]
-    )
-
-
 @pytest.fixture
-def here(monkeypatch, tmp_path, capsys):
+def here(quick_end, monkeypatch, tmp_path, capsys):
     """Runs `main` in this process in a folder of its own, on a handful of images unless `--data` is given."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(device, "keep_freed_memory", lambda: True)
-    monkeypatch.setattr(
-        data, "synthetic_dataset", lambda source: replace(handful("synthetic stand-in", True), source=source)
-    )
+    stand_in, cifar = random_dataset(16, name="synthetic stand-in"), random_dataset(16, name="CIFAR-10")
+    monkeypatch.setattr(data, "synthetic_dataset", lambda source: replace(stand_in, source=source))
     threads = torch.get_num_threads()
 
     def run(*arguments: str) -> Finished:
         if "--data" not in arguments:
-            monkeypatch.setattr(debug_run, "load_dataset", lambda *_: handful())
+            monkeypatch.setattr(debug_run, "load_dataset", lambda *_: replace(cifar, synthetic=False))
         always = ["--device", "cpu"] if "--device" not in arguments else []
         try:
             status = main(["--threads", "1", "--preflight", "off", *always, *arguments])
@@ -599,15 +557,11 @@ def test_every_title_says_what_the_run_was_on_and_marks_the_stand_in(monkeypatch
 # No CIFAR-10 to be had
 
 
-@pytest.fixture
-def no_network(monkeypatch):
+def test_auto_without_a_source_goes_on_with_the_stand_in_and_says_so_loudly(here, monkeypatch):
     def refuse(url: str, *_: object) -> None:
         raise cifar10._SourceFailed("Connection refused")
 
     monkeypatch.setattr(cifar10, "_fetch", refuse)
-
-
-def test_auto_without_a_source_goes_on_with_the_stand_in_and_says_so_loudly(here, no_network):
     run = here("--data", "auto", "--epochs", "1")
     head = run.out.partition("Versions:")[0]
     assert "NO CIFAR-10" in head and "Connection refused" in head
@@ -617,64 +571,7 @@ def test_auto_without_a_source_goes_on_with_the_stand_in_and_says_so_loudly(here
     assert "Connection refused" in run.history["data"]["source"]
 
 
-# Bad input
-
-
-def a_file(folder: Path) -> None:
-    (folder / "taken").write_text("a file")
-
-
-def a_truncated_batch(folder: Path) -> None:
-    (folder / "data" / cifar10.FOLDER).mkdir(parents=True)
-    (folder / "data" / cifar10.FOLDER / "data_batch_1").write_bytes(b"half of it")
-
-
-BAD_INPUT: dict[str, tuple[list[str], list[str], Callable[[Path], None] | None]] = {
-    "an unknown preset": (["--preset", "fast"], ["--preset", "'fast'", "debug, smoke, plan"], None),
-    "an unknown device": (["--device", "tpu"], ["--device", "'tpu'", "cpu"], None),
-    "cuda without one": (["--device", "cuda"], ["--device", "'cuda'", "cpu"], None),
-    "no epoch": (["--epochs", "0"], ["--epochs", "0", "1 or more"], None),
-    "an empty batch": (["--batch-size", "0"], ["--batch-size", "0", "1 or more"], None),
-    "a negative weight": (["--sparsity-weight", "-0.5"], ["--sparsity-weight", "-0.5", "0 or more"], None),
-    "a negative delay": (["--sparsity-delay", "-1"], ["--sparsity-delay", "-1", "0 or more"], None),
-    "a negative ramp": (["--sparsity-ramp", "-2"], ["--sparsity-ramp", "-2", "0 or more"], None),
-    "more training images than there are": (
-        ["--data", "synthetic", "--limit-train", "17"], ["--limit-train", "17", "16"], None),
-    "more test images than there are": (
-        ["--data", "synthetic", "--limit-test", "9"], ["--limit-test", "9", "8"], None),
-    "an output folder that is a file": (["--output-dir", "taken"], ["--output-dir", "taken"], a_file),
-    "an output folder below a file": (["--output-dir", "taken/a"], ["--output-dir", "taken/a"], a_file),
-    "a truncated batch file": (
-        ["--data", "auto"], ["data_batch_1", "truncated or altered"], a_truncated_batch),
-    "no source for the data that is insisted on": (
-        ["--data", "cifar10"],
-        ["Connection refused", "170,498,071", "c58f30108f718f92721af3b95e74349a", *cifar10.SOURCES], None),
-    "a pattern that is no regular expression": (["--exclude-layers", "["], ["exclude", "'['"], None),
-    "a pattern without a match": (["--exclude-layers", "conv9"], ["exclude", "'conv9'", "no module"], None),
-    "more threads than can be": (["--threads", "99999999999"], ["--threads", "99999999999"], None),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("arguments", "words", "prepare"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_bad_input_gets_one_sentence_and_status_2_before_any_training_and_changes_no_file(
-    here, no_network, monkeypatch, tmp_path, arguments, words, prepare
-):
-    def refuse(*_: object) -> None:
-        raise AssertionError("training began")
-
-    monkeypatch.setattr(debug_run, "train_epoch", refuse)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "debug_output").mkdir()
-    (tmp_path / "debug_output" / "history.json").write_text("of an older run")
-    if prepare:
-        prepare(tmp_path)
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    run = here(*arguments)
-    assert run.status == 2
-    assert run.err.startswith("error: ") and run.err.count("\n") == 1 and run.err.endswith("\n"), run.err
-    assert [word for word in words if word not in run.err] == []
-    assert "Epoch |" not in run.out
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+# Bad input. The table of all cases is in test_bad_input.py.
 
 
 @pytest.mark.parametrize(

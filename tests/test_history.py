@@ -14,9 +14,9 @@ import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_images import random_dataset
 from torch import Tensor, nn
 
-from experiments.data import Dataset
 from experiments.distributed import Processes
 from experiments.evaluator import Evaluator
 from experiments.files import write_json
@@ -270,16 +270,10 @@ def network(kind: type[nn.Module] = DeadZoneLDZCompander, **kwargs: Any) -> tupl
     return model, attach_weight_quantizers(model, STEM_AND_CLASSIFIER, kind, kwargs)
 
 
-def random_dataset(train: int = 12, test: int = 5) -> Dataset:
-    images = torch.zeros(train + test, 3, 32, 32, dtype=torch.uint8)
-    labels = torch.zeros(train + test, dtype=torch.long)
-    return Dataset("grey", "made here", True, images[:train], labels[:train], images[train:], labels[train:])
-
-
 def begun(model: ResNet, quantized: list[str], processes: Processes | None = None) -> History:
     chosen = Settings(epochs=2, precision="bf16", output_dir=Path("somewhere"))
     cpu = torch.device("cpu")
-    return new_history(chosen, random_dataset(), cpu, processes or Processes(), model, quantized)
+    return new_history(chosen, random_dataset(12, test=5), cpu, processes or Processes(), model, quantized)
 
 
 def test_a_new_history_says_what_runs_on_what_with_which_data():
@@ -291,7 +285,7 @@ def test_a_new_history_says_what_runs_on_what_with_which_data():
     assert history.device.startswith("cpu") and "processes" not in history.device
     assert history.precision.startswith("bf16 convolutions")
     data = history.data
-    assert (data.name, data.source, data.synthetic) == ("grey", "made here", True)
+    assert (data.name, data.source, data.synthetic) == ("random", "made here", True)
     assert (data.train_images, data.test_images) == (12, 5)
     assert history.epochs == history.resumed == history.verdict == []
     assert history.stopped is history.final is history.compressed is None and not history.not_finite

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from random_images import random_dataset
 from torch import Tensor, nn
 
 from experiments import debug_run, training
-from experiments.data import Dataset, TestBatches, TrainBatches
+from experiments.data import TestBatches, TrainBatches
 from experiments.debug_run import one_epoch
 from experiments.evaluator import Evaluator
 from experiments.history import Check, EpochRecord
@@ -25,13 +26,7 @@ from utils_quantization import attach_weight_quantizers, quantized_layers, quant
 
 SETTINGS = Settings(epochs=4, batch_size=8, sparsity_delay=0.0, sparsity_ramp=2.0, batch_norm_batches=2)
 PENALISED = 1  # an epoch, from 0, in which the penalty acts
-
-
-def images_of(train: int = 24, test: int = 10) -> Dataset:
-    generator = torch.Generator().manual_seed(train)
-    images = torch.randint(256, (train + test, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (train + test,), generator=generator)
-    return Dataset("random", "here", True, images[:train], labels[:train], images[train:], labels[train:])
+IMAGES = random_dataset(24, test=10)
 
 
 def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
@@ -39,7 +34,7 @@ def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
     model = ResNet(1)
     evaluator = Evaluator(model)
     attach_weight_quantizers(model, settings.exclude_layers, DeadZoneLDZCompander, {})
-    batches = TrainBatches(images_of(), settings.batch_size, settings.seed, "cpu")
+    batches = TrainBatches(IMAGES, settings.batch_size, settings.seed, "cpu")
     optimizer = make_optimizer(model, settings, settings.epochs * len(batches))
     keep_dead = keep_dead_slices(model) if settings.keep_dead else None
     step = TrainingStep(model, optimizer, coupled_group_lasso(model), settings.precision, keep_dead)
@@ -47,7 +42,7 @@ def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
         settings,
         step,
         batches,
-        TestBatches(images_of(), "cpu"),
+        TestBatches(IMAGES, "cpu"),
         evaluator,
         rate_schedule=cosine_anneal(0),
         sparsity_schedule=linear_warmup(settings.sparsity_delay, settings.sparsity_ramp),

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from planted import (
     PLANTED,
     SMALL,
+    GivenBits,
     convolutions,
+    dense_network,
     planted_deaths,
     plumbing,
     random_network,
     run,
     snapshot,
-    with_norms,
 )
-from torch import Tensor, nn
+from torch import nn
 
 import resnet
 from metrics import (
@@ -48,29 +49,6 @@ DENSE = STEM + 16 * INSIDE + 2 * ENTRY + CLASSIFIER
 assert DENSE == 40_551_040
 
 
-class GivenBits(nn.Module):
-    """A quantizer that leaves the weights as they are."""
-
-    def __init__(self, bits: int = 4) -> None:
-        super().__init__()
-        self.bits = bits
-
-    def forward(self, w: Tensor) -> Tensor:
-        return w
-
-    def get_bitwidth(self) -> Tensor:
-        return torch.tensor([float(self.bits)])
-
-    def get_learned_bitwidth(self) -> Tensor:
-        return torch.tensor([self.bits + 0.25])
-
-
-def dense_network() -> ResNet:
-    """ResNet-20 with nothing dead; every batch norm adds 0.5, so what dies leaves a constant."""
-    torch.manual_seed(0)
-    return with_norms(resnet20(), bias=0.5)
-
-
 def saved(model: nn.Module) -> int:
     count = count_network(model)
     return count.total("dense_macs") - count.total("structured_macs")
@@ -95,19 +73,20 @@ def test_resnet20_costs_what_it_costs_by_hand_layer_for_layer():
     assert count.total("weights") == 269_722 - 10 - 2 * (16 + 6 * (16 + 32 + 64))  # less biases, batch norms
 
 
-@pytest.mark.parametrize("layer", range(20))
-def test_a_dense_layer_without_a_quantizer_counts_32_bits_by_every_account(layer):
+def test_a_dense_layer_without_a_quantizer_counts_32_bits_by_every_account():
     torch.manual_seed(0)  # one draw in some millions is exactly zero
-    row = count_network(resnet20()).layers[layer]
-    assert (row.bits, row.learned_bits, row.quantized) == (32, 32.0, False)
-    assert row.structured_macs == row.unstructured_macs == row.dense_macs
-    assert row.structured_bops == row.unstructured_bops == row.dense_bops == row.dense_macs * 1024
-    assert (row.zero_weights, row.zero_filters) == (0, 0)
-    assert row.states == (ChannelState.ALIVE,) * row.filters
+    for row in count_network(resnet20()).layers:
+        assert (row.bits, row.learned_bits, row.quantized) == (32, 32.0, False), row.name
+        assert row.structured_macs == row.unstructured_macs == row.dense_macs, row.name
+        assert row.structured_bops == row.unstructured_bops == row.dense_bops == row.dense_macs * 1024
+        assert (row.zero_weights, row.zero_filters) == (0, 0), row.name
+        assert row.states == (ChannelState.ALIVE,) * row.filters, row.name
 
 
-@pytest.mark.parametrize("size", [(3, 32, 32), (3, 48, 48), (3, 40, 24), (3, 33, 17)])
-@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+@pytest.mark.parametrize(
+    ("depth", "size"),
+    [(20, (3, 33, 17)), (32, (3, 48, 48)), (44, (3, 40, 24)), (56, (3, 32, 32)), (110, SMALL)],
+)
 def test_torchs_own_counter_agrees_on_every_dense_network(depth, size):
     model = getattr(resnet, f"resnet{depth}")().eval()
     count, by_module = count_network(model, size), count_by_torch(model, size)

@@ -33,7 +33,7 @@ from utils_quantization import (
 
 SETTINGS = {"preset": "debug", "epochs": 20, "exclude_layers": ["^conv1$", "linear"], "limit_train": None}
 quick = settings(max_examples=60, deadline=None, derandomize=True)
-fuzz = settings(max_examples=150, deadline=None, derandomize=True)
+fuzz = settings(max_examples=100, deadline=None, derandomize=True)
 PREFIX = 20  # magic, version and the two lengths, as struct "<8sIII"
 HEADER = PREFIX + 32
 LZMA = [{"id": lzma.FILTER_LZMA2, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
@@ -67,7 +67,7 @@ def same_logits(model: nn.Module, other: nn.Module) -> bool:
 # There and back
 
 
-@quick
+@settings(quick, max_examples=12)
 @given(
     planted_deaths,
     st.lists(st.floats(-3, 3), min_size=1, max_size=6),
@@ -465,7 +465,7 @@ def test_what_is_cut_out_or_put_in_is_always_noticed(begin, end, inserted):
         refusal(content)
 
 
-@fuzz
+@settings(fuzz, max_examples=20)
 @given(st.binary(max_size=200))
 @example(b"")
 def test_any_bytes_are_refused(content):
@@ -622,7 +622,7 @@ def test_a_step_that_overflows_its_codes_is_refused():
     assert refusal(with_body(bytes(body))) == "layer1.0.conv2.weight holds a number that is not finite"
 
 
-@fuzz
+@settings(fuzz, max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(0, len(BODY) - 1), st.integers(0, 255)), min_size=1, max_size=5),
     st.sampled_from(["lzma", "zlib"]),

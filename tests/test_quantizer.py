@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from reference import straight_through
 from torch import Tensor, nn
 
+from experiments.reference import straight_through
 from src.quantizer import DeadZoneLDZCompander, NotFiniteWeightError, range_quantile
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)

@@ -8,11 +8,12 @@ import pytest
 import runs
 import torch
 from own_quantizers import LSQ
+from random_images import random_dataset
 from torch import Tensor
 
 from experiments import rehearsal
 from experiments.checkpoint import save_checkpoint, take_checkpoint
-from experiments.data import Dataset, TestBatches, TrainBatches
+from experiments.data import TestBatches, TrainBatches
 from experiments.debug_run import main, one_epoch
 from experiments.evaluator import Evaluator
 from experiments.files import OutputError
@@ -28,13 +29,6 @@ from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
 
-def dataset() -> Dataset:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(24) % 10
-    return Dataset("noise", "a test", True, images[:16], labels[:16], images[16:], labels[16:])
-
-
 def pipeline_of(folder, quantizer=DeadZoneLDZCompander) -> Pipeline:
     """A network of 8 layers that takes two steps an epoch, the penalty acting from the second epoch on."""
     settings = Settings(epochs=4, batch_size=8, output_dir=folder, rehearse=True, batch_norm_batches=1)
@@ -42,7 +36,7 @@ def pipeline_of(folder, quantizer=DeadZoneLDZCompander) -> Pipeline:
     model = ResNet(1)
     evaluator = Evaluator(model)
     attach_weight_quantizers(model, ["^conv1$", "linear"], quantizer, {})
-    images = dataset()
+    images = random_dataset(16)
     optimizer = make_optimizer(model, settings, 8)
     step = TrainingStep(model, optimizer, coupled_group_lasso(model), keep_dead=keep_dead_slices(model))
     return Pipeline(
@@ -135,11 +129,11 @@ def test_the_packed_files_check_compares_what_its_receiver_finds(tmp_path, monke
     history = runs.good_run()
     history.compressed = made
     history.retest = runs.retest()
-    assert rehearse_verifying(history, dataset(), tmp_path, print).status == status
+    assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == status
 
 
 def test_without_a_packed_file_there_is_nothing_to_verify(tmp_path):
-    assert rehearse_verifying(runs.good_run(), dataset(), tmp_path, print).status == "SKIP"
+    assert rehearse_verifying(runs.good_run(), random_dataset(16), tmp_path, print).status == "SKIP"
 
 
 # The preset.
@@ -172,7 +166,7 @@ def test_one_epoch_has_no_middle(capsys):
     assert "--rehearse is given, and --epochs is 1; expected 2 or more" in capsys.readouterr().err
 
 
-def test_a_smoke_run_cut_to_four_steps_has_both_lines_and_no_failure(tmp_path, capsys):
+def test_a_smoke_run_cut_to_four_steps_has_both_lines_and_no_failure(small_stand_in, tmp_path, capsys):
     short = ["--preset", "smoke", "--epochs", "2", "--limit-train", "128", "--limit-test", "64"]
     main([*short, "--device", "cpu", "--threads", "1", "--preflight", "off", "--output-dir", str(tmp_path)])
     history = History.from_json(json.loads((tmp_path / "history.json").read_text()))

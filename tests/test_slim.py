@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import onnxruntime
 import pytest
@@ -91,8 +92,8 @@ def test_the_logits_are_the_same_and_torch_counts_what_the_metrics_count(deaths,
     assert difference(model, slim(model), x.float()) <= FLOAT32
 
 
-@pytest.mark.parametrize("blocks", [3, 5, 9], ids=["resnet20", "resnet32", "resnet56"])
-@settings(PLANTED, max_examples=20)
+@pytest.mark.parametrize("blocks", [3, 9], ids=["resnet20", "resnet56"])
+@settings(PLANTED, max_examples=6)
 @given(deaths=planted_deaths)
 def test_it_holds_for_real_depths_quantized_on_real_image_sizes(blocks, deaths):
     model = quantized_at_random(random_network(deaths, blocks).float(), deaths.seed)
@@ -401,9 +402,8 @@ def test_it_can_be_trained_on(small):
 
 
 NETWORKS = {
-    "some deaths": DEATHS,
+    "some deaths and a dead branch": replace(DEATHS, whole=("layer2.0.conv1",)),
     "a dead stem": Deaths(1, whole=("conv1",)),
-    "a dead branch": Deaths(2, whole=("layer2.0.conv1",), filters=0.3, silent=0.5),
 }
 
 
