@@ -148,7 +148,9 @@ class TrainingStep:
         with parametrize.cached():  # so that each quantizer runs once, for the forward pass and the penalty
             with autocast(self.device, self.precision):
                 logits = self.model(images)
-            cross_entropy = self._cross_entropy(logits.float(), labels, batch_size)
+            # At least float32; in a network of float64 nothing is rounded to less.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            cross_entropy = self._cross_entropy(logits, labels, batch_size)
             penalty = self.penalty(self.model) if penalised else torch.zeros_like(cross_entropy)
             loss = (
                 cross_entropy + self.coefficient * penalty / self.processes.count

@@ -40,18 +40,7 @@ SETTINGS = shlex.split(
     "--weights-decay 1e-3"
 )
 # A short run to the end, for what the preflight does not see: it stops and resumes, packs and verifies.
-SHORT_RUN = [
-    "--preset",
-    "smoke",
-    "--preflight",
-    "off",
-    "--limit-train",
-    "500",
-    "--limit-test",
-    "300",
-    "--threads",
-    "1",
-]
+SHORT_RUN = shlex.split("--preset smoke --preflight off --limit-train 500 --limit-test 300 --threads 1")
 STAND_IN_SIZES = {"SYNTHETIC_TRAIN": 3000, "SYNTHETIC_TEST": 1000}  # a whole stand-in takes seconds to make
 
 DATA, CIFAR = "experiments/data.py", "experiments/cifar10.py"
@@ -905,14 +894,17 @@ def row(result: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """How many were caught, when, and with the right cause; an area a line where one was missed."""
-    when, right = Counter(r.when for r in results), Counter(r.right for r in results)
-    caught = len(results) - when[MISSED]
-    lines = [
-        f"{caught} of {len(results)} faults caught: {when[PREFLIGHT]} by the preflight, "
-        f"{when[EPOCH]} in an epoch, {when[END]} at the end",
-        f"right cause: {right['yes']} by the first line, {right['later']} by a later one, {right['no']} not",
-    ]
+    """How many were caught, when, and with the right cause, an area a line; and what was missed."""
+    head = f"{'':<10}| faults | preflight | epoch | end | missed | right cause first | in a later line"
+    lines = [head]
+    areas = [area for area in FAULTS_BY_AREA if any(r.fault and r.fault.area == area for r in results)]
+    for area in (*areas, "all"):
+        of_area = [r for r in results if r.fault and area in (r.fault.area, "all")]
+        when, right = Counter(r.when for r in of_area), Counter(r.right for r in of_area)
+        lines.append(
+            f"{area:<10}| {len(of_area):6} | {when[PREFLIGHT]:9} | {when[EPOCH]:5} | {when[END]:3} | "
+            f"{when[MISSED]:6} | {right['yes']:17} | {right['later']:15}"
+        )
     missed = [f"missed: {r.fault.name}" for r in results if r.fault and r.when == MISSED]
     return "\n".join([*lines, *missed])
 

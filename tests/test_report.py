@@ -66,7 +66,8 @@ def test_the_first_lines_say_what_runs_on_what_with_which_data():
 )
 def test_a_preset_that_flags_override_is_said_with_them_in_lines_and_titles(chosen, described):
     assert by_label(first_lines(good_run(), chosen))["Preset"] == described
-    assert picture_title(good_run(7), chosen) == f"ResNet-20 on CIFAR-10, preset {described}, epoch 7"
+    # The network of `good_run` has six layers.
+    assert picture_title(good_run(7), chosen) == f"ResNet-6 on CIFAR-10, preset {described}, epoch 7"
 
 
 @pytest.mark.parametrize(

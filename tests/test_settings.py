@@ -41,6 +41,7 @@ DEBUG = {
     "--max-bits": None,
     "--fixed-bits": None,
     "--sparsity-weight": 4e-3,
+    "--penalty-on": "quantized",
     "--sparsity-delay": 5.0,
     "--sparsity-ramp": 5.0,
     "--keep-dead": True,
@@ -97,6 +98,7 @@ WORDS = {
     "--precision": ["float32", "tf32", "bf16"],
     "--data": ["auto", "cifar10", "synthetic"],
     "--preflight": ["stop", "warn", "off", "only"],
+    "--penalty-on": ["stored", "quantized"],
 }
 
 
