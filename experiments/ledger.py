@@ -75,6 +75,7 @@ class Ledger:
 
     def checks(self) -> list[Check]:
         found = [
+            self.check_start(),
             self.check_rates(),
             self.check_coefficient(),
             self.check_step_counts(),
@@ -91,9 +92,23 @@ class Ledger:
             self.check_counts(),
             self.check_ranks(),
         ]
+        self.watch.leave()
         return self._with_other_ranks(found)
 
     # Rates and the optimizer.
+
+    def check_start(self) -> Check:
+        """The epoch begins with what the last one left."""
+        name, wrong = "begins where the last epoch ended", Wrong()
+        if not self.watch.left:
+            return Check(PASS, name, "the first epoch of this process")
+        for part, now in self.watch.begun().items():
+            then = self.watch.left[part]
+            if not torch.equal(then, now):
+                differ = int((then != now).sum()) if then.shape == now.shape else len(now)
+                wrong.append(f"{differ:,} of {len(now):,} numbers of {part} are others than those left")
+        cause = "something between two epochs writes into the network or the optimizer, or replaces them"
+        return _judge(wrong, name, "to the bit", cause)
 
     def check_rates(self) -> Check:
         """Learning rate at every step, weight decay, betas of every parameter against the settings."""

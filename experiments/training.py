@@ -117,6 +117,7 @@ class TrainingStep:
         self.coefficient = torch.zeros((), device=self.device)  # of the penalty
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
+        self.left: dict[str, Tensor] = {}  # what the last epoch left, for the ledger to compare
 
     def __call__(
         self, images: Tensor, labels: Tensor, coefficient: float, batch_size: int | None = None

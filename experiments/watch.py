@@ -101,7 +101,8 @@ class EpochWatch:
         self.quantizations = [m for m in self.model.modules() if isinstance(m, WeightQuantization)]
         self.batches: Any = WatchedBatches(self)
         self.before, self.weights_before = self.state(), self.weights()
-        self.moments = self._moment("exp_avg"), self._moment("exp_avg_sq")  # (P,) each, before the epoch
+        self.moments = self._moments()
+        self.left = self.step.left
         self.passes: dict[str, list[Pass]] = {"training": [], "renewal": [], "test": []}
         self.phase = "training"
         self.tested: list[Tensor] = []  # the first images of the test pass
@@ -163,10 +164,22 @@ class EpochWatch:
         layers: Any = {name: self.model.get_submodule(name) for name in quantizers(self.model)}
         return {name: layer.parametrizations.weight().detach() for name, layer in layers.items()}
 
-    def _moment(self, name: str) -> Tensor:
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """AdamW's first and second moments of all trained parameters, (P,) each."""
         states = {p: self.step.optimizer.state.get(p, {}) for p in self.parameters.values()}
-        moments = [state[name] if name in state else torch.zeros_like(p) for p, state in states.items()]
-        return flat(moments, self.step.device)
+        first, second = (
+            [state[name] if name in state else torch.zeros_like(p) for p, state in states.items()]
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        return flat(first, self.step.device), flat(second, self.step.device)
+
+    def leave(self) -> None:
+        """Note the state for the next epoch to begin with."""
+        self.step.left = _carried(self.state(), self._moments())
+
+    def begun(self) -> dict[str, Tensor]:
+        """The state that this epoch began with."""
+        return _carried(self.before, self.moments)
 
     def _note(self, model: nn.Module, inputs: tuple[Any, ...], logits: Any) -> None:
         images = inputs[0]
@@ -186,6 +199,15 @@ class EpochWatch:
         if self.phase == "renewal":
             var, mean = torch.var_mean(inputs[0].float(), (0, 2, 3))
             self.last_norm.append((mean, var))
+
+
+def _carried(state: State, moments: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What one epoch hands to the next, by a word for each part."""
+    return {
+        "parameters": state.values,
+        "batch norm statistics": state.statistics,
+        "the optimizer's moments": torch.cat(moments),
+    }
 
 
 def _copied(rate: Any) -> Any:

@@ -361,12 +361,29 @@ def test_an_accuracy_over_a_part_of_the_test_set_is_named(monkeypatch):
 # What the epoch left.
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["parameters", "batch norm statistics", "the optimizer's moments"])
+def test_what_writes_into_the_run_between_two_epochs_is_named(part):
+    whole = pipeline()
+    with torch.enable_grad():
+        one_epoch(whole, 0)
+    norm = whole.model.bn1
+    first_moment = whole.step.optimizer.state[norm.weight]["exp_avg"]
+    written = {"parameters": norm.bias, "batch norm statistics": norm.running_var}.get(part, first_moment)
+    written[0] += 1e-3
+    with torch.enable_grad():
+        record, _ = one_epoch(whole, 1)
+    checks = {check.name: check for check in record.ledger}
+    assert_only(checks, "begins where the last epoch ended", part, "1 of ")
+
+
 def after_deaths(whole: Pipeline) -> dict[str, Check]:
     """What the ledger says of an epoch with a penalty, before which a filter and an input slice had died."""
     one_epoch(whole, 0)
     with torch.no_grad():
         whole.model.layer1[0].conv1.parametrizations.weight.original[3] = 0
         whole.model.layer2[0].conv2.parametrizations.weight.original[:, 5] = 0
+    whole.step.left.clear()  # as in a run that was resumed here
     record, _ = one_epoch(whole, PENALISED)
     return {check.name: check for check in record.ledger}
 
