@@ -98,17 +98,16 @@ class Ledger:
     # Rates and the optimizer.
 
     def check_start(self) -> Check:
-        """The epoch begins with what the last one left."""
-        name, wrong = "begins where the last epoch ended", Wrong()
-        if not self.watch.left:
-            return Check(PASS, name, "the first epoch of this process")
-        for part, now in self.watch.begun().items():
-            then = self.watch.left[part]
+        """The epoch begins with what the last one left; nothing is known of it in a process's first epoch."""
+        name, wrong, begun = "begins where the last epoch ended", Wrong(), self.watch.begun()
+        for part, then in self.watch.left.items():
+            now = begun[part]
             if not torch.equal(then, now):
                 differ = int((then != now).sum()) if then.shape == now.shape else len(now)
                 wrong.append(f"{differ:,} of {len(now):,} numbers of {part} are others than those left")
         cause = "something between two epochs writes into the network or the optimizer, or replaces them"
-        return _judge(wrong, name, "to the bit", cause)
+        # A resumed run says the same as one that was not stopped.
+        return _judge(wrong, name, "what this process has seen of both is equal to the bit", cause)
 
     def check_rates(self) -> Check:
         """Learning rate at every step, weight decay, betas of every parameter against the settings."""
