@@ -41,7 +41,7 @@ RESULTS = sorted([*PICTURES, "checkpoint_0002.pt", "checkpoint_0003.pt", "compre
 # make no more of the stand-in than they use, and time the networks once: neither is what is tested here.
 FORK_SERVER = """
 import json, os, signal, sys, traceback
-import experiments.debug_run, experiments.plots, torch.export
+import experiments.debug_run, experiments.plots, torch._dynamo, torch.export
 from experiments import compressed, data
 from pathlib import Path
 data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST, compressed.LATENCY_RUNS = 256, 128, 1
