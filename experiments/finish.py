@@ -1,22 +1,25 @@
 """The end of a run: final metrics, pictures, the compressed network, the verdict, and the files of it all."""
 
 import os
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from experiments import report
+from experiments.checkpoint import checkpoint_path, load_checkpoint
 from experiments.compressed import PACKED, SLIM, make_compressed
 from experiments.data import Dataset, TestBatches
 from experiments.distributed import use_local_batch_norms
 from experiments.evaluator import Compression
 from experiments.exit_status import EXIT_FAILED
 from experiments.files import write_json
-from experiments.history import CompressedRecord, History, final_counts
+from experiments.history import Check, CompressedRecord, History, final_counts
 from experiments.live import LiveLine
 from experiments.rehearsal import rehearse_verifying
 from experiments.retest import retest
 from experiments.settings import Settings
-from experiments.verdict import FAIL, verdict
+from experiments.verdict import FAIL, judge, verdict
 from src.encoding import PackingError
 
 
@@ -52,6 +55,7 @@ def write_report(
         history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))
     history.verdict = [
         *verdict(history, compression.count, model, pictures, compressed),
+        *([] if history.stopped else [checkpoint_is_the_runs(settings.output_dir, history, model)]),
         *history.rehearsal,
     ]
     live.say(report.verdict_lines(history.verdict, colour=live.on_terminal and "NO_COLOR" not in os.environ))
@@ -59,6 +63,21 @@ def write_report(
     made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
     live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
     return EXIT_FAILED if any(check.status == FAIL for check in history.verdict) else 0
+
+
+def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> Check:
+    """Whether the last checkpoint holds the records of all epochs and the weights of the last."""
+    name, path = "last checkpoint is of the last epoch", checkpoint_path(folder, len(history.epochs))
+    cause = "it could not be written, is written before the epoch is over, or holds another network"
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as error:
+        return judge(False, name, f"{path.name} {error}", cause)
+    state = model.state_dict()
+    wrong = [n for n, t in checkpoint.model.items() if n not in state or not torch.equal(t, state[n].cpu())]
+    wrong += ["records"] if checkpoint.history.epochs != history.epochs else []
+    measured = f"{len(state)} tensors" if not wrong else f"{len(wrong)} parts differ, {wrong[0]} first"
+    return judge(not wrong and len(checkpoint.model) == len(state), name, measured, cause)
 
 
 def compress(

@@ -18,12 +18,14 @@ LOOKED_AT = 192  # images that are compared with all their possible crops
 OFFSETS = 2 * PADDING + 1  # of a crop along each axis; 192 images miss one of them once in 10^8 runs
 WALKED = 2048  # images of the second epoch that are looked at; the first is walked wholly
 MIN_PROBED = 1000  # training images below which the linear probe tells nothing
+CIFAR10_IMAGES = (50_000, 10_000)  # for training and for the test
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 
 
 def files_are_read_right(subject: Subject) -> str:
     """Images and labels against the files themselves, read by a second piece of code."""
     dataset = subject.dataset
+    _sizes_are_the_settings(subject)
     if dataset.synthetic:
         expected = torch.arange(len(dataset.train_labels)) % CLASSES
         wrong = int((dataset.train_labels != expected).sum())
@@ -66,6 +68,22 @@ def files_are_read_right(subject: Subject) -> str:
     return (
         f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images as in {folder}"
     )
+
+
+def _sizes_are_the_settings(subject: Subject) -> None:
+    """As many images as the data set has, or as the limits leave of it."""
+    dataset, settings = subject.dataset, subject.pipeline.settings
+    whole = (data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST) if dataset.synthetic else CIFAR10_IMAGES
+    for what, labels, limit, count in (
+        ("train", dataset.train_labels, settings.limit_train, whole[0]),
+        ("test", dataset.test_labels, settings.limit_test, whole[1]),
+    ):
+        due = min(limit or count, count)
+        expect(
+            len(labels) == due,
+            f"{len(labels):,} {what} images, expected {due:,} of {count:,} (--limit-{what} is {limit})",
+            f"images are left out in the reading, or --limit-{what} does not reach it",
+        )
 
 
 def _read_raw(folder: Path, names: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ from experiments.settings import STORED
 from src.quantizer import MIN_BITS
 from utils_quantization import quantized_layers, weight_quantization
 
+MAX_BITS_BY_DEFAULT, START_LOGIT = 8, 3.0  # of src/quantizer.py
 DEPTHS = (20, 32, 44, 56, 110)  # of resnet.py's networks: layers with weights, shortcuts have none
 
 # The model as the run built it.
@@ -67,6 +68,15 @@ def layers_are_quantized(subject: Subject) -> str:
         "modules occur twice in the network",
         "layers share their weights",
     )
+    for name, quantizer in quantizers.items() if subject.own_quantizers else ():
+        settings = subject.pipeline.settings
+        made = (quantizer.max_bits, None if quantizer.learnable_bit else quantizer.fixed_bit_val)
+        due = (settings.max_bits or MAX_BITS_BY_DEFAULT, settings.fixed_bits)
+        expect(
+            made == due,
+            f"{name} has at most {made[0]} bits (fixed: {made[1]}), the settings say {due[0]} ({due[1]})",
+            "--max-bits or --fixed-bits does not reach the quantizers",
+        )
     return f"{len(found)} of {len(layers)} layers, each with its own"
 
 
@@ -94,8 +104,7 @@ def start_is_fresh(subject: Subject) -> str:
     )
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            quantized = parametrize.is_parametrized(layer, "weight")
-            w: Any = layer.parametrizations.weight.original if quantized else layer.weight  # type: ignore[union-attr]
+            w = _trained_weight(layer)
             expected = math.sqrt(2 / w[0].numel())
             off = abs(w.double().std().item() / expected - 1)
             expect(
@@ -111,6 +120,28 @@ def start_is_fresh(subject: Subject) -> str:
                 f"{name} is not neutral (scale 1, shift 0, mean 0, variance 1)",
                 "batch norms were trained, loaded or fed before the first step",
             )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(subject.pipeline.settings.seed)
+        drawn = getattr(resnet, f"resnet{6 * subject.blocks + 2}")()
+    layers = {n: m for n, m in drawn.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    other = [
+        n
+        for n, layer in layers.items()
+        if not torch.equal(_trained_weight(model.get_submodule(n)).cpu(), layer.weight.detach())
+    ]
+    expect(
+        not other,
+        f"the weights of {some(other)} are not those that seed {subject.pipeline.settings.seed} gives",
+        "--seed does not reach the initialization, other numbers are drawn before it, or weights are "
+        "changed after it",
+    )
+    for name, quantizer in subject.quantizers(model).items() if subject.own_quantizers else ():
+        logits = quantizer.logit_bit.item(), quantizer.logit_dz.item()
+        expect(
+            logits == (START_LOGIT, START_LOGIT),
+            f"the bit and dead-zone logits of {name} start at {logits}, expected {START_LOGIT} for both",
+            "other start values than the quantizer's own, or logits that were trained or loaded",
+        )
     counts = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[union-attr]
     expect(
         not any(counts),
@@ -118,6 +149,13 @@ def start_is_fresh(subject: Subject) -> str:
         "something ran through the network in training mode before the first step",
     )
     return f"{sum(p.numel() for p in model.parameters()):,} parameters as resnet.py makes them"
+
+
+def _trained_weight(layer: Any) -> Tensor:
+    """The weight that a layer stores, quantized or not."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return stored_weight(layer)
+    return layer.weight.detach()
 
 
 def optimizer_has_every_parameter(subject: Subject) -> str:

@@ -52,6 +52,7 @@ def verdict(
     PackingError if the network could not be packed.
     """
     return [
+        every_epoch_ran(history),
         loss_is_finite(history),
         *ledger_holds(history.epochs),
         accuracy_climbs(history),
@@ -69,6 +70,18 @@ def verdict(
         *compressed_agrees(compressed),
         pictures_exist(pictures),
     ]
+
+
+def every_epoch_ran(history: History) -> Check:
+    """Whether there is a record of each epoch that the settings ask for, in their order."""
+    name, found, due = "every epoch ran", [r.epoch for r in history.epochs], history.settings["epochs"]
+    if history.stopped:
+        return Check(SKIP, name, f"{len(found)} of {due}: {history.stopped}")
+    measured = f"{len(found)} of {due}"
+    if found != list(range(1, len(found) + 1)):
+        measured += f", numbered {_some([str(number) for number in found])}"
+    cause = "the loop over the epochs ends too soon, goes on too long, or does one twice"
+    return judge(found == list(range(1, due + 1)), name, measured, cause)
 
 
 def loss_is_finite(history: History) -> Check:

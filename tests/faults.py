@@ -917,7 +917,12 @@ def examine_all(
     sources: Path = ROOT,
 ) -> Iterator[Result]:
     """The result of each, in order, so many at a time, all on one snapshot of the sources."""
-    for module in ("numpy", "torch._dynamo", "torch.export", "matplotlib.pyplot"):  # once here, not again in every run
+    for module in (
+        "numpy",
+        "torch._dynamo",
+        "torch.export",
+        "matplotlib.pyplot",
+    ):  # once here, not again in every run
         importlib.import_module(module)
 
     with tempfile.TemporaryDirectory() as folder:

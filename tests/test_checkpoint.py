@@ -28,6 +28,7 @@ from experiments.checkpoint import (
     save_checkpoint,
 )
 from experiments.files import OutputError
+from experiments.finish import checkpoint_is_the_runs
 from experiments.history import Resumption
 from experiments.settings import Settings, flag
 
@@ -361,3 +362,24 @@ def test_more_epochs_are_said_with_the_rates_that_follow():
     assert "the logits' peak being 0.5000 of what it was" in sentence
     (sentence,) = differences(10, Settings(epochs=40, logit_steps=0))
     assert "logits" not in sentence
+
+
+# What a run says of its last one
+
+
+def test_the_last_checkpoint_of_a_run_is_held_against_its_records_and_its_network(tmp_path):
+    saved, (model, _) = made(2), small_model()
+    save_checkpoint(tmp_path, saved)
+    assert checkpoint_is_the_runs(tmp_path, saved.history, model).status == "PASS"
+
+    another, _ = small_model(seed=1)
+    assert "0.weight" in checkpoint_is_the_runs(tmp_path, saved.history, another).message
+    later = replace(
+        saved.history, epochs=[*saved.history.epochs[:-1], replace(saved.history.epochs[-1], loss=9.0)]
+    )
+    assert "records" in checkpoint_is_the_runs(tmp_path, later, model).message
+    checkpoint_path(tmp_path, 2).write_bytes(b"")
+    assert "truncated" in checkpoint_is_the_runs(tmp_path, saved.history, model).message
+    checkpoint_path(tmp_path, 2).unlink()
+    missing = checkpoint_is_the_runs(tmp_path, saved.history, model)
+    assert missing.status == "FAIL" and "checkpoint_0002.pt cannot be read" in missing.message

@@ -110,6 +110,16 @@ def test_the_lines_come_in_the_order_of_the_report(model, count, pictures):
     assert [name for name in names if name in expected] == expected
 
 
+def test_an_epoch_that_is_missing_is_named_by_the_numbers():
+    check(verdict.every_epoch_ran(good_run()), PASS, "20 of 20")
+    short = replace(good_run(), epochs=good_run().epochs[:-1])
+    check(verdict.every_epoch_ran(short), FAIL, "19 of 20", cause="loop over the epochs")
+    twice = changed(good_run(), {20: {"epoch": 19}})
+    check(verdict.every_epoch_ran(twice), FAIL, "20 of 20", "19", cause="loop over the epochs")
+    stopped = replace(short, stopped="stopped by Ctrl-C in epoch 20")
+    check(verdict.every_epoch_ran(stopped), SKIP, "19 of 20", "Ctrl-C")
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_short_run_fails_no_line_for_its_shortness(epochs, model, count, pictures):
     flat = in_every_epoch(good_run(epochs), accuracy=0.1, unstructured_sparsity=0.03, learned_bits=8.0)
