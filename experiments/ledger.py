@@ -29,8 +29,7 @@ from utils_quantization import quantizers
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 BETA1 = 0.9
 BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-PADDED, SIDE = 40, 32  # pixels
+PADDED = reference.SIDE + 2 * reference.PADDING  # pixels
 EXACT = 1e-6  # relative; what float32 keeps of a rate
 ROUNDED = 1e-4  # relative; float32 sums in another order stay far within
 
@@ -585,13 +584,7 @@ class Ledger:
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Order of the images, (N,), offsets of their crops, (2, N), and flips, (N,), of an epoch."""
-        text = f"seed {self.settings.seed}, epoch {epoch}"
-        number = int(hashlib.sha256(text.encode("ascii")).hexdigest()[:16], 16)
-        generator = torch.Generator().manual_seed(number)
-        images = len(self.pipeline.train_batches.labels)
-        order = torch.randperm(images, generator=generator)
-        offsets = torch.randint(0, 9, (2, images), generator=generator)
-        return order, offsets, torch.randint(0, 2, (images,), generator=generator)
+        return reference.draws(len(self.pipeline.train_batches.labels), self.settings.seed, epoch)
 
     def _expected_labels(self, epoch: int) -> tuple[Tensor, list[int]]:
         """The labels due on this rank, and the places in the order of each batch's first and last image."""
@@ -614,9 +607,11 @@ class Ledger:
         made = []
         for place in places:
             top, left = int(down[place]), int(right[place])
-            image = pixels[order[place], top : top + SIDE, left : left + SIDE].cpu().float()
+            image = (
+                pixels[order[place], top : top + reference.SIDE, left : left + reference.SIDE].cpu().float()
+            )
             made.append(image.flip(1) if flips[place] else image)
-        images = (torch.stack(made) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+        images = (torch.stack(made) / 255 - torch.tensor(reference.MEAN)) / torch.tensor(reference.STD)
         return images.permute(0, 3, 1, 2)
 
     def _other_order(self, labels: Tensor, expected: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments import data
-from experiments.data import CLASSES, MEAN, PADDING, SIDE, STD
+from experiments import data, reference
+from experiments.data import CLASSES, TrainBatches
 from experiments.expect import BrokenError, NotApplicableError, Subject, expect, some
 
-LOOKED_AT = 192  # images that are compared with all their possible crops
-OFFSETS = 2 * PADDING + 1  # of a crop along each axis; 192 images miss one of them once in 10^8 runs
+LOOKED_AT = 192  # images that are compared with all their crops: they miss an offset once in 10^8 runs
+GREY = 2e-3  # of 255 grey levels: float32 stays a hundred times closer, half precision does not
 WALKED = 2048  # images of the second epoch that are looked at; the first is walked wholly
+FEW = 16  # images that are looked at for the cause
 MIN_PROBED = 1000  # training images below which the linear probe tells nothing
 CIFAR10_IMAGES = (50_000, 10_000)  # for training and for the test
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -93,7 +95,7 @@ def _read_raw(folder: Path, names: list[str], count: int) -> tuple[np.ndarray, n
     for name in names:
         if sum(len(part) for part in labels) < count:
             batch = pickle.loads((folder / name).read_bytes(), encoding="bytes")
-            images.append(batch[b"data"].reshape(-1, 3, SIDE, SIDE))
+            images.append(batch[b"data"].reshape(-1, 3, reference.SIDE, reference.SIDE))
             labels.append(np.array(batch[b"labels"]))
     return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
@@ -164,12 +166,6 @@ def _thumbnails(images: Tensor) -> Tensor:
     return torch.cat([small, torch.ones(len(small), 1)], 1)
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch shows its images, by the formula in `experiments.data.draws`."""
-    mixed = hashlib.sha256(f"seed {seed}, epoch {epoch}".encode()).digest()
-    return torch.randperm(count, generator=torch.Generator().manual_seed(int.from_bytes(mixed[:8])))
-
-
 def order_is_the_seeds(subject: Subject) -> str:
     """The first batches of two epochs: which images they show, by their labels, and how many."""
     dataset, batches = subject.dataset, subject.pipeline.train_batches
@@ -189,7 +185,7 @@ def order_is_the_seeds(subject: Subject) -> str:
         "the batch size is not the setting's",
     )
     for epoch in (0, 1):
-        order = epoch_order(count, subject.pipeline.settings.seed, epoch)
+        order = reference.draws(count, subject.pipeline.settings.seed, epoch)[0]
         seen = 0
         for (images, labels), size in zip(batches.epoch(epoch), batches.sizes, strict=False):
             shard = batches.processes.shard(seen, seen + size)
@@ -239,7 +235,7 @@ class Window:
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
-        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (reference.MEAN, reference.STD))
         self.mean, self.std = mean, std
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -248,9 +244,7 @@ class Window:
 
     def crops(self, index: Tensor) -> Tensor:
         """Every crop of some images: (B,) -> (B, 81, 3, 32, 32)."""
-        padded = F.pad(self.images[index].float(), (PADDING,) * 4)
-        found = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)  # (B, 3, 9, 9, 32, 32)
-        return found.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+        return _crops(self.images[index].float())
 
     def find(self, pixels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """For each image, the number of its crop among 162 (from 81 on mirrored), and the distance to it."""
@@ -266,13 +260,34 @@ class Window:
 
     def holds(self, images: Tensor, index: Tensor) -> bool:
         """Whether most of these normalised images are crops of those at `index`."""
-        return bool((self.find(self.pixels(images), index)[1] < 0.05).float().mean() > 0.5)
+        return bool((self.find(self.pixels(images), index)[1] < GREY).float().mean() > 0.5)
+
+    def changed_part(self, pixels: Tensor, index: Tensor) -> str:
+        """What is changed where most of an image is as in one of its crops; "" where no crop is near."""
+        inside = _crops(torch.ones(1, 1, reference.SIDE, reference.SIDE))[0].bool()  # (81, 1, 32, 32)
+        inside = torch.cat([inside, inside])
+        found: Counter[str] = Counter()
+        for image, number in zip(pixels[:FEW], index[:FEW], strict=True):
+            crops = self.crops(number[None])[0]
+            same = torch.cat([(crops - image).abs() < GREY, (crops - image.flip(-1)).abs() < GREY])
+            share = (same & inside).flatten(1).sum(1) / (3 * inside.flatten(1).sum(1))
+            nearest = share.max().item()
+            padded = nearest == 1 and not same[share.argmax()].all()
+            found["padding" if padded else "part" if nearest > 0.4 else ""] += 1
+        return found.most_common(1)[0][0]
+
+
+def _crops(images: Tensor) -> Tensor:
+    """Every crop of zero-padded images: (B, C, 32, 32) -> (B, 81, C, 32, 32)."""
+    padded = F.pad(images, (reference.PADDING,) * 4)
+    found = padded.unfold(2, reference.SIDE, 1).unfold(3, reference.SIDE, 1)  # (B, C, 9, 9, 32, 32)
+    return found.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
 def _normalised_otherwise(pixels: Tensor) -> bool:
     """Whether these are no whole grey levels from 0 to 255."""
     whole = (pixels - pixels.round()).abs().max().item()
-    return whole > 0.05 or pixels.min().item() < -0.05 or pixels.max().item() > 255.05
+    return whole > GREY or pixels.min().item() < -GREY or pixels.max().item() > 255 + GREY
 
 
 def augmentation_is_crops_and_flips(subject: Subject) -> str:
@@ -281,14 +296,20 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
     window = Window(subject.dataset.train_images)
     pixels = window.pixels(images)
     numbers, distances = window.find(pixels, index)
-    off = distances > 0.05  # of 255 grey levels
+    off = distances > GREY
     if off.any():
         cause = "augmentation does more than crop after zero padding and mirror, or shows other images"
         if _normalised_otherwise(pixels):
             cause = "training images are not normalised as (x / 255 - mean) / std (or padded after that)"
+        changed = window.changed_part(pixels[off], index[off])
+        if changed:
+            cause = {
+                "padding": "images are padded with other than zeros, or after they are normalised",
+                "part": "a part of each image is erased, overlaid or mixed (cutout, mixup)",
+            }[changed]
         for what, undo in UNDONE.items():
             # Of transposed images those that were mirrored before are no crops either.
-            if (window.find(undo(pixels[off]), index[off])[1] < 0.05).float().mean() > 0.3:
+            if (window.find(undo(pixels[off]), index[off])[1] < GREY).float().mean() > 0.3:
                 cause = f"{what} (training images)"
         raise BrokenError(
             f"{int(off.sum())} of {len(off)} training images are no crop of their source image (off by "
@@ -299,8 +320,10 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
     if len(numbers) >= 32:
         cause = "crop or flip is drawn once for the whole batch, or not at all"
         for what, offsets in (("downwards", down), ("to the right", right)):
-            different, due = len(offsets.unique()), OFFSETS if len(numbers) >= LOOKED_AT else 5
-            measured = f"{different} of {OFFSETS} crop offsets {what} occur in {len(numbers)} images"
+            different, due = len(offsets.unique()), reference.OFFSETS if len(numbers) >= LOOKED_AT else 5
+            measured = (
+                f"{different} of {reference.OFFSETS} crop offsets {what} occur in {len(numbers)} images"
+            )
             expect(different >= due, measured, cause if different < 5 else "the range of the crop's offsets")
         share = flips.float().mean().item()
         expect(0.2 < share < 0.8, f"{100 * share:.0f} % of {len(flips)} images are mirrored", cause)
@@ -309,13 +332,39 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
         "the same epoch drawn twice gives other images",
         "augmentation or order depends on more than seed and epoch, so no run can be resumed",
     )
+    if type(subject.pipeline.train_batches) is TrainBatches:
+        _crops_are_the_drawn_ones(subject, window, pixels, index)
     return f"{len(numbers)} images each a crop of its source, {int(flips.sum())} mirrored"
+
+
+def _crops_are_the_drawn_ones(subject: Subject, window: Window, pixels: Tensor, index: Tensor) -> None:
+    """Each image is the very crop, mirrored or not, that seed and epoch draw for its place in the order."""
+    count, seed = len(subject.dataset.train_labels), subject.pipeline.settings.seed
+    order, offsets, flips = reference.draws(count, seed, 0)
+    places = order.argsort()[index]
+    (down, right), flips = offsets[:, places], flips[places]
+    crops, number = window.crops(index), torch.arange(len(index))
+
+    def differ(down: Tensor, right: Tensor, flips: Tensor) -> Tensor:
+        """Which images are another crop than this one, (B,)."""
+        due = crops[number, down * reference.OFFSETS + right]
+        due = torch.where(flips[:, None, None, None] == 1, due.flip(-1), due)
+        return ((pixels - due).abs() > GREY).flatten(1).any(1)
+
+    other = differ(down, right, flips)
+    cause = "the crop's offsets are not those that were drawn for the image"
+    if not (other & differ(down, right, 1 - flips)).any():
+        cause = "an image is mirrored by another draw than its own (of another image, of the crop)"
+    elif not differ(right, down, flips).any():
+        cause = "the crop's two offsets are swapped"
+    measured = f"{int(other.sum())} of {len(index)} images are another crop than their draw gives"
+    expect(not other.any(), measured, cause)
 
 
 def _first_images(subject: Subject) -> tuple[Tensor, Tensor]:
     """The first images of epoch 0 that this rank is given, and the numbers of those that are due."""
     batches = subject.pipeline.train_batches
-    order = epoch_order(len(subject.dataset.train_labels), subject.pipeline.settings.seed, 0)
+    order, _, _ = reference.draws(len(subject.dataset.train_labels), subject.pipeline.settings.seed, 0)
     images: list[Tensor] = []
     index: list[Tensor] = []
     seen = 0
@@ -347,16 +396,16 @@ def test_images_are_untouched(subject: Subject) -> str:
         )
         pixels = window.pixels(images)
         off = (pixels - wanted[seen : seen + len(images)]).abs().amax((1, 2, 3))
-        if (off > 0.05).any():
+        if (off > GREY).any():
             source = wanted[seen : seen + len(images)].float()
             cause = "the test images are augmented, or are not the test set's"
             if _normalised_otherwise(pixels):
                 cause = "test images are not normalised as the training images are"
             for what, undo in UNDONE.items():
-                if (undo(pixels) - source).abs().max() < 0.05:
+                if (undo(pixels) - source).abs().max() < GREY:
                     cause = f"{what} (test images)"
             raise BrokenError(
-                f"{int((off > 0.05).sum())} of {len(off)} test images are not the test set's "
+                f"{int((off > GREY).sum())} of {len(off)} test images are not the test set's "
                 f"(off by {off.max():.1f} of 255 grey levels)",
                 cause,
             )

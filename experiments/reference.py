@@ -8,6 +8,7 @@ Sources: He et al. 2015 (arXiv 1512.03385), section 4.2; CoDeQ (arXiv 2512.12981
 Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2. Weights are (O, I, kh, kw), images (N, 3, 32, 32).
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# CIFAR-10's channel means, and the means of its images' own standard deviations, of pixels in 0 to 1.
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+SIDE, PADDING = 32, 4  # pixels of an image, and of the zeros around it before it is cropped
+OFFSETS = 2 * PADDING + 1  # of a crop along each axis
+
 WIDTHS = (16, 32, 64)  # channels of the three stages
 INSIDE = "parametrizations.weight"  # where torch keeps a parametrized weight
+
+
+def draws(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What an epoch (from 0) draws for `count` images: their order, crops and mirror images.
+
+    Shapes: -> (count,), a permutation; (2, count), each crop's offset from top and left in pixels, 0 to 8, in
+    that order; (count,), 1 where an image is mirrored.
+    """
+    number = int(hashlib.sha256(f"seed {seed}, epoch {epoch}".encode("ascii")).hexdigest()[:16], 16)
+    generator = torch.Generator().manual_seed(number)
+    order = torch.randperm(count, generator=generator)
+    offsets = torch.randint(0, OFFSETS, (2, count), generator=generator)
+    return order, offsets, torch.randint(0, 2, (count,), generator=generator)
 
 
 def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
