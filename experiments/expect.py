@@ -171,9 +171,12 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
             if name.endswith("conv2"):
                 stored[:, 1:3] *= TINY
     if own_quantizers:
+        sign = 1
         for quantizer in Subject.quantizers(model).values():
-            quantizer.logit_bit.copy_(uniform(quantizer.logit_bit, 0.3, 1.2))
-            quantizer.logit_dz.copy_(uniform(quantizer.logit_dz, 0.6, 1.5))
+            # Of both signs: only the magnitude of a logit counts.
+            sign = -sign
+            quantizer.logit_bit.copy_(sign * uniform(quantizer.logit_bit, 0.3, 1.2))
+            quantizer.logit_dz.copy_(-sign * uniform(quantizer.logit_dz, 0.6, 1.5))
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class Ledger:
     def checks(self) -> list[Check]:
         found = [
             self.check_start(),
+            self.check_training_mode(),
             self.check_rates(),
             self.check_coefficient(),
             self.check_step_counts(),
@@ -83,7 +84,6 @@ class Ledger:
             self.check_order(),
             self.check_cross_entropy(),
             self.check_penalty(),
-            self.check_training_mode(),
             self.check_renewal(),
             self.check_test_pass(),
             self.check_accuracy(),
@@ -166,8 +166,8 @@ class Ledger:
             odd = {a for a in self.before.steps if a != due}
             wrong.unless(not odd, f"{_number(*odd)} steps before this epoch, expected {due}")
         cause = (
-            "the optimizer misses parameters, parameters without a gradient, batches that are skipped, "
-            "or an optimizer state that was not restored"
+            "the optimizer misses parameters, parameters that are frozen or get no gradient, batches that "
+            "are skipped, or an optimizer state that was not restored"
         )
         return _judge(
             wrong, "optimizer steps", f"{steps} of each of {len(self.parameters)} parameters", cause
@@ -289,7 +289,8 @@ class Ledger:
         )
         cause = (
             "the loss is not the mean cross-entropy of the network's logits and the images' own labels "
-            "(a second softmax, label smoothing, labels moved against images, a sum in place of a mean)"
+            "(a second softmax, label smoothing, labels moved against images, a sum in place of a mean, "
+            "half precision)"
         )
         return _judge(wrong, name, f"{mean:.4f} from the logits", cause)
 
@@ -363,6 +364,7 @@ class Ledger:
         wrong.unless(bool((self.ready.variances >= 0).all()), "some variances are negative")
         passes = self.passes["renewal"]
         wrong.unless(len(passes) == due, f"{len(passes)} forward passes before the test, expected {due}")
+        wrong.unless(all(p.quantized for p in passes), "they ran with quantizers switched off")
         if due and len(self.watch.last_norm) == due and self.processes.count == 1:
             last = list(self.norms)[-1]
             mean, var = (torch.stack(v).double().mean(0) for v in zip(*self.watch.last_norm, strict=True))
@@ -373,7 +375,7 @@ class Ledger:
             wrong.unless(off <= 1e-2, f"{last} is {off:.3g} (relative) from the mean over these batches")
         cause = (
             "batch norm statistics are not renewed as --batch-norm-batches asks: another number of batches, "
-            "a moving average in place of the mean, a momentum not put back, evaluation mode"
+            "a moving average in place of the mean, a momentum not put back, evaluation mode, no quantization"
         )
         return _judge(wrong, name, f"of {due} batches" if due else "running averages", cause)
 

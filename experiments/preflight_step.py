@@ -30,12 +30,14 @@ class Trace:
     """What one or two training steps did, looked at from outside."""
 
     coefficient: float
+    given: Tensor  # images of the step that is taken now
     before: list[dict[str, Tensor]] = field(default_factory=list)  # the state before each step
     after: list[dict[str, Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor | None]] = field(default_factory=list)  # at the optimizer's step
     wanted: list[dict[str, Tensor | None]] = field(default_factory=list)  # from an autograd of our own
     logits: list[Tensor] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)  # modules in evaluation mode, at each forward pass
+    changed: int = 0  # forward passes on other images than the step was given
     returned: list[Tensor] = field(default_factory=list)
     cross_entropy: list[float] = field(default_factory=list)
     penalty: list[float] = field(default_factory=list)
@@ -52,11 +54,12 @@ def trace_of(subject: Subject, penalised: bool) -> Trace:
 def _trace(subject: Subject, penalised: bool) -> Trace:
     step = subject.float64_step()
     images, labels = subject.probe
-    trace = Trace((subject.pipeline.settings.sparsity_weight or 1e-3) if penalised else 0.0)
+    trace = Trace((subject.pipeline.settings.sparsity_weight or 1e-3) if penalised else 0.0, images)
     _watch(step, trace)
     step.model.train()
     for shift in (0, 1):
         turned = images.roll(shift, 0), labels.roll(shift, 0)
+        trace.given = turned[0].clone()
         trace.before.append(_state(step.model))
         trace.wanted.append(_own_gradients(step, *turned, trace))
         if subject.own_network:
@@ -77,6 +80,7 @@ def _watch(step: TrainingStep, trace: Trace) -> None:
     model = step.model
 
     def forward(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        trace.changed += not torch.equal(inputs[0], trace.given)
         trace.modes += [n or "the network" for n, m in model.named_modules() if not m.training]
 
     def logits(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -118,6 +122,11 @@ def loss_is_what_it_says(subject: Subject) -> str:
             f"in evaluation mode while training: {some(sorted(set(trace.modes)))}",
             "a training step in evaluation mode, or batch norms that are kept in it",
         )
+        expect(
+            not trace.changed,
+            f"{trace.changed} of {len(trace.returned)} steps run on other images than they are given",
+            "images are changed inside the step (mixed, cut out, noise, scaled)",
+        )
         labels = subject.probe[1]
         for i, (returned, penalty) in enumerate(zip(trace.returned, trace.penalty, strict=True)):
             expect(
@@ -128,14 +137,14 @@ def loss_is_what_it_says(subject: Subject) -> str:
             ours = reference.cross_entropy(trace.logits[i], labels.roll(i, 0)).item()
             loss, cross_entropy = (float(x) for x in returned[:2])
             expect(
-                abs(cross_entropy - ours) < 1e-5 * max(1, abs(ours)),
+                abs(cross_entropy - ours) < 1e-7 * max(1, abs(ours)),
                 f"the cross-entropy is said to be {cross_entropy:.6f}, and the logits give {ours:.6f}",
                 "the loss is no plain cross-entropy of the logits (a second softmax, label smoothing, a sum, "
                 "shifted labels)",
             )
             wanted = ours + trace.coefficient * penalty
             expect(
-                abs(loss - wanted) < 1e-5 * max(1, abs(wanted)),
+                abs(loss - wanted) < 1e-7 * max(1, abs(wanted)),
                 f"the loss is {loss:.6f}; cross-entropy {ours:.6f} + {trace.coefficient:g} x penalty "
                 f"{penalty:.4f} = {wanted:.6f}",
                 "the penalty's coefficient is not applied, applied twice, or not reported",
@@ -214,6 +223,12 @@ def optimizer_has_the_settings(subject: Subject) -> str:
     names = {id(p): n for n, p in subject.pipeline.model.named_parameters()}
     for group in optimizer.param_groups:
         kind = group.get("name", "weights")
+        expect(
+            kind in rates,
+            f"the optimizer has a group {kind!r}, and the settings know {', '.join(rates)}",
+            "other groups than the settings': parameters with a rate or decay of their own (such as none "
+            "for batch norms and biases)",
+        )
         rate, decay = rates[kind]
         found = group.get("peak_lr", float(group["lr"]))
         expect(

@@ -11,7 +11,7 @@ Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2. Weights are (O, I, kh,
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -72,14 +72,23 @@ class Network:
     """A ResNet of `blocks` blocks a stage, as its state and the weights that its layers compute with.
 
     `values` are the tensors of the state_dict. In training mode the running statistics in it are updated.
+    `inputs` and `outputs` are what each layer was last given and gave, by its name, in the layers' order.
     """
 
     values: dict[str, Tensor]
     weights: Mapping[str, Tensor]  # by layer name
     blocks: int
     training: bool = True
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def convolve(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        self.inputs[name] = x
+        self.outputs[name] = F.conv2d(x, self.weights[name], stride=stride, padding=1)
+        return self.outputs[name]
 
     def normalise(self, name: str, x: Tensor) -> Tensor:
+        self.inputs[name] = x
         running_mean, running_var = self.values[f"{name}.running_mean"], self.values[f"{name}.running_var"]
         if self.training:
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
@@ -91,24 +100,27 @@ class Network:
         else:
             mean, var = running_mean, running_var
         x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
-        return x * self.values[f"{name}.weight"][:, None, None] + self.values[f"{name}.bias"][:, None, None]
+        scale, shift = (self.values[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))
+        self.outputs[name] = x * scale + shift
+        return self.outputs[name]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Shapes: (N, 3, H, W) -> (N, classes)."""
-        x = F.relu(self.normalise("bn1", F.conv2d(images.contiguous(), self.weights["conv1"], padding=1)))
+        x = F.relu(self.normalise("bn1", self.convolve("conv1", images.contiguous())))
         for stage, width in enumerate(WIDTHS, 1):
             for i in range(self.blocks):
                 block = f"layer{stage}.{i}"
                 stride = 2 if stage > 1 and i == 0 else 1
-                y = F.conv2d(x, self.weights[f"{block}.conv1"], stride=stride, padding=1)
-                y = F.relu(self.normalise(f"{block}.bn1", y))
-                y = self.normalise(f"{block}.bn2", F.conv2d(y, self.weights[f"{block}.conv2"], padding=1))
+                y = F.relu(self.normalise(f"{block}.bn1", self.convolve(f"{block}.conv1", x, stride)))
+                y = self.normalise(f"{block}.bn2", self.convolve(f"{block}.conv2", y))
                 if stride == 2:  # option A
                     x = x[:, :, ::2, ::2]
                     nothing = x.new_zeros(len(x), width // 4, *x.shape[2:])
                     x = torch.cat([nothing, x, nothing], 1)
                 x = F.relu(y + x)
-        return x.mean((2, 3)) @ self.weights["linear"].T + self.values["linear.bias"]
+        self.inputs["linear"] = x.mean((2, 3))
+        self.outputs["linear"] = self.inputs["linear"] @ self.weights["linear"].T + self.values["linear.bias"]
+        return self.outputs["linear"]
 
 
 def parameter_count(blocks: int, classes: int) -> int:
