@@ -161,6 +161,7 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.affine:
             module.weight.copy_(uniform(module.weight, 0.5, 1.5))
+            module.weight[4:5] = 0  # a channel that its batch norm makes constant
             module.bias.copy_(uniform(module.bias, -0.3, 0.3))
             module.running_mean.copy_(uniform(module.running_mean, -0.5, 0.5))
             module.running_var.copy_(uniform(module.running_mean, 0.5, 2.0))  # type: ignore[union-attr]
@@ -170,6 +171,12 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
             stored[1] *= TINY
             if name.endswith("conv2"):
                 stored[:, 1:3] *= TINY
+            if len(stored) > 5:  # a filter that sums to zero and is not zero
+                half = stored[5].numel() // 2
+                row = stored[5].flatten()
+                row[half:] = 0
+                row[half : 2 * half] = -row[:half]
+                stored[5] = row.view_as(stored[5])
     if own_quantizers:
         sign = 1
         for quantizer in Subject.quantizers(model).values():

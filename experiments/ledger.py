@@ -485,6 +485,12 @@ class Ledger:
             recorded = (said.zero_weights, said.weights, said.zero_filters, said.filters)
             wrong.unless(counted == recorded, f"{name}: zeros, weights, zero filters, filters "
                          f"{recorded}, counted anew {counted}")  # fmt: skip
+            for n, p in quantizer.named_parameters():
+                if p.requires_grad and p.numel() == 1:
+                    now = (p.item(), None if p.grad is None else p.grad.item())
+                    then = (said.parameters.get(n), said.gradients.get(n))
+                    figures = f"{name}: {n} and its gradient are recorded as {then}, they are {now}"
+                    wrong.unless(now == then, figures)
             used = _bits(quantizer)
             wrong.unless(
                 abs(said.bits - used) <= 0.501, f"{name}: {said.bits} bits in use, learned {used:.4f}"

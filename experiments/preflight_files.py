@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments import report
 from experiments.checkpoint import checkpoint_path, load_checkpoint, restore, save_checkpoint, take_checkpoint
 from experiments.distributed import ALONE, use_local_batch_norms
+from experiments.evaluator import Compression
 from experiments.expect import NotApplicableError, Subject, expect, expect_close, some, used_weights
-from experiments.history import epoch_record
+from experiments.history import epoch_record, final_counts
 from experiments.training import TrainingStep
-from metrics import NetworkCount, count_by_torch
+from metrics import NetworkCount, count_by_torch, format_ratio
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
 
@@ -80,7 +82,70 @@ def counts_are_the_networks(subject: Subject) -> str:
                 f"the {kind} {unit} ratio is {ratio:.4f}, {dense:,} / {left:,} is {dense / (left or 1):.4f}",
                 "a ratio is not dense over compressed (experiments/evaluator.py)",
             )
+    _compare_shares(count, weights, quantizers)
+    if subject.own_network:
+        _compare_inner_channels(model, count, weights)
+    _compare_metrics_text(compression)
     return _compare_compressed(subject, model, count, masked, images)
+
+
+def _compare_shares(count: NetworkCount, weights: dict[str, Tensor], quantizers: dict[str, Any]) -> None:
+    """The table's two sparsities and its bits, over the quantized layers alone."""
+    if not _convolutions(weights, quantizers):
+        return
+    zeros = sum(int((weights[name] == 0).sum()) for name in quantizers)
+    total = sum(weights[name].numel() for name in quantizers)
+    filters = [x.flatten(1).any(1) for x in _convolutions(weights, quantizers)]
+    dead = sum(int((~alive).sum()) for alive in filters)
+    bits = [float(q.get_bitwidth()) for q in quantizers.values()]
+    for what, said, counted in (
+        ("share of zero weights", count.unstructured_sparsity, zeros / total),
+        ("share of zero filters", count.structured_sparsity, dead / sum(map(len, filters))),
+        ("mean bits in use", count.mean_bits, sum(bits) / len(bits)),
+    ):
+        expect(
+            math.isclose(said, counted, abs_tol=1e-9),
+            f"the {what} is {said:.6f}, the weights give {counted:.6f}",
+            "a share or a mean of metrics.py: what it counts, or over which layers",
+        )
+
+
+def _convolutions(weights: dict[str, Tensor], quantizers: dict[str, Any]) -> list[Tensor]:
+    return [weights[name] for name in quantizers if weights[name].ndim == 4]
+
+
+def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict[str, Tensor]) -> None:
+    """Between a block's convolutions a channel lives where it is made, scaled by other than 0, and read."""
+    for layer in count.layers:
+        if layer.name.endswith(".conv1"):
+            block = layer.name.removesuffix(".conv1")
+            made = weights[layer.name].flatten(1).any(1)
+            scaled = model.get_parameter(f"{block}.bn1.weight") != 0
+            read = weights[f"{block}.conv2"].transpose(0, 1).flatten(1).any(1)
+            alive = int((made & scaled & read).sum())
+            expect(
+                layer.alive_channels == alive,
+                f"{layer.alive_channels} channels of {layer.name} count as alive, {alive} are",
+                "the account of channels (src/channels.py): a dead filter, a batch norm's scale of 0 or a "
+                "channel that nothing reads is overlooked or made up",
+            )
+
+
+def _compare_metrics_text(compression: Compression) -> None:
+    """Each ratio that is printed at the end stands behind its own name."""
+    text = report.metrics_lines(final_counts(compression))
+    for name, ratio in (
+        ("Structured BOPs", compression.structured_bops_ratio),
+        ("Unstructured BOPs", compression.unstructured_bops_ratio),
+        ("Structured MACs", compression.structured_mac_ratio),
+        ("Unstructured MACs", compression.unstructured_mac_ratio),
+    ):
+        (line,) = [line for line in text.splitlines() if line.startswith(name)] or [""]
+        expect(
+            line.split()[-1:] == [format_ratio(ratio)],
+            f"{line!r} is printed where the ratio is {format_ratio(ratio)}",
+            "the final metrics as they are printed (experiments/report.py)",
+        )
 
 
 def _plain_dtype(model: nn.Module) -> bool:

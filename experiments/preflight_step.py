@@ -55,6 +55,9 @@ def _trace(subject: Subject, penalised: bool) -> Trace:
     step = subject.float64_step()
     images, labels = subject.probe
     trace = Trace((subject.pipeline.settings.sparsity_weight or 1e-3) if penalised else 0.0, images)
+    # Steps so long that they throw dead weights out of the dead zone: held at zero, they stay dead.
+    for group in step.optimizer.param_groups:
+        group["lr"] = group["lr"] * longer(subject)
     _watch(step, trace)
     step.model.train()
     for shift in (0, 1):
@@ -69,6 +72,11 @@ def _trace(subject: Subject, penalised: bool) -> Trace:
         trace.returned.append(step(*turned, trace.coefficient, len(labels)).detach().clone())
         trace.after.append(_state(step.model))
     return trace
+
+
+def longer(subject: Subject) -> float:
+    """What the rates of the traced steps are multiplied by."""
+    return 10.0 if subject.pipeline.settings.weights_lr <= 1 else 1.0
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -281,7 +289,7 @@ def updates_are_adamws(subject: Subject) -> str:
     for penalised in (False, True):
         trace = trace_of(subject, penalised)
         for name, kind in of.items():
-            rate, decay = rates[kind]
+            rate, decay = rates[kind][0] * longer(subject), rates[kind][1]
             adamw = reference.AdamW(rate, decay, 0.9, settings.beta2)
             zero = torch.zeros_like(trace.before[0][name])
             first, second = (state[name].get(key, zero).to(zero) for key in ("exp_avg", "exp_avg_sq"))
