@@ -97,7 +97,7 @@ def _compare_shares(count: NetworkCount, weights: dict[str, Tensor], quantizers:
     total = sum(weights[name].numel() for name in quantizers)
     filters = [x.flatten(1).any(1) for x in _convolutions(weights, quantizers)]
     dead = sum(int((~alive).sum()) for alive in filters)
-    bits = [float(q.get_bitwidth()) for q in quantizers.values()]
+    bits = [float(q.get_bitwidth().detach()) for q in quantizers.values()]
     for what, said, counted in (
         ("share of zero weights", count.unstructured_sparsity, zeros / total),
         ("share of zero filters", count.structured_sparsity, dead / sum(map(len, filters))),

@@ -451,6 +451,8 @@ def _compare_network_gradients(model: Any, found: Tensor, wanted: Tensor, leaves
     plain = dict(zip(leaves, theirs, strict=True))
     quantized = quantized_layers(model)
     unquantized = [n for n in leaves if n not in quantized]
+    if not unquantized:
+        return
     stored = [model.get_submodule(n).weight for n in unquantized]
     ours = torch.autograd.grad((found * g).sum(), stored, allow_unused=True)
     cause = "the network's backward pass: something detaches or scales a gradient"
@@ -504,8 +506,10 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
     )
     weights = used_weights(model)
     quantized = {n: weights[n] for n in quantized_layers(model) if weights[n].ndim == 4}
+    if subject.own_network:  # whose first convolution makes channels of no group
+        quantized.pop("conv1", None)
     if not quantized:
-        raise NotApplicableError("no convolution is quantized")
+        raise NotApplicableError("no convolution of a group is quantized")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not value.requires_grad:
         raise BrokenError("no gradient leaves the penalty", "the penalty is detached (no_grad, detach, item)")
