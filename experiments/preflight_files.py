@@ -106,7 +106,8 @@ def _compare_shares(count: NetworkCount, weights: dict[str, Tensor], quantizers:
         expect(
             math.isclose(said, counted, abs_tol=1e-9),
             f"the {what} is {said:.6f}, the weights give {counted:.6f}",
-            "a share or a mean of metrics.py: what it counts, or over which layers",
+            "a share or a mean of metrics.py: what it counts (zero weights, zero filters, bits), or over which "
+            "layers",
         )
 
 
