@@ -68,7 +68,7 @@ def write_report(
 def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> Check:
     """Whether the last checkpoint holds the records of all epochs and the weights of the last."""
     name, path = "last checkpoint is of the last epoch", checkpoint_path(folder, len(history.epochs))
-    cause = "it could not be written, is written before the epoch is over, or holds another network"
+    cause = "it could not be written, is written before the epoch is over, or holds other (older) weights"
     try:
         checkpoint = load_checkpoint(path)
     except ValueError as error:

@@ -169,6 +169,8 @@ class Ledger:
             "the optimizer misses parameters, parameters that are frozen or get no gradient, batches that "
             "are skipped, or an optimizer state that was not restored"
         )
+        if frozen:
+            cause = "parameters are frozen (requires_grad is False) that are to be trained"
         return _judge(
             wrong, "optimizer steps", f"{steps} of each of {len(self.parameters)} parameters", cause
         )

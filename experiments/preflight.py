@@ -127,7 +127,9 @@ def _outcome(name: str, check: Callable[[Subject], str], subject: Subject) -> Ch
         words = " ".join(str(error).split())[:200]
         place = _place(error)
         cause = f"an error in {place}"
-        if re.search(r"dtype|\bDouble\b", words):  # the checks compute in float64
+        if "inplace operation" in words or "in-place operation" in words:
+            cause = f"something is edited in place (images, weights or layer outputs) in {place}"
+        elif re.search(r"dtype|\bDouble\b", words):  # the checks compute in float64
             cause = f"a cast to a precision of its own (of weights, gradients or losses) in {place}"
         return Check(FAIL, name, f"{type(error).__name__}: {words}. Likely cause: {cause}")
 

@@ -176,6 +176,8 @@ def _thumbnails(images: Tensor) -> Tensor:
 def order_is_the_seeds(subject: Subject) -> str:
     """The first batches of two epochs: which images they show, by their labels, and how many."""
     dataset, batches = subject.dataset, subject.pipeline.train_batches
+    if type(batches) is not TrainBatches:
+        raise NotApplicableError("the training batches are not this project's, so their order is not known")
     count = len(dataset.train_labels)
     missing = count - sum(batches.sizes)
     expect(
@@ -300,6 +302,8 @@ def _normalised_otherwise(pixels: Tensor) -> bool:
 
 def augmentation_is_crops_and_flips(subject: Subject) -> str:
     """Each image of a batch is one crop, mirrored or not, of its own source; every image draws anew."""
+    if type(subject.pipeline.train_batches) is not TrainBatches:
+        raise NotApplicableError("the training batches are not this project's, so their crops are not known")
     images, index = _first_images(subject)
     window = Window(subject.dataset.train_images)
     pixels = window.pixels(images)
@@ -321,7 +325,7 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
                 cause = f"{what} (training images)"
         raise BrokenError(
             f"{int(off.sum())} of {len(off)} training images are no crop of their source image (off by "
-            f"{distances.max():.1f} of 255 grey levels)",
+            f"{distances.max():.3g} of 255 grey levels)",
             cause,
         )
     down, right, flips = numbers % 81 // 9, numbers % 9, numbers >= 81
@@ -340,8 +344,7 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
         "the same epoch drawn twice gives other images",
         "augmentation or order depends on more than seed and epoch, so no run can be resumed",
     )
-    if type(subject.pipeline.train_batches) is TrainBatches:
-        _crops_are_the_drawn_ones(subject, window, pixels, index)
+    _crops_are_the_drawn_ones(subject, window, pixels, index)
     return f"{len(numbers)} images each a crop of its source, {int(flips.sum())} mirrored"
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments import report
-from experiments.checkpoint import checkpoint_path, load_checkpoint, restore, save_checkpoint, take_checkpoint
+from experiments.checkpoint import checkpoint_path, load_checkpoint, resume, save_checkpoint, take_checkpoint
 from experiments.distributed import ALONE, use_local_batch_norms
 from experiments.evaluator import Compression
 from experiments.expect import NotApplicableError, Subject, expect, expect_close, some, used_weights
 from experiments.history import epoch_record, final_counts
+from experiments.recount import recount
 from experiments.training import TrainingStep
 from metrics import NetworkCount, count_by_torch, format_ratio
 from src.packing import pack_network, unpack_network
@@ -97,7 +98,7 @@ def _compare_shares(count: NetworkCount, weights: dict[str, Tensor], quantizers:
     total = sum(weights[name].numel() for name in quantizers)
     filters = [x.flatten(1).any(1) for x in _convolutions(weights, quantizers)]
     dead = sum(int((~alive).sum()) for alive in filters)
-    bits = [float(q.get_bitwidth().detach()) for q in quantizers.values()]
+    bits = [float(torch.as_tensor(q.get_bitwidth()).detach()) for q in quantizers.values()]
     for what, said, counted in (
         ("share of zero weights", count.unstructured_sparsity, zeros / total),
         ("share of zero filters", count.structured_sparsity, dead / sum(map(len, filters))),
@@ -106,8 +107,7 @@ def _compare_shares(count: NetworkCount, weights: dict[str, Tensor], quantizers:
         expect(
             math.isclose(said, counted, abs_tol=1e-9),
             f"the {what} is {said:.6f}, the weights give {counted:.6f}",
-            "a share or a mean of metrics.py: what it counts (zero weights, zero filters, bits), or over which "
-            "layers",
+            "a share or a mean of metrics.py: what it counts (zero weights, zero filters, bits), or where",
         )
 
 
@@ -174,7 +174,10 @@ def _compare_compressed(
         "the account of dead channels (src/channels.py, metrics.py)",
     )
     single = model.float()
-    packed = unpack_network(pack_network(single, {})).to(subject.probe_device)
+    content = pack_network(single, {})
+    if subject.own_network:
+        _compare_with_recount(content, subject.pipeline.evaluator.evaluate(single).count)
+    packed = unpack_network(content).to(subject.probe_device)
     with torch.no_grad():
         differ = int((packed(images.float()) != single(images.float())).sum())
     expect(
@@ -183,6 +186,19 @@ def _compare_compressed(
         "the packed file (src/packing.py, src/encoding.py, or the quantizer's codes)",
     )
     return f"{len(count.layers)} layers; smaller network and packed file give the same logits"
+
+
+def _compare_with_recount(content: bytes, count: NetworkCount) -> None:
+    """The counts of each layer against those that a second reader takes from the packed file's bytes."""
+    file = recount(content)
+    for layer in count.layers:
+        for field in ("zero_weights", "zero_filters", "structured_macs", "unstructured_macs"):
+            said, counted = getattr(layer, field), getattr(file[layer.name], field)
+            expect(
+                said == counted,
+                f"{layer.name}: {said:,} {field.replace('_', ' ')} counted, {counted:,} in the packed file",
+                "the account of channels (src/channels.py) or the counts of a layer (metrics.py)",
+            )
 
 
 def checkpoints_restore_everything(subject: Subject) -> str:
@@ -199,16 +215,23 @@ def checkpoints_restore_everything(subject: Subject) -> str:
     record = epoch_record(1, first.model, compression, **numbers)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for epochs in (1, 2):  # the second one must hold what there is by then
+        history = dataclasses.replace(subject.history, epochs=[])  # one object for both, as in a run
+        for epochs in (1, 2):  # the second checkpoint must hold what there is by then
             first(images, labels, coefficient, len(labels))
-            history = dataclasses.replace(subject.history, epochs=[record] * epochs)
+            history.epochs = [record] * epochs
             save_checkpoint(folder, take_checkpoint(history, first.model, first.optimizer))
         drawn = torch.rand(4)
         found = load_checkpoint(checkpoint_path(folder, 2))
-        restore(found, second.model, second.optimizer)
+        begun = dataclasses.replace(subject.history, epochs=[], resumed=[])
+        resume(found, begun, second.model, second.optimizer)
     expect(torch.equal(torch.rand(4), drawn), "after restoring, other random numbers are drawn",
            "the random state is not restored")  # fmt: skip
     expect(found.history == history, "the history is another one after restoring", cause)
+    expect(
+        begun.epochs == history.epochs and begun.start == history.start,
+        f"a resumed run begins with {len(begun.epochs)} of {len(history.epochs)} records",
+        "a resumed run does not go on where its checkpoint stands (experiments/checkpoint.py)",
+    )
     _expect_same(first, second, "after restoring", cause)
     second.model.train()
     for step in (first, second):

@@ -72,6 +72,11 @@ def layers_are_quantized(subject: Subject) -> str:
     )
     settings = subject.pipeline.settings
     for name, quantizer in quantizers.items() if subject.own_quantizers else ():
+        expect(
+            quantizer.learnable_deadzone,
+            f"the dead zone of {name} is not learned (learnable_deadzone is False)",
+            "a default or an argument that fixes the dead zone: half of the method is then not trained",
+        )
         fixed = None if quantizer.learnable_bit else quantizer.fixed_bit_val
         expect(
             settings.max_bits in (None, quantizer.max_bits) and settings.fixed_bits in (None, fixed),

@@ -195,6 +195,8 @@ def gradients_are_the_losss(subject: Subject) -> str:
                     )
                 else:
                     cause = "gradients are not zeroed between steps, or of another batch"
+                if (ours[ours != gradient] == 0).all():
+                    cause = "a part of the gradient is set to zero (a mask on it) before the optimizer's step"
                 worst = max(
                     worst,
                     expect_close(ours, gradient, f"step {number}: the gradient at {name}", cause, GRADIENT),
@@ -230,13 +232,7 @@ def optimizer_has_the_settings(subject: Subject) -> str:
     rates = expected_rates(subject)
     names = {id(p): n for n, p in subject.pipeline.model.named_parameters()}
     for group in optimizer.param_groups:
-        kind = group.get("name", "weights")
-        expect(
-            kind in rates,
-            f"the optimizer has a group {kind!r}, and the settings know {', '.join(rates)}",
-            "other groups than the settings': parameters with a rate or decay of their own (such as none "
-            "for batch norms and biases)",
-        )
+        kind = _kind_of_group(subject, group)
         rate, decay = rates[kind]
         found = group.get("peak_lr", float(group["lr"]))
         expect(
@@ -266,6 +262,16 @@ def optimizer_has_the_settings(subject: Subject) -> str:
     return ", ".join(f"{g.get('name')} {float(g['lr']):g}" for g in optimizer.param_groups)
 
 
+def _kind_of_group(subject: Subject, group: dict[str, Any]) -> str:
+    """The settings' group whose rates a group of the optimizer has to have: by its name, else by its content."""
+    name = group.get("name", "weights")
+    if name in expected_rates(subject):
+        return name
+    names = {id(p): n for n, p in subject.pipeline.model.named_parameters()}
+    kinds = [_kind(subject, names[id(p)]) for p in group["params"] if id(p) in names]
+    return next((kind for kind in kinds if kind), "weights")
+
+
 def _kind(subject: Subject, name: str) -> str | None:
     """The group that a parameter belongs to; None where that is a foreign quantizer's choice."""
     if ".quantizer." not in name:
@@ -279,7 +285,7 @@ def updates_are_adamws(subject: Subject) -> str:
     """What two steps did to every parameter against AdamW's formulas; dead slices are kept at zero."""
     settings, rates = subject.pipeline.settings, expected_rates(subject)
     kinds = {
-        id(p): group.get("name", "weights")
+        id(p): _kind_of_group(subject, group)
         for group in subject.step.optimizer.param_groups
         for p in group["params"]
     }
@@ -339,7 +345,7 @@ def it_can_learn(subject: Subject) -> str:
         raise NotApplicableError("needs 2 images or more in one rank")
     rates = expected_rates(subject)
     for group in step.optimizer.param_groups:
-        rate = rates[group.get("name", "weights")][0]
+        rate = rates[_kind_of_group(subject, group)][0]
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
     step.model.train()
     losses = [float(step(images, labels, 0.0, len(labels))[1]) for _ in range(LEARNING_STEPS)]
