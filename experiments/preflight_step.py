@@ -263,7 +263,7 @@ def optimizer_has_the_settings(subject: Subject) -> str:
 
 
 def _kind_of_group(subject: Subject, group: dict[str, Any]) -> str:
-    """The settings' group whose rates a group of the optimizer has to have: by name, else by what it holds."""
+    """The settings' group whose rates a group of the optimizer has to have: by its name or by its content."""
     name = group.get("name", "weights")
     if name in expected_rates(subject):
         return name
