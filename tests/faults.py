@@ -49,7 +49,7 @@ PENALTY, CHANNELS = "experiments/sparsity.py", "src/channels.py"
 TRAINING, SCHEDULES, RUN = "experiments/training.py", "experiments/schedules.py", "experiments/debug_run.py"
 COUNTS, EVALUATOR = "metrics.py", "experiments/evaluator.py"
 CHECKPOINT, PACKING, SLIM = "experiments/checkpoint.py", "src/packing.py", "src/slim.py"
-REPORT = "experiments/report.py"
+REPORT, HISTORY = "experiments/report.py", "experiments/history.py"
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,14 @@ def fault(
 
 CROSS_ENTROPY = "return F.cross_entropy(logits, labels)\n"
 CONVOLVE_1 = "out = F.relu(self.bn1(self.conv1(x)), inplace=True)\n        out = self.bn2(self.conv2(out))"
+
+# Pieces of experiments/training.py.
+STEP = (
+    "        self.optimizer.step()\n        with torch.no_grad():\n            for weight, mask in kept:\n"
+    "                weight.mul_(mask)\n"
+)
+KEPT = "            kept = self.keep_dead(self.model) if self.keep_dead and penalised else []\n"
+MODE = "    step.model.train()\n    losses = torch.zeros("
 
 FAULTS_BY_AREA = {
     "data": [
@@ -212,6 +220,20 @@ FAULTS_BY_AREA = {
         fault("pixels overflow where contrast is doubled in uint8", r"pixel|normalis|crop|image",
               (DATA, "images = self.pixels.index_select(0, chosen.view(-1))",
                "images = (self.pixels * 2).index_select(0, chosen.view(-1))")),
+        fault("a flip is taken from the crop's column (stale variable), so 4 of 9", r"flip|mirror",
+              (DATA, "flips = torch.randint(2, (count,), generator=generator)", "flips = right % 2")),
+        fault("one offset for both axes: crops lie on the diagonal", r"crop|offset",
+              (DATA, "down, right = torch.randint(CROP_OFFSETS, (2, count), generator=generator)",
+               "down = right = torch.randint(CROP_OFFSETS, (count,), generator=generator)")),
+        fault("training images go through float16", r"normalis|round|precision|float16|half|pixel",
+              (DATA, "yield self.normalise(images), self.labels[order[shard]]",
+               "yield self.normalise(images).half().float(), self.labels[order[shard]]")),
+        fault("two digits of the mean are swapped", r"mean|normalis",
+              (DATA, "MEAN = (0.4914,", "MEAN = (0.4194,")),
+        fault("cutout of 8 x 8 pixels is left in", r"cutout|eras|pixel|crop|augment",
+              (DATA, "            yield self.normalise(images), self.labels[order[shard]]",
+               "            images = self.normalise(images)\n            images[:, :, 12:20, 12:20] = 0\n"
+               "            yield images, self.labels[order[shard]]")),
     ],
     "network": [
         fault("no ReLU after the first batch norm", r"ReLU|network|forward|reference|layer|logits",
@@ -266,6 +288,16 @@ FAULTS_BY_AREA = {
               (NETWORK, "return ResNet(3)", "return ResNet(2)")),
         fault("the classifier is never used", r"linear|classifier|gradient|logits|network",
               (NETWORK, "return self.linear(out.mean((2, 3)))", "return out.mean((2, 3))[:, :10]")),
+        fault("batch norms' eps is 1e-3, as elsewhere", r"\beps",
+              (NETWORK, "self.bn1 = nn.BatchNorm2d(channels)", "self.bn1 = nn.BatchNorm2d(channels, eps=1e-3)"),
+              (NETWORK, "self.bn2 = nn.BatchNorm2d(channels)", "self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)")),
+        fault("convolutions pad by reflection", r"pad|border|edge",
+              (NETWORK, "self.conv2 = nn.Conv2d(channels, channels, 3, stride=1, padding=1, bias=False)",
+               'self.conv2 = nn.Conv2d(channels, channels, 3, stride=1, padding=1, bias=False, padding_mode="reflect")')),
+        fault("stochastic depth is left in: a block is skipped 1 time in 10", r"random|dropout|stochastic|depth",
+              (NETWORK, "        out = F.relu(self.bn1(self.conv1(x)), inplace=True)\n",
+               "        if self.training and isinstance(self.shortcut, nn.Identity) and __import__('torch').rand(()) < 0.1:\n"
+               "            return x\n        out = F.relu(self.bn1(self.conv1(x)), inplace=True)\n")),
     ],
     "quantizer": [
         fault("no straight-through gradient", r"straight|gradient",
@@ -335,6 +367,10 @@ FAULTS_BY_AREA = {
               (ATTACH, "re.search(pattern, name)", 're.search(pattern.strip("^$"), name)')),
         fault("every layer is quantized, excluded or not", r"exclu|quantized|layers|pattern|full precision",
               (ATTACH, "for name, m in layers.items() if name not in excluded}", "for name, m in layers.items()}")),
+        fault("the dead zone has no |tanh|: a negative logit makes it wider than the range", r"dead.?zone|logit_dz",
+              (QUANTIZER, "(1 - self.logit_dz.tanh().abs())", "(1 - self.logit_dz.tanh())")),
+        fault("a default: the dead zone is not learned", r"dead.?zone|logit_dz",
+              (QUANTIZER, "learnable_deadzone: bool = True", "learnable_deadzone: bool = False")),
     ],
     "penalty": [
         fault("squared norms", r"penalty|norm|lasso",
@@ -413,6 +449,8 @@ FAULTS_BY_AREA = {
         fault("only the penalty's gradient is taken", r"gradient|cross.entropy|detach",
               (TRAINING, "            loss = (\n                cross_entropy + ",
                "            loss = (\n                cross_entropy.detach() + ")),
+        fault("a tenth of another image is mixed in (mixup left in)", r"mix|other images|another image|input|images",
+              (TRAINING, "logits = self.model(images)\n", "logits = self.model(0.9 * images + 0.1 * images.flip(0))\n")),
     ],
     "optimizer": [
         fault("the third stage's weights are in no group", r"layer3|optimizer|group|not move|moved|parameters",
@@ -508,6 +546,11 @@ FAULTS_BY_AREA = {
                "        before = [p.detach().clone() for p in self.model.parameters()]\n        self.optimizer.step()\n"
                "        with torch.no_grad():\n            for p, b in zip(self.model.parameters(), before, strict=True):\n"
                "                p.lerp_(b, 0.5)\n")),
+        fault("batch norms and biases get no decay", r"decay",
+              (TRAINING, '_group("weights", params["weights"], settings.weights_lr, settings.weights_decay, device),',
+               '_group("weights", [p for p in params["weights"] if p.ndim > 1], settings.weights_lr, settings.weights_decay, device),\n'
+               '        _group("norms", [p for p in params["weights"] if p.ndim == 1], settings.weights_lr, 0.0, device),'),
+              flags="--weights-decay 0.05"),
     ],
     "schedule": [
         fault("delay and ramp are swapped", r"coefficient|schedule|warm.?up|delay|ramp",
@@ -607,6 +650,13 @@ FAULTS_BY_AREA = {
               around(TRAINING, "measure_accuracy",
                      "from utils_quantization import toggle_quantization\n"
                      "accuracy = whole(*args, **kwargs)\ntoggle_quantization(args[0], False)\nreturn accuracy")),
+        fault("the first epoch is in full precision", r"quantiz|full precision",
+              (TRAINING, MODE, "    step.model.train()\n    from utils_quantization import toggle_quantization\n"
+               "    toggle_quantization(step.model, epoch > 0)\n    losses = torch.zeros(")),
+        fault("statistics are renewed without quantizers", r"quantiz|full precision|statistic|renew",
+              around(TRAINING, "renew_batch_norms",
+                     "from utils_quantization import toggle_quantization\ntoggle_quantization(args[0], False)\n"
+                     "try:\n    return whole(*args, **kwargs)\nfinally:\n    toggle_quantization(args[0], True)")),
     ],
     "keep dead": [
         fault("the mask is inverted", r"mask|dead|kept|slice|filter",
@@ -633,6 +683,16 @@ FAULTS_BY_AREA = {
                "self.keep_dead(self.model) if self.keep_dead else []")),
         fault("masks are of the stored weights", r"mask|dead|kept|slice|filter",
               (PENALTY, "(layer.weight != 0).any(others", "(layer.parametrizations.weight.original != 0).any(others")),
+        fault("masks are taken after the step, from the new weights", r"mask|dead|kept|keep",
+              (TRAINING, KEPT, ""),
+              (TRAINING, "        with torch.no_grad():\n            for weight, mask in kept:",
+               "        kept = self.keep_dead(self.model) if self.keep_dead and penalised else []\n"
+               "        with torch.no_grad():\n            for weight, mask in kept:")),
+        fault("small filters are taken for dead", r"mask|dead|kept|keep",
+              (PENALTY, "(layer.weight != 0).any(others", "(layer.weight.abs() > 0.05).any(others")),
+        fault("the gradient is masked instead of the weight", r"mask|dead|kept|keep",
+              (TRAINING, STEP,
+               "        for weight, mask in kept:\n            weight.grad.mul_(mask)\n        self.optimizer.step()\n")),
     ],
     "counts": [
         fault("the bias is counted", r"metrics|count|MACs|weights|bias",
@@ -688,6 +748,13 @@ FAULTS_BY_AREA = {
                      "args[0]._counted = kept or (whole(*args, **kwargs) if quantized_layers(args[0]) else None)\n"
                      "return args[0]._counted or whole(*args, **kwargs)"),
               (EVALUATOR, "from metrics import", "from utils_quantization import quantized_layers\nfrom metrics import")),
+        fault("structured sparsity counts null channels for zero filters", r"filter|structured|channel|spars",
+              (COUNTS, '_share(convolutions, "zero_filters", "filters")', '_share(convolutions, "null_channels", "filters")')),
+        fault("a batch norm's scale of 0 is overlooked", r"batch norm|scale|channel|structured|MACs|smaller network",
+              (CHANNELS, "reads = (w != 0).any(3).any(2) & (bn.weight != 0)[:, None]", "reads = (w != 0).any(3).any(2)")),
+        fault("the report prints the structured ratio twice", r"ratio|metrics|printed|MACs|structured",
+              (REPORT, 'f"Unstructured MACs compression: {format_ratio(final.unstructured_mac_ratio)}"',
+               'f"Unstructured MACs compression: {format_ratio(final.structured_mac_ratio)}"'), when=END),
     ],
     "accuracy": [
         fault("top-5", r"top|accuracy|hits|count",
@@ -755,6 +822,8 @@ FAULTS_BY_AREA = {
         fault("loss and cross-entropy are swapped in the history", r"loss|history|record",
               (RUN, " loss=losses.loss,", " loss=losses.cross_entropy,"),
               (RUN, " cross_entropy=losses.cross_entropy,", " cross_entropy=losses.loss,")),
+        fault("the history's gradients are the parameters", r"gradient|history|record",
+              (HISTORY, "return parameter.grad.item() if parameter.numel() == 1", "return parameter.item() if parameter.numel() == 1")),
     ],
 }  # fmt: skip
 
