@@ -737,7 +737,7 @@ def test_two_processes_resume_what_one_began(runs):
 def test_sigterm_to_the_launcher_still_writes_the_finished_epochs_files(runs):
     run = runs["resumed"].result()
     assert run.status != 0
-    assert run.out.count("stopped by SIGTERM") == 1
+    assert run.out.count("stopped by SIGTERM in epoch 3; ") == 1
     assert run.history["stopped"] == "stopped by SIGTERM in epoch 3"
     assert [record["epoch"] for record in run.history["epochs"]] == [1, 2]
     assert run.files == sorted([*STOPPED_FILES, "checkpoint_0001.pt", "checkpoint_0002.pt"])

@@ -678,11 +678,9 @@ class Reference:
         penalised = {name: weights[name] for name in self.quantized()}
         logits = reference.Network(self.values, weights, self.blocks)(images)
         penalty = sparsity_weight * reference.penalty(penalised, self.blocks)
-        # The step takes its cross-entropy from float32 logits, and AdamW enlarges the rounding error of a
-        # gradient near 0: these gradients have to come from the same function.
-        loss = F.cross_entropy(logits.float(), labels) + penalty
+        cross_entropy = reference.cross_entropy(logits, labels)
+        loss = cross_entropy + penalty
         gradients = torch.autograd.grad(loss, list(parameters.values()))
-        cross_entropy = reference.cross_entropy(logits.detach(), labels)
         dead = reference.dead_members(penalised, self.blocks) if keep_dead and sparsity_weight else []
         self.steps += 1
         for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
@@ -694,7 +692,7 @@ class Reference:
         for layer, side, number in dead:
             stored = self.values[f"{layer}.{reference.INSIDE}.original"]
             reference.slice_of(stored, side, number).zero_()
-        return (cross_entropy + penalty).item(), cross_entropy.item()
+        return loss.item(), cross_entropy.item()
 
     def zeros(self) -> dict[str, tuple[int, int]]:
         """(weights that are zero, filters that are all zero) of each quantized layer."""
