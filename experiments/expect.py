@@ -140,6 +140,9 @@ class Subject:
         use_local_batch_norms(step.model)
         step.processes, step.precision = ALONE, "float32"
         step.model.double().to(self.probe_device)
+        for state in step.optimizer.state.values():  # a resumed run has moments, and they are float32
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(self.probe_device, torch.float64)
         step.device, step.coefficient = self.probe_device, step.coefficient.double().to(self.probe_device)
         plant(step.model, self.own_quantizers)
         return step

@@ -116,7 +116,11 @@ def _convolutions(weights: dict[str, Tensor], quantizers: dict[str, Any]) -> lis
 
 
 def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict[str, Tensor]) -> None:
-    """Between a block's convolutions a channel lives where it is made, scaled by other than 0, and read."""
+    """Between a block's convolutions no channel lives that is not made, is scaled by 0, or is not read.
+
+    Fewer may: what makes it may see dead channels alone, what reads it may be dead too, as in a resumed run.
+    That too many are taken for dead shows in the smaller network's logits.
+    """
     for layer in count.layers:
         if layer.name.endswith(".conv1"):
             block = layer.name.removesuffix(".conv1")
@@ -125,10 +129,10 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
             read = weights[f"{block}.conv2"].transpose(0, 1).flatten(1).any(1)
             alive = int((made & scaled & read).sum())
             expect(
-                layer.alive_channels == alive,
-                f"{layer.alive_channels} channels of {layer.name} count as alive, {alive} are",
+                layer.alive_channels <= alive,
+                f"{layer.alive_channels} channels of {layer.name} count as alive, at most {alive} are",
                 "the account of channels (src/channels.py): a dead filter, a batch norm's scale of 0 or a "
-                "channel that nothing reads is overlooked or made up",
+                "channel that nothing reads is overlooked",
             )
 
 

@@ -12,6 +12,7 @@ from own_quantizers import LSQ
 from torch import Tensor
 
 from experiments import debug_run
+from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from experiments.expect import BrokenError, expect_close
 from experiments.history import Check, History
 from experiments.preflight import CHECKS, preflight
@@ -82,6 +83,17 @@ def test_no_check_fails_on_a_pipeline_that_works(monkeypatch, tmp_path, capsys, 
     assert list(checks) == [name for name, *_ in CHECKS]
     assert not list(tmp_path.iterdir())
     assert "checks hold" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_no_check_fails_on_a_run_that_resumes_with_moments_and_a_dead_layer(monkeypatch, tmp_path):
+    run(tmp_path, "--preflight", "off", "--epochs", "1", "--sparsity-delay", "0", "--sparsity-ramp", "0")
+    checkpoint = load_checkpoint(checkpoint_path(tmp_path, 1))
+    checkpoint.model["layer1.0.conv1.parametrizations.weight.original"].zero_()
+    save_checkpoint(tmp_path, checkpoint)
+    again = ("--resume", "--epochs", "2", "--sparsity-delay", "0", "--sparsity-ramp", "0")
+    checks, status = checks_of(monkeypatch, tmp_path, *again)
+    assert failed(checks) == [] and status == 0
+    assert {n for n, c in checks.items() if "waits for" in c.message} == set()
 
 
 def test_what_is_not_this_projects_own_is_skipped_with_the_reason(monkeypatch, tmp_path):
