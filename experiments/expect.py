@@ -125,8 +125,12 @@ class Subject:
         return torch.device("cpu") if device.type == "mps" else device
 
     def copied_step(self) -> TrainingStep:
-        """The run's step with a model and an optimizer of its own; what it does leaves the run alone."""
+        """The run's step with a model and an optimizer of its own; what it does leaves the run alone.
+
+        It captures no graph: the checks look at it through hooks, which do not fire in a replay.
+        """
         step = copy.deepcopy(self.step)
+        step.captures = False
         step.optimizer.zero_grad(set_to_none=True)
         return step
 

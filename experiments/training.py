@@ -115,6 +115,7 @@ class TrainingStep:
         self.keep_dead, self.processes = keep_dead, processes
         self.device = next(model.parameters()).device
         self.coefficient = torch.zeros((), device=self.device)  # of the penalty
+        self.captures = self.device.type == "cuda" and processes.count == 1  # graphs, once it has warmed up
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
         self.left: dict[str, Tensor] = {}  # what the last epoch left, for the ledger to compare
@@ -133,7 +134,7 @@ class TrainingStep:
         # With a coefficient of 0 the penalty adds no gradient, so it is not computed.
         penalised = coefficient != 0
         self.coefficient.fill_(coefficient)
-        if self.device.type != "cuda" or self.processes.count > 1:
+        if not self.captures:
             return self._run(images, labels, penalised, batch_size)
         key = (penalised, len(labels))
         self.seen[key] = self.seen.get(key, 0) + 1

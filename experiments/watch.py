@@ -111,7 +111,7 @@ class EpochWatch:
         self.hooks: list[Any] = []
 
     def __enter__(self) -> "EpochWatch":
-        self.eager = self.step.device.type != "cuda" or self.processes.count > 1
+        self.eager = not self.step.captures
         if self.eager:
             self.hooks.append(self.model.register_forward_hook(self._note))
         return self
