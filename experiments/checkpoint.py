@@ -23,7 +23,7 @@ from torch import nn
 from experiments.distributed import Processes
 from experiments.files import OutputError, write_whole
 from experiments.history import History, Resumption
-from experiments.schedules import cosine_anneal
+from experiments.schedules import cosine_anneal, warmed_up
 from experiments.settings import Settings, flag
 from experiments.training import logit_pace
 
@@ -214,7 +214,8 @@ def _longer(saved: History, now: History) -> list[str]:
     was, epochs = saved.settings["epochs"], now.settings["epochs"]
     if was == epochs:
         return []
-    before, rate = (cosine_anneal(0)(len(saved.epochs), total) for total in (was, epochs))
+    schedule = warmed_up(now.settings["rate_warmup"], cosine_anneal(0))
+    before, rate = (schedule(len(saved.epochs), total) for total in (was, epochs))
     steps = -(-now.data.train_images // now.settings["batch_size"])  # optimizer steps of an epoch
     meant_for = now.settings["logit_steps"]
     pace_before, pace = (logit_pace(meant_for, total * steps) for total in (was, epochs))

@@ -65,7 +65,7 @@ from experiments.live import LiveLine, Stopped, ignore_sigterm
 from experiments.preflight import preflight
 from experiments.quantizer_class import find_quantizer
 from experiments.rehearsal import rehearse_resuming
-from experiments.schedules import cosine_anneal, linear_warmup
+from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import (
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             train_batches,
             test_batches,
             evaluator,
-            rate_schedule=cosine_anneal(0),
+            rate_schedule=warmed_up(settings.rate_warmup, cosine_anneal(0)),
             sparsity_schedule=linear_warmup(settings.sparsity_delay, settings.sparsity_ramp),
         )
 

@@ -574,7 +574,7 @@ class Ledger:
     def _rate_factor(self) -> float:
         if getattr(self.pipeline.rate_schedule, "__module__", "") != "experiments.schedules":
             return self.pipeline.rate_schedule(self.epoch, self.settings.epochs)
-        return reference.cosine(self.epoch, self.settings.epochs)
+        return reference.learning_rate(self.epoch, self.settings.epochs, self.settings.rate_warmup)
 
     def _logit_pace(self) -> float:
         """Longer runs have slower logits; a part of the batches tells nothing of the whole run's length."""

@@ -89,8 +89,8 @@ def schedules_are_the_settings(subject: Subject) -> str:
             "learning rates",
             pipeline.rate_schedule,
             subject.own_rates,
-            lambda epoch: reference.cosine(epoch, total),
-            "the cosine of the learning rates",
+            lambda epoch: reference.learning_rate(epoch, total, settings.rate_warmup),
+            "--rate-warmup and the cosine of the learning rates",
         ),
         (
             "the penalty's coefficient",

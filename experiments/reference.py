@@ -199,9 +199,10 @@ class AdamW:
         return p - self.rate * self.decay * p - self.rate * unbiased / scale, first, second
 
 
-def cosine(epoch: float, epochs: float) -> float:
+def learning_rate(epoch: float, epochs: float, warmup: float) -> float:
     """The share of their peak at which learning rates stand in an epoch, counted from 0."""
-    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+    climbed = 1.0 if epoch >= warmup else (1 + epoch) / (1 + warmup)
+    return climbed * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
 def warmup(epoch: float, delay: float, ramp: float) -> float:

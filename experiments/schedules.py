@@ -30,6 +30,22 @@ def linear_warmup(delay: float, ramp: float) -> Schedule:
     return factor
 
 
+def warmed_up(warmup: float, schedule: Schedule) -> Schedule:
+    """A schedule whose first epochs, those before `warmup`, get a share of it that grows in equal steps.
+
+    >>> [round(warmed_up(3, cosine_anneal(0))(epoch, 1000), 2) for epoch in (0, 1, 2, 3, 4)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+
+    Raises: ValueError if `warmup` (epochs) is negative or not finite.
+    """
+    _check("warmup", warmup)
+
+    def factor(epoch: float, total_epochs: float) -> float:
+        return min((epoch + 1) / (warmup + 1), 1.0) * schedule(epoch, total_epochs)
+
+    return factor
+
+
 def cosine_anneal(delay: float) -> Schedule:
     """1 up to `delay` (epochs), then half a cosine down to 0 at `total_epochs`.
 

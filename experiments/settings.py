@@ -79,6 +79,7 @@ class Settings:
     batch_norm_batches: int = _setting(
         10, "training batches over which batch-norm statistics are taken afresh before each test; 0: none"
     )
+    rate_warmup: float = _setting(2.0, "first epochs, in which the learning rates climb to their schedule")
     weights_lr: float = _setting(8e-3, "AdamW's learning rate for weights, biases and batch norms")
     bit_lr: float = _setting(1e-2, "AdamW's learning rate for the bit-width logits")
     deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone logits")
@@ -135,6 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sparsity_weight": 1.0,
         "keep_dead": False,
         "batch_norm_batches": 0,
+        "rate_warmup": 0.0,
         "weights_lr": 1e-3,
         "bit_lr": 1e-3,
         "deadzone_lr": 1e-3,

@@ -263,7 +263,7 @@ OTHER = {
     "data": "synthetic", "limit_train": 7, "limit_test": 7, "exclude_layers": ("linear",),
     "sparsity_weight": 7.0, "penalty_on": "stored", "sparsity_delay": 7.0, "sparsity_ramp": 7.0,
     "keep_dead": False, "rehearse": True, "quantizer": "own_quantizers:LSQ", "max_bits": 7, "fixed_bits": 7,
-    "batch_norm_batches": 7, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0, "weights_decay": 7.0,
+    "batch_norm_batches": 7, "rate_warmup": 7.0, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0, "weights_decay": 7.0,
     "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "logit_steps": 7,
 }  # fmt: skip
 FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True, "preflight": "off"}

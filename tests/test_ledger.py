@@ -16,7 +16,7 @@ from experiments.debug_run import one_epoch
 from experiments.evaluator import Evaluator
 from experiments.history import Check, EpochRecord
 from experiments.ledger import FAIL, PASS, SKIP, adamw_reach
-from experiments.schedules import cosine_anneal, linear_warmup
+from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
@@ -44,7 +44,7 @@ def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
         batches,
         TestBatches(IMAGES, "cpu"),
         evaluator,
-        rate_schedule=cosine_anneal(0),
+        rate_schedule=warmed_up(SETTINGS.rate_warmup, cosine_anneal(0)),
         sparsity_schedule=linear_warmup(settings.sparsity_delay, settings.sparsity_ramp),
     )
     return dataclasses.replace(whole, **changes)
@@ -91,11 +91,11 @@ def test_epochs_as_they_should_be_pass_every_check(precision, batch_norm_batches
 
 
 def test_a_rate_that_follows_another_schedule_is_named(monkeypatch):
-    whole = pipeline(rate_schedule=cosine_anneal(1))
+    whole = pipeline(rate_schedule=warmed_up(SETTINGS.rate_warmup, cosine_anneal(1)))
     assert failures(found(whole, 1)) == []  # the same in the first epoch
-    checks = found(pipeline(rate_schedule=cosine_anneal(1)), 2)
+    checks = found(pipeline(rate_schedule=warmed_up(SETTINGS.rate_warmup, cosine_anneal(1))), 2)
     assert failures(checks)[0] == "learning rates and decays"
-    assert "expected 0.00682843" in checks["learning rates and decays"].message
+    assert "expected 0.00455228" in checks["learning rates and decays"].message
 
 
 def test_someone_elses_schedules_are_taken_at_their_word():

@@ -20,7 +20,7 @@ from experiments.files import OutputError
 from experiments.history import History
 from experiments.received import Received
 from experiments.rehearsal import rehearse_resuming, rehearse_verifying
-from experiments.schedules import cosine_anneal, linear_warmup
+from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import PRESETS, Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
@@ -45,7 +45,7 @@ def pipeline_of(folder, quantizer=DeadZoneLDZCompander) -> Pipeline:
         TrainBatches(images, 8, 0, "cpu"),
         TestBatches(images, "cpu"),
         evaluator,
-        rate_schedule=cosine_anneal(0),
+        rate_schedule=warmed_up(settings.rate_warmup, cosine_anneal(0)),
         sparsity_schedule=linear_warmup(0, 2),
     )
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from experiments.schedules import cosine_anneal, linear_warmup
+from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 
 quick = settings(max_examples=200, deadline=None, derandomize=True)
 epochs = st.floats(0, 300)
@@ -92,7 +92,21 @@ def test_cosine_anneal_is_point_symmetric_about_its_middle(delay, total, share):
     assert f(middle - share * half, total) + f(middle + share * half, total) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", [linear_warmup(5, 5), cosine_anneal(5)])
+def test_a_warmup_of_the_rates_climbs_in_equal_steps_and_starts_above_0():
+    f = warmed_up(3, lambda epoch, total: 0.8)
+    assert [f(epoch, 20) for epoch in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+@quick
+@given(lengths, epochs, totals)
+def test_a_warmup_changes_nothing_after_it_and_never_raises_a_rate(warmup, epoch, total):
+    f, plain = warmed_up(warmup, cosine_anneal(0)), cosine_anneal(0)
+    assert f(warmup + epoch, total) == plain(warmup + epoch, total)
+    assert f(epoch, total) <= plain(epoch, total)
+    assert warmed_up(0, plain)(epoch, total) == plain(epoch, total)
+
+
+@pytest.mark.parametrize("schedule", [linear_warmup(5, 5), cosine_anneal(5), warmed_up(5, cosine_anneal(0))])
 def test_a_schedule_gives_plain_floats_for_whole_epochs(schedule):
     assert all(type(schedule(epoch, 20)) is float for epoch in range(22))
 
@@ -105,3 +119,5 @@ def test_a_delay_or_ramp_that_is_negative_or_not_finite_is_refused_by_name_and_v
         linear_warmup(5, value)
     with pytest.raises(ValueError, match=f"delay is {value}"):
         cosine_anneal(value)
+    with pytest.raises(ValueError, match=f"warmup is {value}"):
+        warmed_up(value, cosine_anneal(0))
