@@ -50,6 +50,7 @@ TRAINING, SCHEDULES, RUN = "experiments/training.py", "experiments/schedules.py"
 COUNTS, EVALUATOR = "metrics.py", "experiments/evaluator.py"
 CHECKPOINT, PACKING, SLIM = "experiments/checkpoint.py", "src/packing.py", "src/slim.py"
 REPORT, HISTORY = "experiments/report.py", "experiments/history.py"
+COMPRESSED, PLOTS, OPTIONS = "experiments/compressed.py", "experiments/plots.py", "experiments/settings.py"
 
 
 @dataclass(frozen=True)
@@ -814,6 +815,15 @@ FAULTS_BY_AREA = {
               (SLIM, "shift[wanted].to(self.dtype), reads", "torch.zeros_like(shift[wanted]).to(self.dtype), reads"), when=END),
         fault("the smaller network folds batch norms without epsilon", r"smaller network|slim",
               (SLIM, "torch.sqrt(bn.running_var + bn.eps)", "torch.sqrt(bn.running_var)"), when=END),
+        fault("slim.pt2 holds an untrained network", r"slim\.pt2",
+              (COMPRESSED, "write_whole(folder / SLIM, exported(slim))", "write_whole(folder / SLIM, exported(resnet20()))"), when=END),
+        fault("slim.pt2 holds the network whose dead channels are still there", r"slim\.pt2",
+              (COMPRESSED, "write_whole(folder / SLIM, exported(slim))",
+               "write_whole(folder / SLIM, exported(without_quantizers(model)))"), when=END),
+        fault("slim.pt2 holds half-precision weights", r"slim\.pt2",
+              (COMPRESSED, "copy.deepcopy(network).cpu().eval()", "copy.deepcopy(network).cpu().eval().half().float()"), when=END),
+        fault("slim.pt2 takes the batch of its export alone", r"slim\.pt2",
+              (COMPRESSED, "dynamic_shapes=(batch,)", "dynamic_shapes=None"), when=END),
         fault("the history has the epoch before", r"epoch|history|record",
               (RUN, "epoch + 1,\n", "epoch,\n")),
         fault("the table's sparsity columns are swapped", r"table|row|column|history|spars",
@@ -858,9 +868,9 @@ WAY_TO_GO = {PREFLIGHT: 0, EPOCH: 1, END: 2, MISSED: 3}
 
 @dataclass(frozen=True)
 class Result:
-    """What a run said of a fault."""
+    """What a run said of a fault, or of none."""
 
-    fault: Fault | None  # None: the sources as they are
+    fault: Fault
     when: str  # the part of the run in which the first line was said
     lines: tuple[str, ...]  # FAIL lines and warnings, in their order
     crash: str  # the last line of a traceback, "" without one
@@ -869,7 +879,6 @@ class Result:
     @property
     def right(self) -> str:
         """Whether the cause is right: "yes" by the first line, "later" by another one, "no", or "-"."""
-        assert self.fault
         causes = [line.rpartition("Likely cause: ")[2] for line in self.lines]
         named = [re.search(self.fault.says, cause, re.IGNORECASE) is not None for cause in causes]
         return "-" if not named else "yes" if named[0] else "later" if any(named) else "no"
@@ -925,22 +934,21 @@ def said(text: str) -> Iterator[tuple[str, str]]:
 
 
 def examine(
-    fault: Fault | None, tree: Path, folder: Path, more: Sequence[str] = (), preflight_only: bool = False
+    fault: Fault, tree: Path, folder: Path, more: Sequence[str] = (), preflight_only: bool = False
 ) -> Result:
     """Run the preflight on a patched copy of the tree, and a short run where that is silent.
 
     `more` are flags for both.
     """
     began = time.monotonic()
-    own = fault.flags if fault else ()
     stages = [[*SETTINGS, "--preflight", "only"], *([] if preflight_only else [SHORT_RUN])]
     with tempfile.TemporaryDirectory(dir=folder) as made:
         patched, output = Path(made) / "tree", Path(made) / "output.txt"
         shutil.copytree(tree, patched)
-        for edit in fault.edits if fault else ():
+        for edit in fault.edits:
             edit.apply(patched)
         for stage in stages:
-            run(patched, [*stage, *own, *more, "--output-dir", str(Path(made) / "run")], output)
+            run(patched, [*stage, *fault.flags, *more, "--output-dir", str(Path(made) / "run")], output)
             text = output.read_text()
             lines = list(said(text))
             crash = text.strip().splitlines()[-1] if "Traceback (most recent" in text else ""
@@ -956,7 +964,6 @@ def examine(
 def row(result: Result) -> str:
     """A line of the matrix: area, fault, when it was caught, whether the cause is right, and by which line."""
     fault = result.fault
-    assert fault
     late = " (late)" if WAY_TO_GO[result.when] > WAY_TO_GO[fault.when] else ""
     by = result.lines[0] if result.lines else f"CRASH {result.crash}" if result.crash else ""
     return f"{fault.area:<10}| {fault.name:<64.64}| {result.when + late:<16}| {result.right:<6}| {by[:160]}"
@@ -966,20 +973,20 @@ def summary(results: Sequence[Result]) -> str:
     """How many were caught, when, and with the right cause, an area a line; and what was missed."""
     head = f"{'':<10}| faults | preflight | epoch | end | missed | right cause first | in a later line"
     lines = [head]
-    areas = [area for area in FAULTS_BY_AREA if any(r.fault and r.fault.area == area for r in results)]
+    areas = [area for area in FAULTS_BY_AREA if any(r.fault.area == area for r in results)]
     for area in (*areas, "all"):
-        of_area = [r for r in results if r.fault and area in (r.fault.area, "all")]
+        of_area = [r for r in results if area in (r.fault.area, "all")]
         when, right = Counter(r.when for r in of_area), Counter(r.right for r in of_area)
         lines.append(
             f"{area:<10}| {len(of_area):6} | {when[PREFLIGHT]:9} | {when[EPOCH]:5} | {when[END]:3} | "
             f"{when[MISSED]:6} | {right['yes']:17} | {right['later']:15}"
         )
-    missed = [f"missed: {r.fault.name}" for r in results if r.fault and r.when == MISSED]
+    missed = [f"missed: {r.fault.name}" for r in results if r.when == MISSED]
     return "\n".join([*lines, *missed])
 
 
 def examine_all(
-    faults: Sequence[Fault | None],
+    faults: Sequence[Fault],
     workers: int,
     more: Sequence[str] = (),
     preflight_only: bool = False,
@@ -1017,12 +1024,18 @@ def main() -> int:
         and re.search(chosen.only, f.name)
         and (not chosen.fast or f.name in FAST)
     ]
+    # The sources as they are, once with each list of flags: an alarm would say that the flags are the fault.
+    controls = [
+        fault("clean sources", "", flags=f) for f in sorted({"", *(" ".join(f.flags) for f in faults)})
+    ]
     alarms: list[str] = []
     results: list[Result] = []
-    for result in examine_all([None, *faults], chosen.workers, more, chosen.fast, chosen.sources):
-        if result.fault is None:
-            alarms = [*result.lines, *([result.crash] if result.crash else [])]
-            print("\n".join(["clean sources: " + ("ALARM" if alarms else "no alarm"), *alarms]))
+    for result in examine_all([*controls, *faults], chosen.workers, more, chosen.fast, chosen.sources):
+        if not result.fault.edits:
+            found = [*result.lines, *([result.crash] if result.crash else [])]
+            name = " ".join([result.fault.name, *result.fault.flags])
+            print("\n".join([f"{name}: " + ("ALARM" if found else "no alarm"), *found]), flush=True)
+            alarms += found
             continue
         results.append(result)
         print(row(result), flush=True)
