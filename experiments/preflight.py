@@ -39,6 +39,7 @@ from experiments.preflight_network import (
     quantizers_keep_their_word,
     start_is_fresh,
 )
+from experiments.preflight_settings import settings_are_what_was_typed
 from experiments.preflight_step import (
     gradients_are_the_losss,
     it_can_learn,
@@ -50,6 +51,7 @@ from experiments.verdict import FAIL, PASS, SKIP
 
 # Name, check, and the checks without which it would only repeat what they found.
 CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
+    ("settings", settings_are_what_was_typed, ()),
     ("data: files", files_are_read_right, ()),
     ("data: sets apart", sets_are_disjoint, ()),
     ("data: labels fit", labels_fit_the_images, ("data: files",)),

@@ -112,7 +112,31 @@ STEP = (
 KEPT = "            kept = self.keep_dead(self.model) if self.keep_dead and penalised else []\n"
 MODE = "    step.model.train()\n    losses = torch.zeros("
 
+# A preset, and beside it a default, a 0, a switch that is turned off, and one of two like numbers.
+TYPED = "--preset smoke --weights-lr 8e-3 --sparsity-delay 0 --no-keep-dead --bit-decay 0.2"
+
 FAULTS_BY_AREA = {
+    "settings": [
+        fault("a preset wins over the flags", r"preset",
+              (OPTIONS, "PRESETS.get(preset, {}) | given", "given | PRESETS.get(preset, {})"), flags=TYPED),
+        fault("a preset wins where what was typed is the default", r"preset",
+              (OPTIONS, "    preset = given.get(", '    given = {n: v for n, v in given.items() if n == "preset" or v != getattr(Settings, n)}\n    preset = given.get('),
+              flags=TYPED),
+        fault("a preset is never applied", r"preset|flag",
+              (OPTIONS, "PRESETS.get(preset, {}) | given", "given"), flags=TYPED),
+        fault("the flags' defaults win over the preset", r"preset|flag",
+              (OPTIONS, '"default": argparse.SUPPRESS', '"default": item.default'), flags=TYPED),
+        fault("the bits' decay lands in the dead zones'", r"another setting",
+              (OPTIONS, "    preset = given.get(",
+               '    given |= {"deadzone_decay": given.get("bit_decay", 0.8)}\n    preset = given.get('), flags=TYPED),
+        fault("0 counts as not typed", r"preset|typed",
+              (OPTIONS, "    preset = given.get(",
+               '    given = {n: v for n, v in given.items() if v or v is False}\n    preset = given.get('),
+              flags=TYPED),
+        fault("a switch that is typed as off stays on", r"typed",
+              (OPTIONS, "    preset = given.get(",
+               '    given = {n: v for n, v in given.items() if v is not False}\n    preset = given.get('), flags=TYPED),
+    ],
     "data": [
         fault("training labels are shuffled", r"label",
               (DATA, "self.labels = dataset.train_labels.to(self.device)",
@@ -846,6 +870,7 @@ FAULTS = [
 
 # One of every area, for `make test`.
 FAST = (
+    "a preset wins over the flags",
     "training labels are shifted by one image",
     "no ReLU after the sum",
     "no straight-through gradient",
