@@ -46,7 +46,7 @@ CURVES: dict[str, dict[str, tuple[Callable[[EpochRecord], float], str]]] = {
 
 def pictures_show_the_history(subject: Subject) -> str:
     """Curves, bars, cells and legends, read off the figures before they are written, against the history."""
-    from experiments.plots import figures  # importing matplotlib takes half a second
+    from experiments.plots import figures  # not before it is needed: matplotlib takes half a second
 
     history = small_history(subject.history)
     drawn = figures(history, "a small history")
@@ -60,17 +60,18 @@ def pictures_show_the_history(subject: Subject) -> str:
 
 
 def small_history(history: History) -> History:
-    """The run's history with a few epochs and layers of which no two numbers are alike."""
+    """The run's history with a few epochs and layers in which no two curves or rows are alike."""
     counts = [
         LayerCount(name, True, 3 + i, 3.25 + i, 90, 0, len(states), 0, tuple(map(int, states)), 90, 90, 90)
         for i, (name, states) in enumerate(STATES.items())
     ]
     linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 90, 90)
+    numbers: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(FinalCounts)), 1.0)
     return dataclasses.replace(
         history,
         settings=history.settings | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP)},
         epochs=[_record(epoch) for epoch in range(1, len(COEFFICIENTS) + 1)],
-        final=FinalCounts(*[1.0] * 10, totals={}, layers=[*counts, linear]),
+        final=FinalCounts(**(numbers | {"totals": {}, "layers": [*counts, linear]})),
     )
 
 

@@ -1009,6 +1009,8 @@ def examine(
     `more` are flags for both.
     """
     began = time.monotonic()
+    # Flags of a fault's own set up what the preflight is to see, and may be no short run, such as --epochs 400.
+    preflight_only = preflight_only or bool(fault.flags)
     stages = [[*SETTINGS, "--preflight", "only"], *([] if preflight_only else [SHORT_RUN])]
     with tempfile.TemporaryDirectory(dir=folder) as made:
         patched, output = Path(made) / "tree", Path(made) / "output.txt"

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from own_quantizers import LSQ
+from runs import good_run
 from torch import Tensor
 
 from experiments import debug_run
@@ -17,7 +18,9 @@ from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkp
 from experiments.expect import BrokenError, expect_close
 from experiments.history import Check, History
 from experiments.preflight import CHECKS, preflight
+from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, STATES, small_history
 from experiments.preflight_settings import read_flags
+from experiments.schedules import linear_warmup
 from experiments.settings import Settings, parse_settings
 from src.quantizer import DeadZoneLDZCompander
 
@@ -177,6 +180,16 @@ def test_an_error_in_the_runs_own_code_is_a_fail_that_names_the_place(monkeypatc
     checks, status = checks_of(monkeypatch, tmp_path)
     assert status == 1 and "RuntimeError: no such layer" in str(checks["penalty"])
     assert "penalty (line" in str(checks["penalty"])
+
+
+def test_no_two_curves_or_layers_of_the_small_history_are_alike():
+    history = small_history(good_run())
+    columns = [tuple(f(r) for r in history.epochs) for c in CURVES.values() for f, _ in c.values()]
+    others = [tuple(getattr(r, n) for r in history.epochs) for n in ("loss", "penalty", "bits", "seconds")]
+    assert len({*columns, *others}) == len(columns) + len(others)
+    layers = [tuple(r.layers[name].alive_channels for r in history.epochs) for name in STATES]
+    assert len(set(layers)) == len(layers) == len({tuple(map(s.count, s)) for s in STATES.values()})
+    assert [linear_warmup(DELAY, RAMP)(e, 5) * 1e-3 for e in range(5)] == list(COEFFICIENTS)
 
 
 TYPED = [
