@@ -6,6 +6,7 @@ the multiplications of the smaller network, the bytes of the file, the logits of
 
 import copy
 import io
+import math
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from utils_quantization import without_quantizers
 PACKED, SLIM = "compressed.codeq", "slim.pt2"
 LATENCY_BATCHES = (1, 128)  # images a forward pass
 LATENCY_RUNS = 9  # forward passes that are timed
+READ_BACK_IMAGES = 128  # enough to tell two networks apart, and quick on a CPU
 
 
 def make_compressed(
@@ -47,6 +49,7 @@ def make_compressed(
     write_whole(folder / PACKED, content)
     slim = slim_network(model)
     write_whole(folder / SLIM, exported(slim))
+    read_back_parameters, read_back_difference = read_back(folder / SLIM, slim, next(iter(batches))[0])
     packed = unpack_network((folder / PACKED).read_bytes()).to(device)
     networks = {"quantized": model, "slim": slim, "packed": packed}
     logits = {name: predict(network, batches)[0] for name, network in networks.items()}
@@ -70,6 +73,8 @@ def make_compressed(
         packed_bytes=(folder / PACKED).stat().st_size,
         float32_bytes=_saved_bytes(without_quantizers(model)),
         slim_bytes=(folder / SLIM).stat().st_size,
+        read_back_parameters=read_back_parameters,
+        read_back_difference=read_back_difference,
         latency_seconds=measure_latency(
             {"dense": dense, "fake-quantized": model, "smaller": slim}, next(iter(batches))[0]
         ),
@@ -95,6 +100,25 @@ def exported(network: nn.Module) -> bytes:
     content = io.BytesIO()
     torch.export.save(program, content)
     return content.getvalue()
+
+
+@torch.inference_mode()
+def read_back(path: Path, network: nn.Module, images: Tensor) -> tuple[int, float]:
+    """Read an exported file as its receiver would, and hold it against the network that it should be.
+
+    Both predict the first images on the CPU, where the exported network runs.
+
+    Shapes: images (N, 3, 32, 32).
+    Returns: the parameters of the file's network, and the largest difference between the two networks'
+    logits; 0 and NaN for a file that cannot be read or run.
+    """
+    images = images[:READ_BACK_IMAGES].cpu()
+    expected = copy.deepcopy(network).cpu()(images)
+    try:
+        found = torch.export.load(path).module()
+        return _parameters(found), (found(images) - expected).abs().max().item()
+    except Exception:  # torch raises all kinds for a file or a shape that does not fit
+        return 0, math.nan
 
 
 @torch.inference_mode()

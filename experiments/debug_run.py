@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
         processes = join_processes()
         held.callback(leave_processes, processes)
         live.silent = not processes.first
-        # Only rank 0 parses the command line, so that a bad flag is reported once.
+        # Only rank 0's command line counts, and it alone parses it, so that a bad flag is reported once.
+        arguments = processes.broadcast(sys.argv[1:] if arguments is None else arguments)
         settings = processes.broadcast(parse_settings(arguments) if processes.first else None)
         if processes.first:
             held.enter_context(lock_folder(settings.output_dir, live.say))
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         end.inputs_are_good()
         notes += report.left_out_lines(evaluator.dense, history.full_precision)
         live.say(report.first_lines(history, settings, notes))
-        subject = Subject(pipeline, dataset, history, one_epoch, resumed=bool(checkpoint))
+        subject = Subject(pipeline, dataset, history, one_epoch, arguments, resumed=bool(checkpoint))
         if not passes_preflight(subject, settings, live):
             end.status = EXIT_FAILED
             return end.status

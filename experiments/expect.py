@@ -68,6 +68,7 @@ class Subject:
     dataset: Dataset
     history: History
     one_epoch: Callable[..., Any]  # the run's own
+    arguments: list[str]  # of the command line
     resumed: bool
     traces: dict[bool, Any] = field(default_factory=dict)  # training steps looked at, see preflight_step.py
 

@@ -40,8 +40,7 @@ def write_report(
     history.final = final_counts(compression)
     live.say(report.metrics_lines(history.final))
     write_json(path, history.to_json())  # Write the history now: drawing or exporting may still fail.
-    os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
-    from experiments.plots import draw  # matplotlib takes a second to import: not before the first step
+    from experiments.plots import draw  # not before it is needed: matplotlib takes half a second to import
 
     pictures = draw(history, report.picture_title(history, settings), settings.output_dir)
     # A stopped run holds the weights of a half-finished epoch: do not test or export those.

@@ -174,6 +174,8 @@ class CompressedRecord:
     packed_bytes: int
     float32_bytes: int  # the same network's state_dict, saved by torch
     slim_bytes: int
+    read_back_parameters: int  # of the network in slim.pt2; 0 if it cannot be read
+    read_back_difference: float  # between its logits and the smaller network's; NaN if it cannot be read
     latency_seconds: dict[str, dict[str, float]]  # median, least and most a forward pass
     file: dict[str, FileLayer] = field(default_factory=dict)  # by layer
 

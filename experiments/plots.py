@@ -2,10 +2,12 @@
 
 import io
 import math
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -39,19 +41,24 @@ def draw(history: History, title: str, folder: Path) -> list[Path]:
     Returns: the paths of the pictures.
     Raises: OutputError naming a file that cannot be written.
     """
+    drawn = figures(history, title)
+    for picture, figure in drawn.items():
+        save_figure(figure, folder / picture)
+    return [folder / picture for picture in drawn]
+
+
+def figures(history: History, title: str) -> dict[str, Figure]:
+    """The pictures of a run with at least one finished epoch, by the names of their files."""
     assert history.final
     count = history.final.count
-    figures = (
+    drawn = (
         accuracy_figure(history, f"Accuracy: {title}"),
         sparsity_figure(history, f"Sparsity and bits: {title}"),
         channel_liveness_figure(count, f"Channels: {title}"),
         per_layer_figure(count, f"Channels and bits a layer: {title}"),
         channels_over_time_figure(history, f"Channels alive: {title}"),
     )
-    paths = [folder / picture for picture in PICTURES]
-    for figure, path in zip(figures, paths, strict=True):
-        save_figure(figure, path)
-    return paths
+    return dict(zip(PICTURES, drawn, strict=True))
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -39,6 +39,8 @@ from experiments.preflight_network import (
     quantizers_keep_their_word,
     start_is_fresh,
 )
+from experiments.preflight_pictures import pictures_show_the_history
+from experiments.preflight_settings import settings_are_what_was_typed
 from experiments.preflight_step import (
     gradients_are_the_losss,
     it_can_learn,
@@ -50,6 +52,7 @@ from experiments.verdict import FAIL, PASS, SKIP
 
 # Name, check, and the checks without which it would only repeat what they found.
 CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
+    ("settings", settings_are_what_was_typed, ()),
     ("data: files", files_are_read_right, ()),
     ("data: sets apart", sets_are_disjoint, ()),
     ("data: labels fit", labels_fit_the_images, ("data: files",)),
@@ -75,6 +78,7 @@ CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
     ("schedules", schedules_are_the_settings, ()),
     ("epoch: report", an_epoch_reports_what_it_did, ("step: loss", "schedules")),
     ("counts", counts_are_the_networks, ("quantizer: properties",)),
+    ("pictures", pictures_show_the_history, ()),
     ("files: checkpoint", checkpoints_restore_everything, ("step: loss",)),
     ("ranks", ranks_agree, ("step: loss",)),
     ("learning", it_can_learn, ("step: gradients", "optimizer: updates")),

@@ -43,7 +43,7 @@ def rehearse_resuming(
     if checkpoint is None or checkpoint.epochs != epoch:
         raise OutputError(
             f"--rehearse: {spare.settings.output_dir} has no checkpoint of epoch {epoch} to resume from; "
-            f"make room there, or leave --rehearse out"
+            f"if it could not be written or read, a line above says why; leave --rehearse out to go without"
         )
     restore(checkpoint, spare.model, spare.step.optimizer)
     again, compression = one_epoch(spare, epoch)

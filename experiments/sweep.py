@@ -245,8 +245,6 @@ def results(history: History) -> dict[str, float]:
 
 def gather(members: Sequence[Member], folder: Path) -> None:
     """Write the table of all runs, and the picture of those that have finished."""
-    # Set before matplotlib is imported: the picture goes to a file, and a machine may have no display.
-    os.environ["MPLBACKEND"] = "agg"
     from experiments import plots
 
     columns = ("name", "status", *LISTS, "epochs", "data", "accuracy", *SPARSITIES, *RATIOS, "seconds")

@@ -29,6 +29,7 @@ COLLAPSED = 0.1  # a layer with a lower signal (see experiments/history.py) is b
 KNOWN_CLASSES = 0.5  # a network of at least this accuracy predicts every class
 RARE = 0.05  # a class of a lower recall counts as not predicted
 SLIM_TOLERANCE = 1e-4  # largest difference of the smaller network's logits, as a share of the largest logit
+READ_BACK_TOLERANCE = 1e-5  # the same for the file that it is exported to: one network, twice on one CPU
 SLIM_AGREEMENT = 0.999  # share of equal predictions; not 1, since rounding may swap two nearly equal logits
 OUTWEIGHS = 10  # a weighted penalty of more than this many times the cross-entropy is too strong
 LOGITS = {"logit_bit": "bit logits", "logit_dz": "deadzone logits"}  # what CoDeQ's own quantizer trains
@@ -506,7 +507,7 @@ def _own_quantizers(history: History) -> bool:
 def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> list[Check]:
     """Compare the smaller network and the packed file with the quantized network and the printed counts."""
     names = ("smaller network gives the same logits", "smaller network has the MACs printed",
-             "packed file gives the same logits")  # fmt: skip
+             "exported file holds the smaller network", "packed file gives the same logits")  # fmt: skip
     if compressed is None:
         return [Check(SKIP, name, "the run was stopped, so none was made") for name in names]
     if isinstance(compressed, PackingError):
@@ -519,12 +520,26 @@ def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> lis
     )
     same = relative <= SLIM_TOLERANCE and compressed.agreement >= SLIM_AGREEMENT
     macs = f"torch counts {compressed.slim_macs:,}, printed {compressed.structured_macs:,}"
+    parted = compressed.read_back_difference / (compressed.largest_logit or 1)
+    exported = (
+        f"{compressed.read_back_parameters:,} parameters in the file, {compressed.slim_parameters:,} in the "
+        f"network, largest difference {parted:.1e} of the largest logit"
+    )
+    whole = parted <= READ_BACK_TOLERANCE  # NaN, of a file that cannot be read, is not
+    whole = whole and compressed.read_back_parameters == compressed.slim_parameters
     bits = f"{compressed.packed_differs} logits differ, {compressed.packed_bytes:,} bytes"
     same_macs = compressed.slim_macs == compressed.structured_macs
     return [
         judge(same, names[0], measured, "a defect in src/slim.py"),
         judge(same_macs, names[1], macs, "a defect in src/channels.py"),
-        judge(compressed.packed_differs == 0, names[2], bits, "a defect in src/packing.py"),
+        judge(
+            whole,
+            names[2],
+            exported,
+            "slim.pt2 was exported from another network than the one that was checked, or cannot be read "
+            "(experiments/compressed.py)",
+        ),
+        judge(compressed.packed_differs == 0, names[3], bits, "a defect in src/packing.py"),
     ]
 
 

@@ -50,6 +50,7 @@ TRAINING, SCHEDULES, RUN = "experiments/training.py", "experiments/schedules.py"
 COUNTS, EVALUATOR = "metrics.py", "experiments/evaluator.py"
 CHECKPOINT, PACKING, SLIM = "experiments/checkpoint.py", "src/packing.py", "src/slim.py"
 REPORT, HISTORY = "experiments/report.py", "experiments/history.py"
+COMPRESSED, PLOTS, OPTIONS = "experiments/compressed.py", "experiments/plots.py", "experiments/settings.py"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,31 @@ STEP = (
 KEPT = "            kept = self.keep_dead(self.model) if self.keep_dead and penalised else []\n"
 MODE = "    step.model.train()\n    losses = torch.zeros("
 
+# A preset, and beside it a default, a 0, a switch that is turned off, and one of two like numbers.
+TYPED = "--preset smoke --weights-lr 8e-3 --sparsity-delay 0 --no-keep-dead --bit-decay 0.2"
+
 FAULTS_BY_AREA = {
+    "settings": [
+        fault("a preset wins over the flags", r"preset",
+              (OPTIONS, "PRESETS.get(preset, {}) | given", "given | PRESETS.get(preset, {})"), flags=TYPED),
+        fault("a preset wins where what was typed is the default", r"preset",
+              (OPTIONS, "    preset = given.get(", '    given = {n: v for n, v in given.items() if n == "preset" or v != getattr(Settings, n)}\n    preset = given.get('),
+              flags=TYPED),
+        fault("a preset is never applied", r"preset|flag",
+              (OPTIONS, "PRESETS.get(preset, {}) | given", "given"), flags=TYPED),
+        fault("the flags' defaults win over the preset", r"preset|flag",
+              (OPTIONS, '"default": argparse.SUPPRESS', '"default": item.default'), flags=TYPED),
+        fault("the bits' decay lands in the dead zones'", r"another setting",
+              (OPTIONS, "    preset = given.get(",
+               '    given |= {"deadzone_decay": given.get("bit_decay", 0.8)}\n    preset = given.get('), flags=TYPED),
+        fault("0 counts as not typed", r"preset|typed",
+              (OPTIONS, "    preset = given.get(",
+               '    given = {n: v for n, v in given.items() if v or v is False}\n    preset = given.get('),
+              flags=TYPED),
+        fault("a switch that is typed as off stays on", r"typed",
+              (OPTIONS, "    preset = given.get(",
+               '    given = {n: v for n, v in given.items() if v is not False}\n    preset = given.get('), flags=TYPED),
+    ],
     "data": [
         fault("training labels are shuffled", r"label",
               (DATA, "self.labels = dataset.train_labels.to(self.device)",
@@ -790,6 +815,48 @@ FAULTS_BY_AREA = {
               (TRAINING, "(logits.argmax(1) == labels).sum()",
                "(logits.sort(1).indices[:, -2:] == labels[:, None]).any(1).sum()")),
     ],
+    "pictures": [
+        fault("the accuracy curve is drawn from the loss", r"another column",
+              (PLOTS, "[100 * r.accuracy for r in records]", "[r.loss for r in records]")),
+        fault("the curve of the cross-entropy is the loss", r"another column",
+              (PLOTS, "[r.cross_entropy for r in records]", "[r.loss for r in records]")),
+        fault("the two sparsities are exchanged", r"another column",
+              (PLOTS, "axes.plot(epochs, unstructured,", "axes.plot(epochs, structured,"),
+              (PLOTS, 'axes.plot(epochs, structured, "o-", color="tab:orange"',
+               'axes.plot(epochs, unstructured, "o-", color="tab:orange"')),
+        fault("one sparsity is drawn twice", r"another column",
+              (PLOTS, "structured = [100 * r.structured_sparsity for", "structured = [100 * r.unstructured_sparsity for")),
+        fault("the accuracy curve counts epochs from 0", r"another epoch",
+              (PLOTS, 'axes.plot(epochs, [100', 'axes.plot(range(len(epochs)), [100')),
+        fault("the bits are those of the epoch before", r"another column",
+              (PLOTS, "bits = [r.learned_bits for r in records]", "bits = [r.learned_bits for r in records[:1] + records[:-1]]")),
+        fault("the legend's lines are in another order than its names", r"legend",
+              (PLOTS, "axes[0].legend(handles, labels,", "axes[0].legend(handles[::-1], labels,")),
+        fault("the axis of the bits is named after the coefficient", r"axis",
+              (PLOTS, 'right.set(ylabel="bits a weight (before rounding)")', 'right.set(ylabel="the penalty\'s coefficient")')),
+        fault("shares are drawn for percent", r"another column",
+              (PLOTS, "[100 * r.accuracy for r in records]", "[r.accuracy for r in records]")),
+        fault("the warm-up's shade counts epochs from 0", r"another epoch",
+              (PLOTS, "begins, ends = delay + 1, min(delay + 1 + ramp, last)", "begins, ends = delay, min(delay + ramp, last)")),
+        fault("the liveness map is transposed", r"channel, layer",
+              (PLOTS, "axes.imshow(cells,", "axes.imshow([*zip(*cells, strict=True)],")),
+        fault("the liveness map's colours are exchanged, not the legend's", r"state",
+              (PLOTS, "for state in sorted(STATE_COLOURS)]", "for state in (2, 1, 0, 3)]")),
+        fault("each row of the liveness map is the next layer's", r"layer",
+              (PLOTS, "axes.imshow(cells,", "axes.imshow(cells[1:] + cells[:1],")),
+        fault("the bars show the dead for the living", r"state",
+              (PLOTS, "heights = [layer.states.count(state)", "heights = [layer.states.count(2 - state)")),
+        fault("the bars' texts are a layer off", r"layer",
+              (PLOTS, "        axes.text(place, layer.filters", "        axes.text(len(layers) - 1 - place, layer.filters")),
+        fault("channels over time are filters that are not zero", r"another column",
+              (PLOTS, "100 * r.alive_channels / r.filters for r in row", "100 * (1 - r.zero_filters / r.filters) for r in row")),
+        fault("channels over time run backwards", r"epoch",
+              (PLOTS, "for r in history.epochs] for name in layers", "for r in history.epochs[::-1]] for name in layers")),
+        fault("two pictures have each other's file", r"column|picture",
+              (PLOTS, '        accuracy_figure(history, f"Accuracy: {title}"),\n', ""),
+              (PLOTS, '        channel_liveness_figure(count, f"Channels: {title}"),\n',
+               '        accuracy_figure(history, f"Accuracy: {title}"),\n        channel_liveness_figure(count, f"Channels: {title}"),\n')),
+    ],
     "files": [
         fault("checkpoints hold no optimizer state", r"checkpoint|resum|optimizer|moment|restor",
               (CHECKPOINT, 'optimizer.state_dict()["state"]', "{}"), when=END),
@@ -818,6 +885,15 @@ FAULTS_BY_AREA = {
               (SLIM, "shift[wanted].to(self.dtype), reads", "torch.zeros_like(shift[wanted]).to(self.dtype), reads"), when=END),
         fault("the smaller network folds batch norms without epsilon", r"smaller network|slim",
               (SLIM, "torch.sqrt(bn.running_var + bn.eps)", "torch.sqrt(bn.running_var)"), when=END),
+        fault("slim.pt2 holds an untrained network", r"slim\.pt2",
+              (COMPRESSED, "write_whole(folder / SLIM, exported(slim))", "write_whole(folder / SLIM, exported(resnet20()))"), when=END),
+        fault("slim.pt2 holds the network whose dead channels are still there", r"slim\.pt2",
+              (COMPRESSED, "write_whole(folder / SLIM, exported(slim))",
+               "write_whole(folder / SLIM, exported(without_quantizers(model)))"), when=END),
+        fault("slim.pt2 holds half-precision weights", r"slim\.pt2",
+              (COMPRESSED, "copy.deepcopy(network).cpu().eval()", "copy.deepcopy(network).cpu().eval().half().float()"), when=END),
+        fault("slim.pt2 takes the batch of its export alone", r"slim\.pt2",
+              (COMPRESSED, "dynamic_shapes=(batch,)", "dynamic_shapes=None"), when=END),
         fault("the history has the epoch before", r"epoch|history|record",
               (RUN, "epoch + 1,\n", "epoch,\n")),
         fault("the table's sparsity columns are swapped", r"table|row|column|history|spars",
@@ -840,6 +916,8 @@ FAULTS = [
 
 # One of every area, for `make test`.
 FAST = (
+    "the two sparsities are exchanged",
+    "a preset wins over the flags",
     "training labels are shifted by one image",
     "no ReLU after the sum",
     "no straight-through gradient",
@@ -862,9 +940,9 @@ WAY_TO_GO = {PREFLIGHT: 0, EPOCH: 1, END: 2, MISSED: 3}
 
 @dataclass(frozen=True)
 class Result:
-    """What a run said of a fault."""
+    """What a run said of a fault, or of none."""
 
-    fault: Fault | None  # None: the sources as they are
+    fault: Fault
     when: str  # the part of the run in which the first line was said
     lines: tuple[str, ...]  # FAIL lines and warnings, in their order
     crash: str  # the last line of a traceback, "" without one
@@ -873,7 +951,6 @@ class Result:
     @property
     def right(self) -> str:
         """Whether the cause is right: "yes" by the first line, "later" by another one, "no", or "-"."""
-        assert self.fault
         causes = [line.rpartition("Likely cause: ")[2] for line in self.lines]
         named = [re.search(self.fault.says, cause, re.IGNORECASE) is not None for cause in causes]
         return "-" if not named else "yes" if named[0] else "later" if any(named) else "no"
@@ -929,22 +1006,23 @@ def said(text: str) -> Iterator[tuple[str, str]]:
 
 
 def examine(
-    fault: Fault | None, tree: Path, folder: Path, more: Sequence[str] = (), preflight_only: bool = False
+    fault: Fault, tree: Path, folder: Path, more: Sequence[str] = (), preflight_only: bool = False
 ) -> Result:
     """Run the preflight on a patched copy of the tree, and a short run where that is silent.
 
     `more` are flags for both.
     """
     began = time.monotonic()
-    own = fault.flags if fault else ()
+    # Flags of a fault's own set up what the preflight is to see, and may be no short run, such as --epochs 400.
+    preflight_only = preflight_only or bool(fault.flags)
     stages = [[*SETTINGS, "--preflight", "only"], *([] if preflight_only else [SHORT_RUN])]
     with tempfile.TemporaryDirectory(dir=folder) as made:
         patched, output = Path(made) / "tree", Path(made) / "output.txt"
         shutil.copytree(tree, patched)
-        for edit in fault.edits if fault else ():
+        for edit in fault.edits:
             edit.apply(patched)
         for stage in stages:
-            run(patched, [*stage, *own, *more, "--output-dir", str(Path(made) / "run")], output)
+            run(patched, [*stage, *fault.flags, *more, "--output-dir", str(Path(made) / "run")], output)
             text = output.read_text()
             lines = list(said(text))
             crash = text.strip().splitlines()[-1] if "Traceback (most recent" in text else ""
@@ -960,7 +1038,6 @@ def examine(
 def row(result: Result) -> str:
     """A line of the matrix: area, fault, when it was caught, whether the cause is right, and by which line."""
     fault = result.fault
-    assert fault
     late = " (late)" if WAY_TO_GO[result.when] > WAY_TO_GO[fault.when] else ""
     by = result.lines[0] if result.lines else f"CRASH {result.crash}" if result.crash else ""
     return f"{fault.area:<10}| {fault.name:<64.64}| {result.when + late:<16}| {result.right:<6}| {by[:160]}"
@@ -970,20 +1047,20 @@ def summary(results: Sequence[Result]) -> str:
     """How many were caught, when, and with the right cause, an area a line; and what was missed."""
     head = f"{'':<10}| faults | preflight | epoch | end | missed | right cause first | in a later line"
     lines = [head]
-    areas = [area for area in FAULTS_BY_AREA if any(r.fault and r.fault.area == area for r in results)]
+    areas = [area for area in FAULTS_BY_AREA if any(r.fault.area == area for r in results)]
     for area in (*areas, "all"):
-        of_area = [r for r in results if r.fault and area in (r.fault.area, "all")]
+        of_area = [r for r in results if area in (r.fault.area, "all")]
         when, right = Counter(r.when for r in of_area), Counter(r.right for r in of_area)
         lines.append(
             f"{area:<10}| {len(of_area):6} | {when[PREFLIGHT]:9} | {when[EPOCH]:5} | {when[END]:3} | "
             f"{when[MISSED]:6} | {right['yes']:17} | {right['later']:15}"
         )
-    missed = [f"missed: {r.fault.name}" for r in results if r.fault and r.when == MISSED]
+    missed = [f"missed: {r.fault.name}" for r in results if r.when == MISSED]
     return "\n".join([*lines, *missed])
 
 
 def examine_all(
-    faults: Sequence[Fault | None],
+    faults: Sequence[Fault],
     workers: int,
     more: Sequence[str] = (),
     preflight_only: bool = False,
@@ -1021,12 +1098,18 @@ def main() -> int:
         and re.search(chosen.only, f.name)
         and (not chosen.fast or f.name in FAST)
     ]
+    # The sources as they are, once with each list of flags: an alarm would say that the flags are the fault.
+    controls = [
+        fault("clean sources", "", flags=f) for f in sorted({"", *(" ".join(f.flags) for f in faults)})
+    ]
     alarms: list[str] = []
     results: list[Result] = []
-    for result in examine_all([None, *faults], chosen.workers, more, chosen.fast, chosen.sources):
-        if result.fault is None:
-            alarms = [*result.lines, *([result.crash] if result.crash else [])]
-            print("\n".join(["clean sources: " + ("ALARM" if alarms else "no alarm"), *alarms]))
+    for result in examine_all([*controls, *faults], chosen.workers, more, chosen.fast, chosen.sources):
+        if not result.fault.edits:
+            found = [*result.lines, *([result.crash] if result.crash else [])]
+            name = " ".join([result.fault.name, *result.fault.flags])
+            print("\n".join([f"{name}: " + ("ALARM" if found else "no alarm"), *found]), flush=True)
+            alarms += found
             continue
         results.append(result)
         print(row(result), flush=True)

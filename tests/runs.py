@@ -183,6 +183,8 @@ def compressed(**changes: Any) -> CompressedRecord:
         "packed_bytes": 54_321,
         "float32_bytes": 1_086_420,
         "slim_bytes": 500_000,
+        "read_back_parameters": 101_234,
+        "read_back_difference": 0.0,
         "latency_seconds": {
             f"{network}, batch {batch}": {"median": 0.004 * batch, "least": 0.003 * batch, "most": 0.5}
             for batch in (1, 128)

@@ -1,5 +1,6 @@
 """The smaller network and the packed file: what is recorded of them, held against both."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 from planted import snapshot
 
-from experiments.compressed import PACKED, SLIM, make_compressed
+from experiments.compressed import PACKED, SLIM, exported, make_compressed, read_back
 from experiments.data import TestBatches as Batches
 from experiments.data import synthetic_dataset
 from experiments.history import CompressedRecord
 from metrics import count_network
 from resnet import ResNet, resnet20
 from src.quantizer import DeadZoneLDZCompander
+from src.slim import slim_network
 from utils_quantization import attach_weight_quantizers
 
 
@@ -84,6 +86,24 @@ def test_the_exported_network_takes_any_batch_and_gives_the_same_logits(made, ba
         expected = model.eval()(images)
         torch.testing.assert_close(program(images), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
         torch.testing.assert_close(program(images[:1]), expected[:1], rtol=0, atol=1e-3)
+
+
+def test_the_exported_file_holds_the_smaller_network(made):
+    record, _, _ = made
+    assert record.read_back_parameters == record.slim_parameters
+    assert record.read_back_difference <= 1e-6 * record.largest_logit
+
+
+def test_an_exported_file_of_another_network_or_of_none_is_told_apart(batches, tmp_path):
+    images, _ = next(iter(batches))
+    slim, other = slim_network(network_with_dead_channels()), resnet20().eval()
+    path = tmp_path / SLIM
+    path.write_bytes(exported(other))
+    parameters, difference = read_back(path, slim, images)
+    assert parameters == 269_722 and difference > 0.01
+    path.write_bytes(exported(slim)[:-100])
+    parameters, difference = read_back(path, slim, images)
+    assert parameters == 0 and math.isnan(difference)
 
 
 def test_every_latency_is_measured_at_both_batches(made):

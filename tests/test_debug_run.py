@@ -248,7 +248,7 @@ def test_the_verdict_is_printed_as_the_history_has_it(log):
     printed = log.out.partition("--- Verdict ---\n")[2].partition("\n\n")[0].splitlines()
     checks = [Check(**c) for c in log.history["verdict"]]
     assert printed == [line for check in checks for line in check_lines(check)]
-    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 21
+    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 22
 
 
 def test_the_last_line_names_the_files_where_they_are(log):

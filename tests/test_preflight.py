@@ -5,10 +5,12 @@ That it catches what is broken is shown by the catalogue of faults (faults.py), 
 
 import json
 import random
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from own_quantizers import LSQ
+from runs import good_run
 from torch import Tensor
 
 from experiments import debug_run
@@ -16,6 +18,10 @@ from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkp
 from experiments.expect import BrokenError, expect_close
 from experiments.history import Check, History
 from experiments.preflight import CHECKS, preflight
+from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, STATES, small_history
+from experiments.preflight_settings import read_flags
+from experiments.schedules import linear_warmup
+from experiments.settings import Settings, parse_settings
 from src.quantizer import DeadZoneLDZCompander
 
 pytestmark = pytest.mark.usefixtures("small_stand_in", "quick_end")
@@ -174,6 +180,44 @@ def test_an_error_in_the_runs_own_code_is_a_fail_that_names_the_place(monkeypatc
     checks, status = checks_of(monkeypatch, tmp_path)
     assert status == 1 and "RuntimeError: no such layer" in str(checks["penalty"])
     assert "penalty (line" in str(checks["penalty"])
+
+
+def test_no_two_curves_or_layers_of_the_small_history_are_alike():
+    history = small_history(good_run())
+    columns = [tuple(f(r) for r in history.epochs) for c in CURVES.values() for f, _ in c.values()]
+    others = [tuple(getattr(r, n) for r in history.epochs) for n in ("loss", "penalty", "bits", "seconds")]
+    assert len({*columns, *others}) == len(columns) + len(others)
+    layers = [tuple(r.layers[name].alive_channels for r in history.epochs) for name in STATES]
+    assert len(set(layers)) == len(layers) == len({tuple(map(s.count, s)) for s in STATES.values()})
+    assert [linear_warmup(DELAY, RAMP)(e, 5) * 1e-3 for e in range(5)] == list(COEFFICIENTS)
+
+
+TYPED = [
+    [],
+    ["--preset", "plan", "--weights-lr", "8e-3", "--sparsity-delay=0", "--no-keep-dead", "--resume"],
+    ["--exclude-layers", "a=b", "-1", "x y", "--max-bits", "none", "--fixed-bits=4", "--limit-train", "9"],
+    ["--exclude-layers", "--epochs", "2", "--epochs", "3", "--output-dir", "--a b", "--threads", "none"],
+    ["--exclude-layers=", "--keep-dead", "--no-keep-dead", "--data-dir=--epochs", "--preset=smoke"],
+]
+
+
+@pytest.mark.parametrize("arguments", TYPED, ids=" ".join)
+def test_the_flags_are_read_as_the_parser_reads_them(arguments):
+    parsed, typed = parse_settings(arguments), read_flags(arguments)
+    assert typed == {name: getattr(parsed, name) for name in typed}
+    words = {a.partition("=")[0].replace("--no-", "--") for a in arguments}
+    assert set(typed) == {f.name for f in fields(Settings) if "--" + f.name.replace("_", "-") in words}
+
+
+def test_a_setting_that_is_not_what_was_typed_is_named_with_both_values(monkeypatch, tmp_path):
+    def other(arguments):
+        return replace(parse_settings(arguments), bit_lr=0.5)
+
+    monkeypatch.setattr(debug_run, "parse_settings", other)
+    checks, status = checks_of(monkeypatch, tmp_path, "--bit-lr", "0.25")
+    assert status == 1 and failed(checks)[0].startswith("FAIL  settings: --bit-lr is 0.5, and 0.25 is typed")
+    checks, status = checks_of(monkeypatch, tmp_path, "--preset", "plan")
+    assert "--bit-lr is 0.5, and 0.001 is the preset's" in failed(checks)[0]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1.1])

@@ -325,6 +325,7 @@ if "experiments.debug_run" in sys.orig_argv:
 
     data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST = 64, 32
     compressed.exported = lambda network: b"an exported network"
+    compressed.read_back = lambda path, network, images: (sum(p.numel() for p in network.parameters()), 0.0)
     compressed.measure_latency = lambda networks, images: {}
 """
 

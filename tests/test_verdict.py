@@ -703,9 +703,10 @@ def test_weights_that_are_not_finite_can_still_be_counted():
 
 
 def test_a_compressed_network_that_agrees_passes_with_its_numbers():
-    logits, macs, packed = compressed_agrees(runs.compressed())
+    logits, macs, exported, packed = compressed_agrees(runs.compressed())
     check(logits, PASS, "8.0e-07 of the largest logit on 10,000 images", "100.00 % equal predictions")
     check(macs, PASS, "torch counts 20,275,520, printed 20,275,520")
+    check(exported, PASS, "101,234 parameters in the file, 101,234 in the network")
     check(packed, PASS, "0 logits differ, 54,321 bytes")
 
 
@@ -716,18 +717,21 @@ def test_a_compressed_network_that_agrees_passes_with_its_numbers():
         (0, {"largest_difference": math.nan}),
         (0, {"agreement": 0.99}),
         (1, {"slim_macs": 2}),
-        (2, {"packed_differs": 1}),
+        (2, {"read_back_parameters": 269_722}),
+        (2, {"read_back_difference": 1e-3}),
+        (2, {"read_back_parameters": 0, "read_back_difference": math.nan}),
+        (3, {"packed_differs": 1}),
     ],
 )
 def test_a_disagreement_fails_its_own_line_with_its_likely_cause(line, changes):
     lines = compressed_agrees(runs.compressed(**changes))
     assert [i for i, each in enumerate(lines) if each.status == FAIL] == [line]
-    check(lines[line], FAIL, cause="defect in src/")
+    check(lines[line], FAIL, cause="slim.pt2" if line == 2 else "defect in src/")
 
 
 def test_logits_that_are_all_zero_and_equal_agree():
     lines = compressed_agrees(runs.compressed(largest_logit=0.0, largest_difference=0.0))
-    assert [line.status for line in lines] == [PASS] * 3
+    assert [line.status for line in lines] == [PASS] * 4
 
 
 def test_a_stopped_run_has_no_compressed_network_to_judge():

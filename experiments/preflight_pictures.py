@@ -1,0 +1,270 @@
+"""Preflight check of the pictures: what is drawn of a small history is what that history says."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.expect import Subject, expect
+from experiments.history import EpochRecord, FinalCounts, History, LayerRecord
+from metrics import LayerCount
+from src.channels import ChannelState
+
+DELAY, RAMP = 1, 2
+COEFFICIENTS = (0.0, 0.0, 0.0005, 0.001, 0.001)  # what the delay and the ramp give, an epoch a number
+NULL, CONSTANT, ALIVE = ChannelState.NULL, ChannelState.CONSTANT, ChannelState.ALIVE
+# More channels than layers, and in each layer another number of every state.
+STATES = {
+    "layer1.0.conv1": (ALIVE, NULL, CONSTANT, NULL, CONSTANT, CONSTANT),
+    "layer2.0.conv1": (CONSTANT, ALIVE, ALIVE, ALIVE, NULL, NULL, ALIVE),
+    "layer3.0.conv2": (NULL, NULL, ALIVE, NULL, ALIVE, NULL, NULL, CONSTANT),
+}
+# A word of what the legends call a channel: by its state, and by None where there is no such channel.
+WORDS = {ALIVE: "alive", CONSTANT: "constant", NULL: "nothing", None: "padding"}
+
+# What each curve shows of an epoch, by its label, and the label of its axis.
+CURVES: dict[str, dict[str, tuple[Callable[[EpochRecord], float], str]]] = {
+    "accuracy_curve.png": {
+        "test accuracy": (lambda r: 100 * r.accuracy, "test accuracy (%)"),
+        "training cross-entropy": (lambda r: r.cross_entropy, "training cross-entropy (nats)"),
+    },
+    "sparsity_curves.png": {
+        "unstructured: weights that are zero": (
+            lambda r: 100 * r.unstructured_sparsity,
+            "sparsity of the quantized layers (%)",
+        ),
+        "structured: filters that are all zero": (
+            lambda r: 100 * r.structured_sparsity,
+            "sparsity of the quantized layers (%)",
+        ),
+        "mean learned bits": (lambda r: r.learned_bits, "bits a weight (before rounding)"),
+        "the penalty's coefficient": (lambda r: r.coefficient, "the penalty's coefficient"),
+    },
+}
+
+
+def pictures_show_the_history(subject: Subject) -> str:
+    """Curves, bars, cells and legends, read off the figures before they are written, against the history."""
+    from experiments.plots import figures  # not before it is needed: matplotlib takes half a second
+
+    history = small_history(subject.history)
+    drawn = figures(history, "a small history")
+    for picture, curves in CURVES.items():
+        _compare_curves(picture, drawn[picture], history.epochs, curves)
+    layers = [layer for layer in history.final.layers if layer.name in STATES] if history.final else []
+    _compare_cells(drawn["channel_liveness.png"], layers)
+    _compare_bars(drawn["per_layer_channels.png"], layers)
+    _compare_times(drawn["channels_over_time.png"], history.epochs)
+    return f"{len(drawn)} pictures of {len(history.epochs)} epochs"
+
+
+def small_history(history: History) -> History:
+    """The run's history with a few epochs and layers in which no two curves or rows are alike."""
+    counts = [
+        LayerCount(name, True, 3 + i, 3.25 + i, 90, 0, len(states), 0, tuple(map(int, states)), 90, 90, 90)
+        for i, (name, states) in enumerate(STATES.items())
+    ]
+    linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 90, 90)
+    numbers: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(FinalCounts)), 1.0)
+    return dataclasses.replace(
+        history,
+        settings=history.settings | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP)},
+        epochs=[_record(epoch) for epoch in range(1, len(COEFFICIENTS) + 1)],
+        final=FinalCounts(**(numbers | {"totals": {}, "layers": [*counts, linear]})),
+    )
+
+
+def _record(epoch: int) -> EpochRecord:
+    layers = {}
+    for i, (name, states) in enumerate(STATES.items()):
+        alive = len(states) - (epoch + i) // 2
+        layers[name] = LayerRecord(
+            parameters={}, gradients={}, learned_bits=7.5 - epoch - i / 4, bits=7 - epoch, weights=90,
+            zero_weights=10 * epoch + i, filters=len(states), zero_filters=epoch // 3,
+            alive_channels=alive, constant_channels=0, null_channels=len(states) - alive,
+        )  # fmt: skip
+    return EpochRecord(
+        epoch=epoch,
+        loss=3.1 - 0.17 * epoch,
+        cross_entropy=2.2 - 0.13 * epoch,
+        penalty=43.0 - epoch,
+        coefficient=COEFFICIENTS[epoch - 1],
+        accuracy=0.2 + 0.07 * epoch,
+        unstructured_sparsity=0.31 + 0.05 * epoch,
+        structured_sparsity=0.11 + 0.03 * epoch,
+        learned_bits=7.6 - 0.4 * epoch,
+        bits=7.0 - 0.5 * epoch,
+        layers=layers,
+        seconds=10.0 + epoch,
+    )
+
+
+def _compare_curves(
+    picture: str,
+    figure: Any,
+    records: Sequence[EpochRecord],
+    curves: dict[str, tuple[Callable[[EpochRecord], float], str]],
+) -> None:
+    drawn = [line for axes in figure.axes for line in axes.get_lines()]
+    lines = {line.get_label(): line for line in drawn}
+    expect(len(lines) == len(drawn), f"{picture}: two curves have one name", _cause("another column"))
+    if "chance" in lines:
+        _expect_equal(
+            lines["chance"].get_ydata(), [10, 10], f"{picture}: the line of chance", "another share"
+        )
+    for label, (value, axis) in curves.items():
+        expect(label in lines, f"{picture}: no curve is called {label!r}", _cause("another column"))
+        line = lines[label]
+        _expect_equal(
+            line.get_xdata(), [r.epoch for r in records], f"{picture}: epochs of {label!r}", "another epoch"
+        )
+        _expect_equal(
+            line.get_ydata(), [value(r) for r in records], f"{picture}: {label!r}", "another column"
+        )
+        expect(
+            line.axes.get_ylabel() == axis,
+            f"{picture}: {label!r} stands on the axis {line.axes.get_ylabel()!r}",
+            _cause("another axis"),
+        )
+        (low, high), values = line.axes.get_ylim(), line.get_ydata()
+        expect(
+            low <= min(values) and max(values) <= high,
+            f"{picture}: the axis of {label!r} runs from {low:g} to {high:g} alone",
+            _cause("less"),
+        )
+    legend = _legend(figure)
+    for label, line in lines.items():
+        shown = _style(legend[label]) if label in legend else "nothing"
+        expect(
+            shown == _style(line),
+            f"{picture}: {label!r} is {_style(line)}, in the legend {shown}",
+            "the legend of experiments/plots.py gives a curve another's name or colour",
+        )
+    expect(
+        len({line.get_color() for line in drawn}) == len(drawn),
+        f"{picture}: two curves have one colour",
+        "the colours of experiments/plots.py",
+    )
+    (shade,) = figure.axes[0].patches
+    _expect_equal(
+        shade.get_extents().transformed(figure.axes[0].transData.inverted()).intervalx,
+        [DELAY + 1, DELAY + 1 + RAMP],
+        f"{picture}: the shade of the penalty's warm-up",
+        "another epoch",
+    )
+
+
+def _compare_cells(figure: Any, layers: Sequence[LayerCount]) -> None:
+    picture, (axes, *_) = "channel_liveness.png", figure.axes
+    (image,) = axes.get_images()
+    width = max(layer.filters for layer in layers)
+    states = [[*map(ChannelState, layer.states)] + [None] * (width - layer.filters) for layer in layers]
+    cells = image.to_rgba(image.get_array())
+    _expect_equal(
+        cells, _colours(figure, states), f"{picture}: the cells' colours", "another channel, layer or state"
+    )
+    extent = [-0.5, width - 0.5, len(layers) - 0.5, -0.5]
+    _expect_equal(image.get_extent(), extent, f"{picture}: the cells' places", "another channel or layer")
+    _expect_names(picture, axes.yaxis, [_named(x.name, x) for x in layers])
+
+
+def _compare_bars(figure: Any, layers: Sequence[LayerCount]) -> None:
+    picture, (axes, *_) = "per_layer_channels.png", figure.axes
+    for place, layer in enumerate(layers):
+        column = [
+            next(
+                (bar.get_facecolor() for bar in reversed(axes.patches)
+                 if bar.get_x() < place < bar.get_x() + bar.get_width()
+                 and bar.get_y() < height + 0.5 < bar.get_y() + bar.get_height()),
+                (0, 0, 0, 0),
+            )
+            for height in range(layer.filters + 1)
+        ]  # fmt: skip
+        states = sorted(map(ChannelState, layer.states), reverse=True)  # the living at the bottom
+        wanted = [*_colours(figure, [states])[0], (0, 0, 0, 0)]
+        _expect_equal(column, wanted, f"{picture}: the bar of {layer.name}", "another layer or state")
+    _expect_names(picture, axes.xaxis, [layer.name for layer in layers])
+    texts = {text.get_position()[0]: text.get_text() for text in axes.texts}
+    wanted_texts = {
+        i: f"{x.states.count(ALIVE)}/{len(x.states)}\n{x.bits} bits" for i, x in enumerate(layers)
+    }
+    expect(
+        texts == wanted_texts,
+        f"{picture}: {texts} stands on the bars, the counts are {wanted_texts}",
+        _cause("another layer"),
+    )
+
+
+def _compare_times(figure: Any, records: Sequence[EpochRecord]) -> None:
+    picture, (axes, *_) = "channels_over_time.png", figure.axes
+    (image,) = axes.get_images()
+    shares = [
+        [100 * r.layers[name].alive_channels / r.layers[name].filters for r in records] for name in STATES
+    ]
+    _expect_equal(image.get_array(), shares, f"{picture}: the cells", "another column, layer or epoch")
+    extent = [records[0].epoch - 0.5, records[-1].epoch + 0.5, len(STATES) - 0.5, -0.5]
+    _expect_equal(image.get_extent(), extent, f"{picture}: the cells' places", "another epoch or layer")
+    _expect_equal(image.get_clim(), [0, 100], f"{picture}: the range of colours", "another unit")
+    last = records[-1].layers
+    names = [f"{n} ({last[n].alive_channels}/{last[n].filters})" for n in STATES]
+    _expect_names(picture, axes.yaxis, names)
+    began = next(r.epoch for r in records if r.coefficient) - 0.5
+    _expect_equal(
+        [line.get_xdata() for line in axes.get_lines()],
+        [[began, began]],
+        f"{picture}: the line where the penalty sets in",
+        "another epoch",
+    )
+
+
+def _colours(figure: Any, states: Sequence[Sequence[ChannelState | None]]) -> list[list[Any]]:
+    """The colour that the legend gives to each state."""
+    legend = _legend(figure)
+    by_state = {
+        state: next((patch.get_facecolor() for name, patch in legend.items() if word in name), (0, 0, 0, 0))
+        for state, word in WORDS.items()
+    }
+    return [[by_state[state] for state in row] for row in states]
+
+
+def _style(line: Any) -> tuple[str, str, str]:
+    return line.get_color(), line.get_linestyle(), line.get_marker()
+
+
+def _legend(figure: Any) -> dict[str, Any]:
+    """The line or patch that stands in a figure's legends beside each name."""
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    return {
+        text.get_text(): handle
+        for legend in legends
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+
+
+def _named(name: str, layer: LayerCount) -> str:
+    return f"{name} ({layer.states.count(ALIVE)}/{len(layer.states)})"
+
+
+def _expect_names(picture: str, axis: Any, wanted: list[str]) -> None:
+    """The names along an axis, the first of them at 0."""
+    found = dict(zip(axis.get_ticklocs(), [t.get_text() for t in axis.get_ticklabels()], strict=True))
+    expect(
+        found == dict(enumerate(wanted)),
+        f"{picture}: {found} stands along an axis, {wanted} is what the cells or bars are of",
+        _cause("another layer"),
+    )
+
+
+def _expect_equal(found: Any, wanted: Any, what: str, shown: str) -> None:
+    found, wanted = np.asarray(found, float), np.asarray(wanted, float)
+    same = found.shape == wanted.shape and np.allclose(found, wanted)
+    sizes = f"of shape {found.shape}, expected {wanted.shape}"
+    if found.shape == wanted.shape and not same:
+        place = tuple(np.argwhere(~np.isclose(found, wanted))[0])
+        sizes = f"{found[place]:g} where the history has {wanted[place]:g}"
+    expect(same, f"{what}: {sizes}", _cause(shown))
+
+
+def _cause(shown: str) -> str:
+    return f"experiments/plots.py draws {shown} than the picture says"
