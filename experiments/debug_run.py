@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
         test_batches = TestBatches(dataset, device, processes=processes)
 
-        penalty = coupled_group_lasso(model, settings.penalty_on)
+        penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)
         keep_dead = keep_dead_slices(model) if settings.keep_dead else None
         optimizer = make_optimizer(model, settings, settings.epochs * len(train_batches))
         step = TrainingStep(model, optimizer, penalty, settings.precision, keep_dead, processes)

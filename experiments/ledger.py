@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from experiments import reference
 from experiments.data import TestBatches, TrainBatches
 from experiments.history import Check, EpochRecord
-from experiments.settings import STORED
+from experiments.settings import MACS, STORED
 from experiments.watch import EpochWatch, State, numbers
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
@@ -654,7 +654,8 @@ class Ledger:
         chosen = {
             n: w.detach().cpu().double() for n, w in weights.items() if re.fullmatch(BLOCK_CONVOLUTION, n)
         }
-        return float(reference.penalty(chosen, len(self.model.layer1)))  # type: ignore[arg-type]
+        blocks = len(self.model.layer1)  # type: ignore[arg-type]
+        return float(reference.penalty(chosen, blocks, self.settings.group_weights == MACS))
 
     def _group_of(self, name: str) -> int | None:
         """The place of a parameter's group in the optimizer, None where it is in none."""

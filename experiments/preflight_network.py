@@ -23,7 +23,7 @@ from experiments.expect import (
     stored_weight,
     used_weights,
 )
-from experiments.settings import STORED
+from experiments.settings import MACS, STORED
 from src.quantizer import MIN_BITS
 from utils_quantization import quantized_layers, weight_quantization
 
@@ -544,14 +544,15 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
     )
     if not (subject.own_penalty and subject.own_network):
         return f"{value.item():.4g}; SKIP of its formula, which is not this project's"
-    on_stored = subject.pipeline.settings.penalty_on == STORED
+    settings = subject.pipeline.settings
+    on_stored, by_macs = settings.penalty_on == STORED, settings.group_weights == MACS
     penalised = {n: stored_weight(model.get_submodule(n)) for n in quantized} if on_stored else quantized
     leaves = {n: w.clone().requires_grad_() for n, w in penalised.items()}
-    wanted = reference.penalty(leaves, subject.blocks)
+    wanted = reference.penalty(leaves, subject.blocks, by_macs)
     cause = (
         "the penalty's groups or norms (experiments/sparsity.py, src/channels.py): squared or missing norms, "
-        "a wrong dimension, slices that are not coupled, groups that are weighted, layers too many, "
-        "stored weights in place of quantized ones, sums in half precision"
+        "a wrong dimension, slices that are not coupled, groups weighted otherwise, layers too many, "
+        "stored weights in place of quantized ones or the reverse, sums in half precision"
     )
     expect(
         abs(value.item() - wanted.item()) <= EXACT * abs(wanted.item()),

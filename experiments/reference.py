@@ -157,18 +157,31 @@ def slice_of(weight: Tensor, side: str, i: int) -> Tensor:
     return weight[i] if side == "filter" else weight[:, i]
 
 
-def penalty(weights: Mapping[str, Tensor], blocks: int) -> Tensor:
-    """The group lasso over the layers in `weights`: the norm of all that must vanish together, summed."""
+def slice_macs(weight: Tensor, layer: str, side: str) -> int:
+    """Multiply-accumulates of one filter, or of all filters on one input channel, for an image of 32 x 32."""
+    stage = int(layer[len("layer")])
+    side_length = SIDE // 2 ** (stage - 1)  # of what the layer gives: stages halve the image, from the second on
+    filters, inputs, height, width = weight.shape
+    return (inputs if side == "filter" else filters) * height * width * side_length**2
+
+
+def penalty(weights: Mapping[str, Tensor], blocks: int, by_macs: bool = False) -> Tensor:
+    """The group lasso over the layers in `weights`: the norm of all that must vanish together, summed.
+
+    With `by_macs` each norm counts as its group's multiply-accumulates over the mean of all groups.
+    """
     squares: dict[tuple[str, str], Tensor] = {}
     for layer, w in weights.items():
         squares[layer, "filter"] = w.square().sum((1, 2, 3))  # (O, I, kh, kw) -> (O,)
         squares[layer, "input"] = w.square().sum((0, 2, 3))  # (O, I, kh, kw) -> (I,)
     total = next(iter(weights.values())).new_zeros(()) if weights else torch.zeros(())
-    for group in channel_groups(blocks):
-        parts = [squares[layer, side][i] for layer, side, i in group if layer in weights]
-        square = torch.stack(parts).sum() if parts else total.new_zeros(())
+    groups = [[m for m in group if m[0] in weights] for group in channel_groups(blocks)]
+    groups = [group for group in groups if group]
+    macs = [sum(slice_macs(weights[layer], layer, side) for layer, side, _ in group) for group in groups]
+    for group, cost in zip(groups, macs, strict=True):
+        square = torch.stack([squares[layer, side][i] for layer, side, i in group]).sum()
         if square > 0:  # the square root has no gradient at 0, and the norm's is to be 0 there
-            total = total + square.sqrt()
+            total = total + square.sqrt() * (cost * len(macs) / sum(macs) if by_macs else 1)
     return total
 
 

@@ -19,6 +19,7 @@ PRECISIONS = {
 }
 DATA = ("auto", "cifar10", "synthetic")
 STORED, QUANTIZED = "stored", "quantized"  # the weights that the penalty is on
+EQUAL, MACS = "equal", "macs"  # what a group counts in the penalty
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -65,11 +66,14 @@ class Settings:
     )
     max_bits: int | None = _setting(None, "upper bound of the learned bits; without it, the class's own")
     fixed_bits: int | None = _setting(None, "bits of every quantized weight, which are then not learned")
-    sparsity_weight: float = _setting(4e-3, "peak of the group lasso's coefficient")
+    sparsity_weight: float = _setting(3e-3, "peak of the group lasso's coefficient")
     penalty_on: str = _setting(
-        QUANTIZED,
+        STORED,
         "weights that the group lasso is on: the stored ones feel it inside the dead zone too",
         (STORED, QUANTIZED),
+    )
+    group_weights: str = _setting(
+        MACS, "what a channel's norm counts in the group lasso: 1, or in proportion to its MACs", (EQUAL, MACS)
     )
     sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
@@ -83,9 +87,9 @@ class Settings:
     weights_lr: float = _setting(8e-3, "AdamW's learning rate for weights, biases and batch norms")
     bit_lr: float = _setting(1e-2, "AdamW's learning rate for the bit-width logits")
     deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone logits")
-    weights_decay: float = _setting(0.0, "AdamW's weight decay for weights, biases and batch norms")
-    bit_decay: float = _setting(0.3, "AdamW's weight decay for the bit-width logits")
-    deadzone_decay: float = _setting(0.8, "AdamW's weight decay for the dead-zone logits")
+    weights_decay: float = _setting(0.3, "AdamW's weight decay for weights, biases and batch norms")
+    bit_decay: float = _setting(1.0, "AdamW's weight decay for the bit-width logits")
+    deadzone_decay: float = _setting(1.2, "AdamW's weight decay for the dead-zone logits")
     beta2: float = _setting(
         0.99, "AdamW's beta2: it remembers squared gradients for about 1 / (1 - beta2) steps"
     )
@@ -134,12 +138,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plan": {
         "exclude_layers": ("conv1", "bn", "linear"),
         "sparsity_weight": 1.0,
+        "penalty_on": QUANTIZED,
+        "group_weights": EQUAL,
         "keep_dead": False,
         "batch_norm_batches": 0,
         "rate_warmup": 0.0,
         "weights_lr": 1e-3,
         "bit_lr": 1e-3,
         "deadzone_lr": 1e-3,
+        "weights_decay": 0.0,
         "bit_decay": 0.01,
         "deadzone_decay": 0.01,
         "beta2": 0.999,

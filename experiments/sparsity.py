@@ -1,6 +1,7 @@
 """The penalty that makes whole channels vanish: a group lasso over coupled weight slices.
 
-Source: Yuan & Lin 2006, eq. (2.1), without the sqrt(n_g) factor; groups as in src/channels.py.
+Source: Yuan & Lin 2006, eq. (2.1), with a group's MACs or 1 in place of sqrt(n_g); groups as in
+src/channels.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.settings import QUANTIZED, STORED
-from src.channels import FILTERS, ChannelGroups, channel_groups
+from experiments.settings import EQUAL, MACS, QUANTIZED, STORED
+from src.channels import FILTERS, ChannelGroups, channel_groups, trace_channels
 from utils_quantization import quantized_layers
 
 
@@ -27,8 +28,22 @@ def group_norms(groups: ChannelGroups, weights: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(slices), dim=0)  # (members, C) -> (C,)
 
 
-def coupled_group_lasso(model: nn.Module, on: str = QUANTIZED) -> Callable[[nn.Module], Tensor]:
+def group_macs(model: nn.Module, groups: ChannelGroups) -> int:
+    """The multiply-accumulates that each group's weight slices take in the dense network, for one image."""
+    layers, total = trace_channels(model).layers, 0
+    for name, dim in groups.members:
+        weight: Any = model.get_submodule(name).weight
+        total += weight.numel() // weight.shape[dim] * layers[name].positions
+    return total
+
+
+def coupled_group_lasso(
+    model: nn.Module, on: str = QUANTIZED, group_weights: str = EQUAL
+) -> Callable[[nn.Module], Tensor]:
     """The sum of the group norms of the quantized convolutions' weights.
+
+    With `group_weights` "macs" each norm is multiplied by its group's MACs over the mean of all groups, so
+    that a channel is pressed by what it costs.
 
     `on` says of which: as they are quantized, or as they are stored. The norm of quantized weights has no
     gradient at those that are zero, so it lets go of every weight that the dead zone has caught; on stored
@@ -41,7 +56,10 @@ def coupled_group_lasso(model: nn.Module, on: str = QUANTIZED) -> Callable[[nn.M
     """
     convolutions = _quantized_convolutions(model)
     groups = channel_groups(model, convolutions)
-    return lambda model: _penalty(model, convolutions, groups, on)
+    macs = [group_macs(model, g) if group_weights == MACS else 1 for g in groups for _ in range(g.channels)]
+    # Whole numbers, so that the weights are exact in whatever precision the model computes.
+    counts, mean = torch.tensor(macs, device=next(model.parameters()).device), sum(macs) / max(len(macs), 1)
+    return lambda model: _penalty(model, convolutions, groups, on, counts) / mean
 
 
 def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
@@ -75,7 +93,13 @@ def _quantized_convolutions(model: nn.Module) -> list[str]:
     return [n for n, m in quantized_layers(model).items() if isinstance(m, nn.Conv2d)]
 
 
-def _penalty(model: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGroups], on: str) -> Tensor:
+def _penalty(
+    model: nn.Module,
+    layers: Sequence[str],
+    groups: Sequence[ChannelGroups],
+    on: str,
+    counts: Tensor,
+) -> Tensor:
     if not groups:
         return next(model.parameters()).new_zeros(())
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
@@ -83,4 +107,5 @@ def _penalty(model: nn.Module, layers: Sequence[str], groups: Sequence[ChannelGr
         name: layer.parametrizations.weight.original if on == STORED else layer.weight
         for name, layer in modules.items()
     }
-    return torch.cat([group_norms(g, weights) for g in groups]).sum()
+    norms = torch.cat([group_norms(g, weights) for g in groups])
+    return (norms * counts).sum()
