@@ -127,7 +127,7 @@ class Bench:
         model = quantized_model(resnet20(), self.device)
         evaluator = Evaluator(model)
         history = new_history(self.settings, self.dataset, self.device, ALONE, model, list(quantizers(model)))
-        penalty = coupled_group_lasso(model)
+        penalty = coupled_group_lasso(model, self.settings.penalty_on, self.settings.group_weights)
         optimizer = make_optimizer(model, self.settings, STEPS_AN_EPOCH)
         step = TrainingStep(model, optimizer, penalty)
         batch = self._batch(self.settings.batch_size)
@@ -265,9 +265,8 @@ def our_step(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     weight = WEIGHT if quantize else 0.0
-    step = TrainingStep(
-        model, make_optimizer(model, settings, STEPS_AN_EPOCH), coupled_group_lasso(model), precision
-    )
+    penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)
+    step = TrainingStep(model, make_optimizer(model, settings, STEPS_AN_EPOCH), penalty, precision)
     return lambda images, labels: step(images, labels, weight)
 
 

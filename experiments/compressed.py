@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from experiments.data import TestBatches
 from experiments.files import write_whole
 from experiments.history import CompressedRecord
-from experiments.recount import recount
+from experiments.recount import read_claims, recount
 from experiments.training import predict
 from metrics import NetworkCount, count_by_torch
 from resnet import resnet20
@@ -51,6 +51,7 @@ def make_compressed(
     write_whole(folder / SLIM, exported(slim))
     read_back_parameters, read_back_difference = read_back(folder / SLIM, slim, next(iter(batches))[0])
     packed = unpack_network((folder / PACKED).read_bytes()).to(device)
+    packed_settings, packed_metrics = read_claims((folder / PACKED).read_bytes())
     networks = {"quantized": model, "slim": slim, "packed": packed}
     logits = {name: predict(network, batches)[0] for name, network in networks.items()}
     hits = {name: of_network.argmax(1) == batches.labels for name, of_network in logits.items()}
@@ -78,6 +79,8 @@ def make_compressed(
         latency_seconds=measure_latency(
             {"dense": dense, "fake-quantized": model, "smaller": slim}, next(iter(batches))[0]
         ),
+        packed_settings=packed_settings,
+        packed_metrics=packed_metrics,
         file=recount((folder / PACKED).read_bytes()),
     )
 

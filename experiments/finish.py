@@ -1,5 +1,6 @@
 """The end of a run: final metrics, pictures, the compressed network, the verdict, and the files of it all."""
 
+import json
 import os
 from pathlib import Path
 
@@ -57,11 +58,23 @@ def write_report(
         *([] if history.stopped else [checkpoint_is_the_runs(settings.output_dir, history, model)]),
         *history.rehearsal,
     ]
-    live.say(report.verdict_lines(history.verdict, colour=live.on_terminal and "NO_COLOR" not in os.environ))
     write_json(path, history.to_json())
+    checks = [*history.verdict, history_is_kept(path, history)]
+    live.say(report.verdict_lines(checks, colour=live.on_terminal and "NO_COLOR" not in os.environ))
     made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
     live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
-    return EXIT_FAILED if any(check.status == FAIL for check in history.verdict) else 0
+    return EXIT_FAILED if any(check.status == FAIL for check in checks) else 0
+
+
+def history_is_kept(path: Path, history: History) -> Check:
+    """Whether history.json, read back, holds what was printed."""
+    name, cause = "history.json holds the run", "it is not written at the end, or not as a whole"
+    try:
+        kept = History.from_json(json.loads(path.read_text())).to_json()
+    except (OSError, ValueError) as error:
+        return judge(False, name, str(error), cause)
+    other = [k for k, v in history.to_json().items() if json.dumps(kept[k]) != json.dumps(v)]
+    return judge(not other, name, f"{', '.join(other)} differ" if other else f"{len(kept)} parts", cause)
 
 
 def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> Check:

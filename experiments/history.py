@@ -176,6 +176,8 @@ class CompressedRecord:
     slim_bytes: int
     read_back_parameters: int  # of the network in slim.pt2; 0 if it cannot be read
     read_back_difference: float  # between its logits and the smaller network's; NaN if it cannot be read
+    packed_settings: dict[str, Any]  # of the run, as the packed file says
+    packed_metrics: dict[str, Any]
     latency_seconds: dict[str, dict[str, float]]  # median, least and most a forward pass
     file: dict[str, FileLayer] = field(default_factory=dict)  # by layer
 

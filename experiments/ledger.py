@@ -330,6 +330,11 @@ class Ledger:
             _close(self.record.penalty, last, ROUNDED),
             f"the record's penalty is {self.record.penalty:.6g}, counted anew {last:.6g}",
         )
+        of_a_step = [s for s in self.losses.steps if _close(self.record.penalty, s[2], EXACT)]
+        if of_a_step and len(wrong) == 1:
+            cause = (
+                "the record has the penalty of a training step, not that of the network at the epoch's end"
+            )
         return _judge(wrong, name, f"penalty {last:.4g} counted anew", cause)
 
     # Modes, statistics and the test pass.
@@ -523,7 +528,15 @@ class Ledger:
             f"the row is of epoch {self.record.epoch}, not {self.epoch + 1}",
         )
         held = f"{zeros:,} zeros, {dead:,} filters"
-        return _judge(wrong, "counts of the row", held, "a defect in metrics.py or in the record")
+        cause = "a defect in metrics.py or in the record"
+        if wrong and self._is_of_the_start():
+            cause = "the row is counted before the epoch's training, not after it"
+        return _judge(wrong, "counts of the row", held, cause)
+
+    def _is_of_the_start(self) -> bool:
+        """Whether the record's zeros are those of the weights that the epoch began with."""
+        zeros = {name: int((w == 0).sum()) for name, w in self.weights_before.items()}
+        return zeros == {name: layer.zero_weights for name, layer in self.record.layers.items()}
 
     def check_ranks(self) -> Check:
         name = "ranks hold the same weights"

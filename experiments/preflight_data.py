@@ -319,6 +319,11 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
                 "padding": "images are padded with other than zeros, or after they are normalised",
                 "part": "a part of each image is erased, overlaid or mixed (cutout, mixup)",
             }[changed]
+        flips = reference.draws(len(subject.dataset.train_labels), subject.pipeline.settings.seed, 0)[2]
+        if torch.equal(off, flips[: len(off)] == 1):
+            cause = (
+                "the mirrored crops: those that are not mirrored are right (the indices of a mirror image)"
+            )
         for what, undo in UNDONE.items():
             # Of transposed images those that were mirrored before are no crops either.
             if (window.find(undo(pixels[off]), index[off])[1] < GREY).float().mean() > 0.3:

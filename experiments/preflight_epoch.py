@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,6 +132,7 @@ class Seen:
     steps: int = 0  # of the optimizer
     kinds: set[torch.dtype] = field(default_factory=set)  # of the logits
     passes: list[str] = field(default_factory=list)  # train, renew or test, in their order
+    times: list[float] = field(default_factory=list)  # at which they began, in seconds
     faults: list[tuple[str, str]] = field(default_factory=list)  # modes and weights that are wrong, and why
 
 
@@ -159,7 +161,9 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     pipeline = dataclasses.replace(subject.pipeline, step=step, **few_of_each)
     seen = Seen()
     handles = _watch(step, seen)
+    began = time.perf_counter()
     record, _ = subject.one_epoch(pipeline, epoch)
+    took = time.perf_counter() - began
     for handle in handles:
         handle.remove()
     expect(
@@ -171,6 +175,14 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
         if check.status == FAIL:
             measured, _, cause = check.message.partition(". Likely cause: ")
             raise BrokenError(f"{check.name}: {measured}", cause)
+    tests = [t for t, kind in zip(seen.times, seen.passes, strict=True) if kind == "test"]
+    # Passes behind those of the test are the ledger's own look at the network.
+    worked = max(tests[: len(tested)], default=0.0) - min(seen.times, default=0.0)
+    expect(
+        worked <= record.seconds <= took,
+        f"epoch {epoch + 1} took between {worked:.3f} and {took:.3f} s, its record says {record.seconds:.3f}",
+        "the seconds of an epoch are those of a part of it, or of something else",
+    )
     _compare_passes(subject, few, tested, epoch, record, seen)
     _compare_test_logits(subject, step, tested, seen)
     _compare_row(record)
@@ -188,6 +200,7 @@ def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
         images = {"train": seen.trained, "renew": seen.renewed, "test": seen.tested}[kind]
         images.append(inputs[0].detach().clone())
         seen.passes.append(kind)
+        seen.times.append(time.perf_counter())
 
     def logits(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.kinds.add(output.dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from experiments.expect import NotApplicableError, Subject, expect, expect_close
 from experiments.history import epoch_record, final_counts
 from experiments.recount import recount
 from experiments.training import TrainingStep
-from metrics import NetworkCount, count_by_torch, format_ratio
+from metrics import NetworkCount, count_by_torch, format_ratio, ratio
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
+from utils_quantization import quantized_layers
 
 FULL_BITS = 32
 IMAGES = 16  # in the steps around a checkpoint
@@ -77,10 +79,10 @@ def counts_are_the_networks(subject: Subject) -> str:
         for kind in ("structured", "unstructured"):
             unit = "bops" if name == "bops" else "macs"
             dense, left = count.total(f"dense_{unit}"), count.total(f"{kind}_{unit}")
-            ratio = getattr(compression, f"{kind}_{name}_ratio")
+            said = getattr(compression, f"{kind}_{name}_ratio")
             expect(
-                math.isclose(ratio, dense / left if left else math.inf, rel_tol=1e-9),
-                f"the {kind} {unit} ratio is {ratio:.4f}, {dense:,} / {left:,} is {dense / (left or 1):.4f}",
+                math.isclose(said, ratio(dense, left), rel_tol=1e-9),
+                f"the {kind} {unit} ratio is {said:.4f}, {dense:,} / {left:,} is {dense / (left or 1):.4f}",
                 "a ratio is not dense over compressed (experiments/evaluator.py)",
             )
     _compare_shares(count, weights, quantizers)
@@ -139,7 +141,7 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
 def _compare_metrics_text(compression: Compression) -> None:
     """Each ratio that is printed at the end stands behind its own name."""
     text = report.metrics_lines(final_counts(compression))
-    for name, ratio in (
+    for name, value in (
         ("Structured BOPs", compression.structured_bops_ratio),
         ("Unstructured BOPs", compression.unstructured_bops_ratio),
         ("Structured MACs", compression.structured_mac_ratio),
@@ -147,8 +149,8 @@ def _compare_metrics_text(compression: Compression) -> None:
     ):
         (line,) = [line for line in text.splitlines() if line.startswith(name)] or [""]
         expect(
-            line.split()[-1:] == [format_ratio(ratio)],
-            f"{line!r} is printed where the ratio is {format_ratio(ratio)}",
+            line.split()[-1:] == [format_ratio(value)],
+            f"{line!r} is printed where the ratio is {format_ratio(value)}",
             "the final metrics as they are printed (experiments/report.py)",
         )
 
@@ -181,6 +183,8 @@ def _compare_compressed(
     content = pack_network(single, {})
     if subject.own_network:
         _compare_with_recount(content, subject.pipeline.evaluator.evaluate(single).count)
+        if subject.own_quantizers:
+            _compare_ceiling(subject, single)
     packed = unpack_network(content).to(subject.probe_device)
     with torch.no_grad():
         differ = int((packed(images.float()) != single(images.float())).sum())
@@ -203,6 +207,25 @@ def _compare_with_recount(content: bytes, count: NetworkCount) -> None:
                 f"{layer.name}: {said:,} {field.replace('_', ' ')} counted, {counted:,} in the packed file",
                 "the account of channels (src/channels.py) or the counts of a layer (metrics.py)",
             )
+
+
+@torch.no_grad()
+def _compare_ceiling(subject: Subject, model: nn.Module) -> None:
+    """The ratios that no compression can pass, against a recount of the network without quantized weights."""
+    empty = deepcopy(model)
+    for layer in quantized_layers(empty).values():
+        stored: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
+        stored.zero_()
+    layers = recount(pack_network(empty, {})).values()
+    compression = subject.pipeline.evaluator.evaluate(model)
+    for kind in ("structured", "unstructured"):
+        left = sum(getattr(layer, f"{kind}_macs") for layer in layers)
+        due, said = ratio(compression.dense_macs, left), getattr(compression, f"{kind}_ceiling")
+        expect(
+            math.isclose(said, due, rel_tol=1e-9),
+            f"the {kind} ceiling is {said:.2f}x, and with all quantized weights zero it is {due:.2f}x",
+            "the ceiling (metrics.py, experiments/evaluator.py), or what is read (src/channels.py)",
+        )
 
 
 def checkpoints_restore_everything(subject: Subject) -> str:

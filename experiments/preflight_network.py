@@ -230,7 +230,10 @@ def quantizers_keep_their_word(subject: Subject) -> str:
         bits = float(torch.as_tensor(quantizer.get_bitwidth()).detach())
         # Rounded, because a straight-through w + (q - w).detach() leaves q's last digits to chance.
         levels = len((out / (out.abs().max() + 1e-30)).detach().round(decimals=9).unique())
-        expect(bits == round(bits) and bits >= 1, f"{name} claims {bits} bits", "bit-widths are not rounded")
+        cause = (
+            "bit-widths are not rounded" if bits != round(bits) else "the bit-width's formula, or its sign"
+        )
+        expect(bits == round(bits) and bits >= 1, f"{name} claims {bits} bits", cause)
         expect(
             levels <= 2**bits,
             f"{name} has {levels} different values where {bits:.0f} bits give at most {2**bits:.0f}",

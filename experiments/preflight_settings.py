@@ -1,6 +1,7 @@
 """Preflight check of the settings: what was typed is what runs."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from experiments.expect import Subject, expect
@@ -22,6 +23,14 @@ def settings_are_what_was_typed(subject: Subject) -> str:
             f"{flag(name)} is {found!r}, and {wanted!r} is {origin}",
             "a preset wins over what was typed, or a flag lands in another setting (experiments/settings.py)",
         )
+    kept = subject.history.settings
+    odd = [n for n, v in kept.items() if _plain(v) != _plain(getattr(settings, n))]
+    odd += [item.name for item in fields(Settings) if item.name not in (*kept, "resume")]
+    expect(
+        not odd,
+        f"{', '.join(f'{flag(n)} is kept as {kept.get(n)!r}' for n in odd)}",
+        "history.json and the packed file keep other settings than those of the run (Settings.to_json)",
+    )
     return f"{len(typed)} flags typed, {len(fields(Settings)) - len(typed)} settings of the preset"
 
 
@@ -47,6 +56,11 @@ def read_flags(arguments: list[str]) -> dict[str, Any]:
         (items | negated)[name].name: _value(items[name].type, values) if name in items else False
         for name, values in words.items()
     }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: folders as text, tuples as lists."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
 def _value(kind: Any, words: list[str]) -> Any:

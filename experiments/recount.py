@@ -11,6 +11,7 @@ import lzma
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,13 @@ def recount(content: bytes) -> dict[str, FileLayer]:
     weights = {name.removesuffix(".weight"): w for name, w in tensors.items() if w.ndim in (2, 4)}
     left = _left(weights, tensors, blocks)
     return {name: _layer(name, w, bits.get(name), *left[name]) for name, w in weights.items()}
+
+
+def read_claims(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the file says of itself: the settings of its run, and its metrics."""
+    header_bytes = struct.unpack_from("<8sI", content)[1]
+    said = json.loads(content[HEADER_START : HEADER_START + header_bytes])
+    return said["settings"], said["metrics"]
 
 
 def _read(content: bytes) -> tuple[int, int, dict[str, int], bytes]:

@@ -160,7 +160,9 @@ def slice_of(weight: Tensor, side: str, i: int) -> Tensor:
 def slice_macs(weight: Tensor, layer: str, side: str) -> int:
     """Multiply-accumulates of one filter, or of all filters on one input channel, for an image of 32 x 32."""
     stage = int(layer[len("layer")])
-    side_length = SIDE // 2 ** (stage - 1)  # of what the layer gives: stages halve the image, from the second on
+    side_length = SIDE // 2 ** (
+        stage - 1
+    )  # of what the layer gives: stages halve the image, from the second on
     filters, inputs, height, width = weight.shape
     return (inputs if side == "filter" else filters) * height * width * side_length**2
 

@@ -73,7 +73,9 @@ class Settings:
         (STORED, QUANTIZED),
     )
     group_weights: str = _setting(
-        MACS, "what a channel's norm counts in the group lasso: 1, or in proportion to its MACs", (EQUAL, MACS)
+        MACS,
+        "what a channel's norm counts in the group lasso: 1, or in proportion to its MACs",
+        (EQUAL, MACS),
     )
     sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")

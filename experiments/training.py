@@ -185,7 +185,8 @@ class TrainingStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             losses = self._run(images, labels, penalised)
-        return _Graph(graph, images, labels, losses)
+        gradients = [(p, p.grad) for p in self.model.parameters()]
+        return _Graph(graph, images, labels, losses, gradients)
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,14 @@ class _Graph:
     images: Tensor
     labels: Tensor
     losses: Tensor
+    gradients: list[tuple[nn.Parameter, Tensor | None]]
 
     def replay(self, images: Tensor, labels: Tensor) -> Tensor:
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
+        for parameter, gradient in self.gradients:  # each graph has its own, and another may have run last
+            parameter.grad = gradient
         return self.losses
 
 

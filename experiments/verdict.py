@@ -4,6 +4,7 @@ The checks read the run's history and the final counts. Only `counts_add_up` loo
 the counts with those of torch's own counter. A check is a SKIP where the run took too few steps to tell.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def verdict(
     """
     return [
         every_epoch_ran(history),
+        final_is_the_last_epochs(history),
         loss_is_finite(history),
         *ledger_holds(history.epochs),
         accuracy_climbs(history),
@@ -83,6 +85,20 @@ def every_epoch_ran(history: History) -> Check:
     measured += "".join(odd[:1])
     cause = "the loop over the epochs ends too soon, goes on too long, or does one twice"
     return judge(len(found) == due and not odd, name, measured, cause)
+
+
+def final_is_the_last_epochs(history: History) -> Check:
+    """Whether the final metrics are counted on the network of the last row."""
+    name, final, last = "final metrics are the last epoch's", history.final, history.epochs[-1]
+    assert final
+    shared = ("unstructured_sparsity", "structured_sparsity", "learned_bits", "bits")
+    odd = [
+        f"{key} {getattr(final, key):.6g}, in the last row {getattr(last, key):.6g}"
+        for key in shared
+        if not math.isclose(getattr(final, key), getattr(last, key), rel_tol=1e-9, abs_tol=1e-12)
+    ]
+    measured = "; ".join(odd) or f"epoch {last.epoch}"
+    return judge(not odd, name, measured, "the counts that are printed at the end are of another epoch")
 
 
 def loss_is_finite(history: History) -> Check:
@@ -483,6 +499,14 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
     for kind, total in bops.items():
         if printed and printed[f"{kind}_bops"] != total:
             wrong.append(f"{kind} BOPs {total:,} from the file, {printed[f'{kind}_bops']:,} printed")
+    said, claimed = made.packed_settings, made.packed_metrics.get("structured_macs")
+    wrong += [
+        f"the file's settings have {k} {said.get(k)!r}, the run's {v!r}"
+        for k, v in json.loads(json.dumps(history.settings)).items()
+        if said.get(k) != v
+    ]
+    if claimed != made.structured_macs:
+        wrong.append(f"the file claims {claimed} structured MACs, {made.structured_macs:,} are printed")
     floats = [
         n for n, theirs in made.file.items() if n in layers and layers[n].quantized and not theirs.coded
     ]

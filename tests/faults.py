@@ -51,6 +51,7 @@ COUNTS, EVALUATOR = "metrics.py", "experiments/evaluator.py"
 CHECKPOINT, PACKING, SLIM = "experiments/checkpoint.py", "src/packing.py", "src/slim.py"
 REPORT, HISTORY = "experiments/report.py", "experiments/history.py"
 COMPRESSED, PLOTS, OPTIONS = "experiments/compressed.py", "experiments/plots.py", "experiments/settings.py"
+FINISH = "experiments/finish.py"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ TYPED = "--preset smoke --weights-lr 8e-3 --sparsity-delay 0 --no-keep-dead --bi
 
 FAULTS_BY_AREA = {
     "settings": [
+        fault("settings are rounded to two decimals where they are kept", r"kept|to_json",
+              (OPTIONS, "return {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}",
+               "return {k: str(v) if isinstance(v, Path) else round(v, 2) if isinstance(v, float) else v for k, v in kept.items()}")),
         fault("a preset wins over the flags", r"preset",
               (OPTIONS, "PRESETS.get(preset, {}) | given", "given | PRESETS.get(preset, {})"), flags=TYPED),
         fault("a preset wins where what was typed is the default", r"preset",
@@ -138,6 +142,8 @@ FAULTS_BY_AREA = {
                '    given = {n: v for n, v in given.items() if v is not False}\n    preset = given.get('), flags=TYPED),
     ],
     "data": [
+        fault("a mirrored crop is off by one column and wraps", r"mirrored crops",
+              (DATA, "rows + columns.flip(0)", "rows + columns.flip(0).roll(1)")),
         fault("training labels are shuffled", r"label",
               (DATA, "self.labels = dataset.train_labels.to(self.device)",
                "self.labels = dataset.train_labels[torch.randperm(count)].to(self.device)")),
@@ -325,6 +331,8 @@ FAULTS_BY_AREA = {
                "            return x\n        out = F.relu(self.bn1(self.conv1(x)), inplace=True)\n")),
     ],
     "quantizer": [
+        fault("the magnitude of the bit logit is left out", r"bit-width's formula",
+              (QUANTIZER, "self.logit_bit.tanh().abs()", "self.logit_bit.tanh()")),
         fault("no straight-through gradient", r"straight|gradient",
               (QUANTIZER, "return grad * sign.abs(), grad_s", "return torch.zeros_like(grad), grad_s")),
         fault("no gradient to weights in the dead zone", r"straight|gradient|dead zone",
@@ -398,6 +406,12 @@ FAULTS_BY_AREA = {
               (QUANTIZER, "learnable_deadzone: bool = True", "learnable_deadzone: bool = False")),
     ],
     "penalty": [
+        fault("every group counts as 1 where its MACs are to count", r"penalty|weighted",
+              (PENALTY, "if group_weights == MACS else 1", "if group_weights == EQUAL else 1")),
+        fault("a group's weight is over the mean of the sets", r"penalty|weighted",
+              (PENALTY, "sum(macs) / max(len(macs), 1)", "sum(set(macs)) / max(len(set(macs)), 1)")),
+        fault("a slice costs its weights and not its MACs", r"penalty|weighted",
+              (PENALTY, "weight.shape[dim] * layers[name].positions", "weight.shape[dim]")),
         fault("squared norms", r"penalty|norm|lasso",
               (PENALTY, "return torch.linalg.vector_norm(torch.stack(slices), dim=0)",
                "return torch.stack(slices).square().sum(0)")),
@@ -408,23 +422,21 @@ FAULTS_BY_AREA = {
               (PENALTY, "return torch.linalg.vector_norm(torch.stack(slices), dim=0)",
                "return torch.stack(slices).sum(0)")),
         fault("the last stage has no penalty", r"penalty|group|lasso",
-              (PENALTY, "[group_norms(g, weights) for g in groups]",
-               '[group_norms(g, weights) for g in groups if "layer3" not in g.name]')),
+              (PENALTY, "    groups = channel_groups(model, convolutions)\n",
+               '    groups = [g for g in channel_groups(model, convolutions) if "layer3" not in g.name]\n')),
         fault("a stage's residual group is missing", r"penalty|group|lasso",
-              (PENALTY, "[group_norms(g, weights) for g in groups]",
-               '[group_norms(g, weights) for g in groups if "layer2 residual" != g.name]')),
+              (PENALTY, "    groups = channel_groups(model, convolutions)\n",
+               '    groups = [g for g in channel_groups(model, convolutions) if "layer2 residual" != g.name]\n')),
         fault("residual groups end with their stage", r"penalty|group|lasso|slice|coupl",
               (CHANNELS, "source = stage if position else stage - 1", "source = stage if position else -1")),
         fault("the penalty is detached", r"penalty|gradient|detach",
-              (PENALTY, "return torch.cat([group_norms(g, weights) for g in groups]).sum()",
-               "return torch.cat([group_norms(g, weights) for g in groups]).sum().detach()")),
+              (PENALTY, "return (norms * counts).sum()", "return (norms * counts).sum().detach()")),
         fault("the penalty is of a copy of the model", r"penalty|copy|gradient",
               around(PENALTY, "coupled_group_lasso",
                      "import copy\ntwin = copy.deepcopy(args[0])\npenalty = whole(*args, **kwargs)\n"
                      "return lambda model: penalty(twin)")),
         fault("mean of the groups instead of their sum", r"penalty|mean|sum|lasso",
-              (PENALTY, "torch.cat([group_norms(g, weights) for g in groups]).sum()",
-               "torch.cat([group_norms(g, weights) for g in groups]).mean()")),
+              (PENALTY, "return (norms * counts).sum()", "return (norms * counts).mean()")),
         fault("the penalty is of the stored weights where it is to be of the quantized ones, and the reverse",
               r"penalty|stored|quantized", (PENALTY, "if on == STORED", "if on != STORED")),
         fault("the gradient at a group of zeros is NaN", r"NaN|finite|zero",
@@ -433,8 +445,7 @@ FAULTS_BY_AREA = {
                      "return sum(weights[n].square().sum((1, 2, 3) if d == FILTERS else (0, 2, 3))\n"
                      "           for n, d in groups.members).sqrt()")),
         fault("the penalty is an L1 norm", r"penalty|norm|lasso|group",
-              (PENALTY, "torch.cat([group_norms(g, weights) for g in groups]).sum()",
-               "sum(w.abs().sum() for w in weights.values())")),
+              (PENALTY, "(norms * counts).sum()", "sum(w.abs().sum() for w in weights.values())")),
     ],
     "loss": [
         fault("double softmax", r"softmax|cross.entropy|logits",
@@ -724,6 +735,27 @@ FAULTS_BY_AREA = {
                "        for weight, mask in kept:\n            weight.grad.mul_(mask)\n        self.optimizer.step()\n")),
     ],
     "counts": [
+        fault("what only a shortcut reads counts as unread", r"channels",
+              (CHANNELS, 'needed = self._account(f"{name}.conv1", inner) | _scatter(needed, source, len(before.varies))',
+               'needed = self._account(f"{name}.conv1", inner)')),
+        fault("the ceiling is that of the trained network", r"ceiling",
+              (EVALUATOR, "return self.count_ceiling()", "return self.count")),
+        fault("a filter without a positive weight counts as zero", r"filter|share",
+              (COUNTS, "zero_filters=int((w == 0).flatten(1).all(1).sum()),",
+               "zero_filters=int((w.flatten(1).amax(1) == 0).sum()),")),
+        fault("the row is counted before the epoch's training", r"before the epoch's training",
+              (RUN, "        losses = train_epoch(",
+               "        compression = pipeline.evaluator.evaluate(model)\n        losses = train_epoch("),
+              (RUN, "        compression = pipeline.evaluator.evaluate(model)\n        record = epoch_record(\n",
+               "        record = epoch_record(\n")),
+        fault("the final metrics are those of an earlier epoch", r"another epoch",
+              (RUN, "record, compression = one_epoch(pipeline, epoch, live.steps(epoch))",
+               "record, _ = one_epoch(pipeline, epoch, live.steps(epoch))"), when=END),
+        fault("the recorded penalty is that of the last step", r"penalty of a training step",
+              (RUN, "            penalty = step.penalty(model).item()\n", "            penalty = losses.steps[-1][2]\n")),
+        fault("seconds are counted from the end of the training", r"seconds",
+              (RUN, "        watch.trained(losses)\n",
+               "        watch.trained(losses)\n        began = time.perf_counter()\n")),
         fault("the bias is counted", r"metrics|count|MACs|weights|bias",
               (COUNTS, "dense_macs=w.numel() * channels.positions", "dense_macs=(w.numel() + len(w)) * channels.positions")),
         fault("zeros are counted before quantization", r"metrics|zero|count|spars",
@@ -816,6 +848,9 @@ FAULTS_BY_AREA = {
                "(logits.sort(1).indices[:, -2:] == labels[:, None]).any(1).sum()")),
     ],
     "pictures": [
+        fault("the accuracy curve is the best so far", r"draws",
+              (PLOTS, "axes.plot(epochs, [100 * r.accuracy for r in records],",
+               "axes.plot(epochs, [max(100 * q.accuracy for q in records[: i + 1]) for i in range(len(records))],")),
         fault("the accuracy curve is drawn from the loss", r"another column",
               (PLOTS, "[100 * r.accuracy for r in records]", "[r.loss for r in records]")),
         fault("the curve of the cross-entropy is the loss", r"another column",
@@ -858,6 +893,14 @@ FAULTS_BY_AREA = {
                '        accuracy_figure(history, f"Accuracy: {title}"),\n        channel_liveness_figure(count, f"Channels: {title}"),\n')),
     ],
     "files": [
+        fault("history.json is not written after the verdict", r"history\.json|written",
+              (FINISH, "    write_json(path, history.to_json())\n    checks = [", "    checks = ["), when=END),
+        fault("the packed header holds the preset's settings, not the run's", r"setting",
+              (FINISH, "settings.output_dir, history.settings\n",
+               "settings.output_dir, Settings(preset=settings.preset).to_json()\n"), when=END),
+        fault("the packed header gives dense MACs for structured", r"claims",
+              (COMPRESSED, '{"structured_macs": count.total("structured_macs")}',
+               '{"structured_macs": count.total("dense_macs")}'), when=END),
         fault("checkpoints hold no optimizer state", r"checkpoint|resum|optimizer|moment|restor",
               (CHECKPOINT, 'optimizer.state_dict()["state"]', "{}"), when=END),
         fault("checkpoints hold the first epoch's weights", r"checkpoint|resum|weights|stale|restor",

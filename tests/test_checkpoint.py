@@ -261,10 +261,11 @@ def test_where_all_are_damaged_one_sentence_says_what_can_be_done(tmp_path):
 OTHER = {
     "preset": "plan", "batch_size": 7, "seed": 7, "device": "cpu", "threads": 7, "precision": "bf16",
     "data": "synthetic", "limit_train": 7, "limit_test": 7, "exclude_layers": ("linear",),
-    "sparsity_weight": 7.0, "penalty_on": "stored", "sparsity_delay": 7.0, "sparsity_ramp": 7.0,
-    "keep_dead": False, "rehearse": True, "quantizer": "own_quantizers:LSQ", "max_bits": 7, "fixed_bits": 7,
-    "batch_norm_batches": 7, "rate_warmup": 7.0, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0, "weights_decay": 7.0,
-    "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "logit_steps": 7,
+    "sparsity_weight": 7.0, "penalty_on": "quantized", "group_weights": "equal",
+    "sparsity_delay": 7.0, "sparsity_ramp": 7.0, "keep_dead": False, "rehearse": True,
+    "quantizer": "own_quantizers:LSQ", "max_bits": 7, "fixed_bits": 7,
+    "batch_norm_batches": 7, "rate_warmup": 7.0, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0,
+    "weights_decay": 7.0, "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "logit_steps": 7,
 }  # fmt: skip
 FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True, "preflight": "off"}
 

@@ -37,7 +37,8 @@ def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
     batches = TrainBatches(IMAGES, settings.batch_size, settings.seed, "cpu")
     optimizer = make_optimizer(model, settings, settings.epochs * len(batches))
     keep_dead = keep_dead_slices(model) if settings.keep_dead else None
-    step = TrainingStep(model, optimizer, coupled_group_lasso(model), settings.precision, keep_dead)
+    penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)
+    step = TrainingStep(model, optimizer, penalty, settings.precision, keep_dead)
     whole = Pipeline(
         settings,
         step,

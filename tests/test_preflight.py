@@ -106,8 +106,8 @@ def test_what_is_not_this_projects_own_is_skipped_with_the_reason(monkeypatch, t
     assert issubclass(LSQ, torch.nn.Module) and not issubclass(LSQ, DeadZoneLDZCompander)
     real = debug_run.coupled_group_lasso
 
-    def own_penalty(model, on) -> object:
-        lasso = real(model, on)
+    def own_penalty(model, *how) -> object:
+        lasso = real(model, *how)
 
         def half(model) -> Tensor:
             return 0.5 * lasso(model)
@@ -169,7 +169,7 @@ def test_off_checks_nothing_and_says_so(one_broken_check, tmp_path, capsys):
 
 
 def test_an_error_in_the_runs_own_code_is_a_fail_that_names_the_place(monkeypatch, tmp_path, capsys):
-    def lasso(model, on) -> object:
+    def lasso(model, *how) -> object:
         def penalty(model) -> Tensor:
             raise RuntimeError("no such layer")
 

@@ -38,7 +38,8 @@ def pipeline_of(folder, quantizer=DeadZoneLDZCompander) -> Pipeline:
     attach_weight_quantizers(model, ["^conv1$", "linear"], quantizer, {})
     images = random_dataset(16)
     optimizer = make_optimizer(model, settings, 8)
-    step = TrainingStep(model, optimizer, coupled_group_lasso(model), keep_dead=keep_dead_slices(model))
+    penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)
+    step = TrainingStep(model, optimizer, penalty, keep_dead=keep_dead_slices(model))
     return Pipeline(
         settings,
         step,
@@ -155,7 +156,7 @@ def test_help_has_the_values_of_every_preset(capsys):
     text = " ".join(capsys.readouterr().out.split())
     smoke, plan = PRESETS["smoke"], PRESETS["plan"]
     assert f"(default: 20; preset smoke: {smoke['epochs']})" in text
-    assert f"(default: 0.004; preset plan: 1; preset smoke: {smoke['sparsity_weight']:g})" in text
+    assert f"(default: 0.003; preset plan: 1; preset smoke: {smoke['sparsity_weight']:g})" in text
     assert f"preset plan: {plan['bit_decay']:g})" in text
     assert "(default: no; preset smoke: yes)" in text
 

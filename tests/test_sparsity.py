@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from experiments.settings import MACS, QUANTIZED
 from experiments.sparsity import coupled_group_lasso
 from resnet import resnet20, resnet32
 from src.channels import FILTERS, INPUT_SLICES, channel_groups
@@ -67,6 +68,21 @@ def penalty_by_loop(model) -> Tensor:
         if squares > 0:  # a group of zeros adds nothing, to the gradient neither
             total = total + squares.sqrt()
     return total
+
+
+def test_with_macs_each_norm_counts_as_its_channel_costs():
+    model = make_model(20, ["^conv1$", "^linear$"])
+    weights = {name: layer.weight for name, layer in quantized_layers(model).items()}
+    side = {"1": 32, "2": 16, "3": 8}  # pixels along each side of what a stage gives
+    norms, macs = [], []
+    for group in groups_by_hand(model):
+        slices = [(n, weights[n][i] if kind == "filter" else weights[n][:, i]) for n, kind, i in group]
+        norms.append(sum((w * w).sum() for _, w in slices).sqrt())
+        macs.append(sum(w.numel() * side[n[len("layer")]] ** 2 for n, w in slices))
+    expected = sum(norm * m for norm, m in zip(norms, macs, strict=True)) * len(macs) / sum(macs)
+    found = coupled_group_lasso(model, QUANTIZED, MACS)(model)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert max(macs) / min(macs) == pytest.approx(811_008 / 55_296)
 
 
 def gradients(model, penalty: Tensor) -> dict[str, Tensor | None]:

@@ -193,7 +193,7 @@ def endings(monkeypatch) -> dict[str, str]:
 def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_on(
     working_folder, endings, capsys
 ):
-    lost = "sparsity_weight=0.001,bit_decay=0.3,deadzone_decay=0.8,seed=0"
+    lost = "sparsity_weight=0.001,bit_decay=1.0,deadzone_decay=1.2,seed=0"
     endings[lost] = "import sys; print('error: no luck'); sys.exit(2)"
     assert main(ONE_POINT) == 1
     out = capsys.readouterr().out
@@ -349,7 +349,7 @@ def test_a_killed_member_and_a_stopped_sweep_are_made_good_by_the_same_command(t
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout
-    started = "sparsity_weight=0.001,bit_decay=0.3,deadzone_decay=0.8,seed=0: started\n"
+    started = "sparsity_weight=0.001,bit_decay=1.0,deadzone_decay=1.2,seed=0: started\n"
     try:
         assert started in iter(process.stdout.readline, "")
         (member,) = children(process.pid)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from random_images import random_dataset
 from torch import Tensor, nn
 
-from experiments import reference
+from experiments import reference, training
 from experiments.data import Dataset, TestBatches, TrainBatches
 from experiments.settings import Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -770,6 +771,18 @@ class Watched(TrainBatches):
             yield from batches
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replayed_graph_leaves_its_own_gradients_and_not_those_of_the_graph_captured_last():
+    parameter = nn.Parameter(torch.zeros(2))
+    graphs = {}
+    for name, value in (("whole batch", 1.0), ("last batch", 2.0)):
+        held = torch.full((2,), value)
+        replay = SimpleNamespace(replay=lambda held=held: held.mul_(10))
+        graphs[name] = training._Graph(replay, torch.zeros(1), torch.zeros(1), held, [(parameter, held)])
+    for name, due in (("last batch", 20.0), ("whole batch", 10.0)):
+        graphs[name].replay(torch.ones(1), torch.ones(1))
+        assert parameter.grad is not None and parameter.grad.tolist() == [due, due]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
