@@ -10,7 +10,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from resnet import PadShortcut, resnet20
-from src.channels import FILTERS, INPUT_SLICES, channel_groups
+from src.groups import FILTERS, INPUT_SLICES, channel_groups
 
 Members = frozenset[tuple[str, int]]
 
