@@ -6,10 +6,10 @@ Parameters are inputs of the graph, which keep their names.
 """
 
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from utils_quantization import quantized_layers, without_quantizers
 
 aten = torch.ops.aten
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 LAYERS = {aten.conv1d, aten.conv2d, aten.conv3d, aten.linear}
 NORM = aten._native_batch_norm_legit_no_training
@@ -92,6 +93,16 @@ def move(node: Any, args: Any, kwargs: Any) -> Any:
     return node.target(*args, **kwargs)
 
 
+def only_looks(hook: Hook) -> Hook:
+    """Mark a hook of a module as one that changes no tensor: the graph is traced without it."""
+    hook.only_looks = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    return [module._forward_hooks, module._forward_pre_hooks]
+
+
 _TRACED: dict[Hashable, NetworkGraph] = {}
 _MOST = 64  # graphs that are remembered
 
@@ -107,6 +118,9 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
     key = (parts, input_size, like.dtype, like.device)
     if key not in _TRACED:
         plain = without_quantizers(model).eval()
+        for hooks in (hooks for module in plain.modules() for hooks in _hooks(module)):
+            for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks")]:
+                del hooks[handle]
         images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
         # Two images, of any number: torch.export takes a number of one for the only one that there can be.
         try:
@@ -167,5 +181,6 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
         parts += [name, type(module).__bases__[0] if name in quantized else type(module)]
         parts += sorted((n, t.shape) for n, t in tensors.items() if t is not None)
         parts += [(k, part(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE]
-        parts += [part(h) for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+        hooks = [hook for hooks in _hooks(module) for hook in hooks.values()]
+        parts += [part(hook) for hook in hooks if not hasattr(hook, "only_looks")]
     return tuple(parts), tuple(kept)
