@@ -83,7 +83,7 @@ def peer_slices(model: nn.Module) -> set[frozenset[tuple[str, int, int]]]:
     graph = torch_pruning.DependencyGraph().build_dependency(model, torch.randn(1, 3, 32, 32))
     names = {module: name for name, module in model.named_modules()}
     found = set()
-    for name, conv in model.named_modules():
+    for conv in model.modules():
         if isinstance(conv, nn.Conv2d):
             for channel in range(0, conv.out_channels, 7):  # enough of them, in seconds
                 group = graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, [channel])
