@@ -13,8 +13,9 @@ from planted import PLANTED, images
 from torch import Tensor, nn
 
 from metrics import count_by_torch, count_network
-from resnet import resnet20
+from resnet import ResNet, resnet20
 from src.channels import ChannelAccount, ChannelState, trace_channels
+from src.groups import FILTERS, INPUT_SLICES, channel_groups
 from src.slim import slim_network
 
 SMALL, CIFAR = (3, 12, 12), (3, 32, 32)
@@ -245,3 +246,54 @@ def test_a_gate_that_is_known_to_be_shut_lets_nothing_through_and_reads_nothing(
     assert layers["first"].outputs.tolist() == [True, False, True, True]
     assert layers["second"].inputs.tolist() == [True, False, True, True]
     assert layers["gate"].states.tolist() == [2, 0, 1, 2]
+
+
+class Projection(nn.Module):
+    """The option B shortcut of He et al. 2015: a strided 1x1 convolution and its batch norm."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(in_channels, channels, 1, 2, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class Doubled(ResNet):
+    """A network of a known class that computes otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x.flip(3)).neg()
+
+
+def projected() -> nn.Module:
+    model = resnet20()
+    model.layer2[0].shortcut, model.layer3[0].shortcut = Projection(16, 32), Projection(32, 64)
+    return model
+
+
+def circular() -> nn.Module:
+    model = resnet20()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+    return model
+
+
+def test_a_cifar_resnet_with_projections_has_the_known_counts_and_its_projections_are_grouped():
+    model = projected().eval()
+    assert sum(p.numel() for p in model.parameters()) == 272_474
+    assert count_network(model).total("dense_macs") == 40_813_184
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    held = {member for groups in channel_groups(model, layers) for member in groups.members}
+    assert {("layer2.0.shortcut.conv", FILTERS), ("layer3.0.shortcut.conv", INPUT_SLICES)} <= held
+
+
+@pytest.mark.parametrize("make", [projected, circular, lambda: Doubled(3)])
+def test_relatives_of_the_known_networks_are_no_longer_taken_for_them(make):
+    for seed in range(3):
+        model = plant(make(), seed, 0.2)
+        account = trace_channels(model, (3, 16, 16))
+        assert account.barriers == ()
+        assert_nothing_claimed_is_wrong(model, account, (3, 16, 16))
+        assert_smaller_is_the_same(model, (3, 16, 16))
