@@ -117,7 +117,7 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
     parts, kept = _fingerprint(model)
     key = (parts, input_size, like.dtype, like.device)
     if key not in _TRACED:
-        plain = without_quantizers(model).eval()
+        plain = without_quantizers(model, stored=True).eval()
         for hooks in (hooks for module in plain.modules() for hooks in _hooks(module)):
             for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks")]:
                 del hooks[handle]

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from src.channels import PIPES, LayerUse, trace_channels
+from src.channels import PIPES, LayerUse, read_weights, trace_channels
 from src.graph import PADS, aten, is_move, is_pointwise, kind, move
+from utils_quantization import without_quantizers
 
 FILTERS, INPUT_SLICES = 0, 1  # the dimension of a weight (O, I, kh, kw) along which a slice is taken
 IMAGE, NONE = -1, 0  # labels that are no channel's
@@ -79,7 +80,8 @@ class _Walk:
     """One pass through the graph, which labels channels."""
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
-        self.account = trace_channels(model, input_size)
+        weights = read_weights(without_quantizers(model, stored=True))  # any will do: evaluate no quantizer
+        self.account = trace_channels(model, input_size, weights)
         self.parents = [NONE]  # by label: the label that it was tied to, or itself
         self.tied: set[int] = set()
         self.answers: set[int] = set()  # the channels that the network gives
