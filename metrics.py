@@ -1,4 +1,4 @@
-"""Count the MACs, BOPs and zeros of a CIFAR ResNet, for each layer and in total.
+"""Count the MACs, BOPs and zeros of a network, for each layer and in total.
 
 For a convolution with weights (O, I, kh, kw) and H x W output positions:
 
@@ -7,8 +7,9 @@ For a convolution with weights (O, I, kh, kw) and H x W output positions:
     unstructured MACs  nonzero weights x H W
     BOPs               MACs x bits of a weight x 32 bits of an activation
 
-A weight without a quantizer has 32 bits. The classifier counts as a convolution with one position. Batch
-norms, ReLUs and additions are not counted; torch.utils.flop_counter does not count them either.
+A weight without a quantizer has 32 bits. A linear layer counts as a convolution with one position. In a
+convolution of several groups I is the inputs of one, and structured MACs add up over what is left of each.
+Batch norms, ReLUs and additions are not counted; torch.utils.flop_counter does not count them either.
 """
 
 import math
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
@@ -28,7 +29,7 @@ ACTIVATION_BITS = 32  # activations are never quantized
 
 @dataclass(frozen=True)
 class LayerCount:
-    """The counts of one convolution or of the classifier; MACs are for one image."""
+    """The counts of one convolution or linear layer; MACs are for one image."""
 
     name: str
     quantized: bool
@@ -42,10 +43,7 @@ class LayerCount:
     dense_macs: int
     structured_macs: int
     unstructured_macs: int
-
-    @property
-    def is_convolution(self) -> bool:
-        return self.name != "linear"
+    is_convolution: bool = True
 
     @property
     def alive_channels(self) -> int:
@@ -82,6 +80,7 @@ class NetworkCount:
     """The counts of all layers of a network, with their totals and means."""
 
     layers: tuple[LayerCount, ...]
+    barriers: tuple[str, ...] = ()  # operations through which no channel is followed, see src/channels.py
 
     def total(self, count: str) -> int:
         """The sum of one of `TOTALS`, or of any other integer field, over the layers."""
@@ -123,13 +122,13 @@ def _mean(bits: list[float]) -> float:
 
 
 def count_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> NetworkCount:
-    """Count a ResNet of `resnet.py`, with its quantizers switched on or off as they are; it is not changed.
+    """Count a network, with its quantizers switched on or off as they are; it is not changed.
 
-    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    Raises: ValueError if torch.export cannot trace the model.
     """
     weights = read_weights(model)
     bits = {name: weight_bits(model.get_submodule(name)) for name in weights}
-    return _count(model, weights, bits, trace_channels(model, input_size, weights))
+    return _count(model, bits, trace_channels(model, input_size, weights))
 
 
 @torch.no_grad()
@@ -145,43 +144,37 @@ def count_ceiling(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 3
         for name, m in layers.items()
     }
     bits = dict.fromkeys(weights, (FULL_PRECISION_BITS, float(FULL_PRECISION_BITS)))
-    return _count(model, weights, bits, trace_channels(model, input_size, weights))
+    return _count(model, bits, trace_channels(model, input_size, weights))
 
 
-def _count(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    bits: Mapping[str, tuple[int, float]],
-    account: ChannelAccount,
-) -> NetworkCount:
-    """Count by the weights and the `weight_bits` of each layer, both by the layer's name."""
+def _count(model: nn.Module, bits: Mapping[str, tuple[int, float]], account: ChannelAccount) -> NetworkCount:
+    """Count by the `weight_bits` of each layer, by the layer's name."""
     quantized = quantized_layers(model)
+    full = FULL_PRECISION_BITS, float(FULL_PRECISION_BITS)
     layers = [
-        _count_layer(name, name in quantized, weights[name], bits[name], channels)
+        _count_layer(name, name in quantized, bits.get(name, full), channels)
         for name, channels in account.layers.items()
     ]
-    assert len(layers) == len(weights), "the account of channels misses a layer"
-    return NetworkCount(tuple(layers))
+    return NetworkCount(tuple(layers), account.barriers)
 
 
-def _count_layer(
-    name: str, quantized: bool, w: Tensor, bits: tuple[int, float], channels: LayerChannels
-) -> LayerCount:
-    nonzero = int((w != 0).sum())
-    left = int(channels.outputs.sum()) * int(channels.inputs.sum()) * w[0, 0].numel()
+def _count_layer(name: str, quantized: bool, bits: tuple[int, float], channels: LayerChannels) -> LayerCount:
+    nonzero = (channels.weight != 0).flatten(1)
+    zeros = nonzero.numel() - int(nonzero.sum())
     return LayerCount(
         name=name,
         quantized=quantized,
         bits=bits[0],
         learned_bits=bits[1],
-        weights=w.numel(),
-        zero_weights=w.numel() - nonzero,
-        filters=len(w),
-        zero_filters=int((w == 0).flatten(1).all(1).sum()),
+        weights=nonzero.numel(),
+        zero_weights=zeros,
+        filters=len(nonzero),
+        zero_filters=len(nonzero) - int(nonzero.any(1).sum()),
         states=tuple(channels.states.tolist()),
-        dense_macs=w.numel() * channels.positions,
-        structured_macs=left * channels.positions,
-        unstructured_macs=nonzero * channels.positions,
+        dense_macs=nonzero.numel() * channels.positions,
+        structured_macs=channels.structured_macs,
+        unstructured_macs=(nonzero.numel() - zeros) * channels.positions,
+        is_convolution=channels.weight.ndim > 2,
     )
 
 

@@ -184,17 +184,18 @@ def toggle_quantization(model: nn.Module, enabled: bool) -> None:
 
 
 @torch.no_grad()
-def without_quantizers(model: nn.Module) -> nn.Module:
+def without_quantizers(model: nn.Module, stored: bool = False) -> nn.Module:
     """Copy the model into one that stores the weights which its layers compute with, and has no quantizer.
 
-    Where a quantizer is switched on these are the quantized weights, so that the outputs are the same.
+    Where a quantizer is switched on these are the quantized weights, so that the outputs are the same; with
+    `stored` they are the weights as stored, and no quantizer is evaluated.
     """
-    plain = {id(layer): _plain_layer(layer) for layer in quantized_layers(model).values()}
+    plain = {id(layer): _plain_layer(layer, stored) for layer in quantized_layers(model).values()}
     return copy.deepcopy(model, plain)  # the copy takes its layers from `plain` where they are there
 
 
-def _plain_layer(layer: Any) -> nn.Module:
-    """Copy a quantized layer into one of the class that it had before, with the weight it computes with.
+def _plain_layer(layer: Any, stored: bool) -> nn.Module:
+    """Copy a quantized layer into one of the class that it had before, with one of its weights.
 
     `remove_parametrizations` on a deep copy would break the original: both share the parametrized class, and
     the removal deletes `weight` from that class.
@@ -203,7 +204,8 @@ def _plain_layer(layer: Any) -> nn.Module:
     plain.__dict__ = copy.deepcopy(layer.__dict__)
     del plain.parametrizations
     # `layer.weight` would put a tensor without a gradient into an open `parametrize.cached()`.
-    plain.weight = nn.Parameter(layer.parametrizations.weight().clone())
+    weight = layer.parametrizations.weight.original if stored else layer.parametrizations.weight()
+    plain.weight = nn.Parameter(weight.clone())
     return plain
 
 

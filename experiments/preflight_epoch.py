@@ -21,6 +21,7 @@ from experiments.expect import (
 from experiments.history import DataRecord, EpochRecord
 from experiments.training import TrainingStep
 from experiments.verdict import FAIL
+from src.graph import only_looks
 from utils_quantization import quantized_layers
 
 FEW_BATCHES, FEW_IMAGES, FEW_TESTED = 3, 32, 128  # of the run's batches, in a trial epoch
@@ -62,6 +63,7 @@ class FewTested:
         """Let every label become what the model predicts for its image in its next test pass; the hook."""
         done = 0
 
+        @only_looks
         def note(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
             nonlocal done
             if not module.training:
@@ -191,6 +193,7 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
 def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
     model = step.model
 
+    @only_looks
     def forward(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         odd = [n for n, m in module.named_modules() if m.training != module.training]
         if odd:
@@ -202,6 +205,7 @@ def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
         seen.passes.append(kind)
         seen.times.append(time.perf_counter())
 
+    @only_looks
     def logits(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.kinds.add(output.dtype)
         if not module.training:

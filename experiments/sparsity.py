@@ -1,7 +1,7 @@
 """The penalty that makes whole channels vanish: a group lasso over coupled weight slices.
 
 Source: Yuan & Lin 2006, eq. (2.1), with a group's MACs or 1 in place of sqrt(n_g); groups as in
-src/channels.py.
+src/groups.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.settings import EQUAL, MACS, QUANTIZED, STORED
-from src.channels import FILTERS, ChannelGroups, channel_groups, trace_channels
+from src.channels import trace_channels
+from src.groups import FILTERS, ChannelGroups, channel_groups
 from utils_quantization import quantized_layers
 
 
@@ -25,6 +26,7 @@ def group_norms(groups: ChannelGroups, weights: Mapping[str, Tensor]) -> Tensor:
         torch.linalg.vector_norm(weights[name], dim=(1, 2, 3) if dim == FILTERS else (0, 2, 3))
         for name, dim in groups.members
     ]
+    slices = [s if p is None else s[list(p)] for s, p in zip(slices, groups.places, strict=True)]
     return torch.linalg.vector_norm(torch.stack(slices), dim=0)  # (members, C) -> (C,)
 
 
@@ -52,7 +54,7 @@ def coupled_group_lasso(
     Returns a function of the model that gives a scalar. Call it inside the same `parametrize.cached()` as the
     forward pass: then each quantizer is evaluated once for both.
 
-    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    Raises: ValueError if torch.export cannot trace the model.
     """
     convolutions = _quantized_convolutions(model)
     groups = channel_groups(model, convolutions)
@@ -70,7 +72,7 @@ def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tenso
     batch norm behind a filter of zeros, whose variance is zero, magnifies the gradient that the
     straight-through step hands to the stored weights, and throws them out of the dead zone again.
 
-    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    Raises: ValueError if torch.export cannot trace the model.
     """
     groups = channel_groups(model, _quantized_convolutions(model))
     members = [member for g in groups for member in g.members]
@@ -78,7 +80,7 @@ def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tenso
     @torch.no_grad()
     def masks(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         pairs = []
-        for name, dim in members:
+        for name, dim in dict.fromkeys(members):
             layer: Any = model.get_submodule(name)
             others = (1, 2, 3) if dim == FILTERS else (0, 2, 3)
             pairs.append(

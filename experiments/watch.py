@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.training import EpochLosses, Pipeline
+from src.graph import only_looks
 from utils_quantization import WeightQuantization, quantizers
 
 TESTED_AGAIN = 8  # images whose logits are computed a second time after the test pass
@@ -181,6 +182,7 @@ class EpochWatch:
         """The state that this epoch began with."""
         return _carried(self.before, self.moments)
 
+    @only_looks
     def _note(self, model: nn.Module, inputs: tuple[Any, ...], logits: Any) -> None:
         images = inputs[0]
         if self.phase == "test" and not self.tested:
@@ -195,6 +197,7 @@ class EpochWatch:
             )
         )
 
+    @only_looks
     def _note_norm(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.phase == "renewal":
             var, mean = torch.var_mean(inputs[0].float(), (0, 2, 3))

@@ -1,4 +1,4 @@
-"""What a channel is in a CIFAR ResNet: the weight slices that belong to it, its state, and what reads it.
+"""What a channel is in a network: the weight slices that belong to it, its state, and what reads it.
 
 No other file decides this. The group lasso takes its groups from `channel_groups`; the metrics, the pictures
 and the smaller network take the states of channels from `trace_channels`, so that they cannot disagree.
@@ -11,19 +11,37 @@ A channel of a layer's output (after its batch norm) is in one of three states, 
     null      it is zero, or nothing reads it: it can be removed, and nothing else changes
 
 A filter of zeros does not make a null channel: the batch norm behind it still emits a constant.
+
+All of this goes by wiring: a weight that is not zero carries its input on, and a ReLU is taken to open for
+some image. Two things run through the network's graph (src/graph.py), for one image. Constants run through
+the operations themselves. Flow says of each element whether the image reaches it, and runs through pipes:
+the operations with 1 for each weight that is not zero. Autograd takes the pipes backward from the outputs,
+and finds what is read. An operation without a pipe is a barrier: it reads all that enters it, and all that
+leaves it depends on the image.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from resnet import BasicBlock, ResNet
+from src.graph import (
+    LAYERS,
+    NORM,
+    aten,
+    is_move,
+    is_pointwise,
+    is_random,
+    kind,
+    move,
+    path,
+    trace_network,
+)
 
 
 class ChannelState(IntEnum):
@@ -34,90 +52,111 @@ class ChannelState(IntEnum):
     ALIVE = 2
 
 
-FILTERS, INPUT_SLICES = 0, 1  # the dimension of a weight (O, I, kh, kw) along which a slice is taken
-
-
-@dataclass(frozen=True)
-class ChannelGroups:
-    """The groups of one set of channels: group c is slice c of every member. All these slices must be zero
-    before channel c can be removed. `members` are pairs (layer name, FILTERS or INPUT_SLICES)."""
-
-    name: str
-    channels: int
-    members: tuple[tuple[str, int], ...]
-
-
-def channel_groups(model: nn.Module, layers: Collection[str]) -> list[ChannelGroups]:
-    """The channel groups of the model. Members in layers other than `layers` (names) are left out.
-
-    Inner channel i of a block: filter i of its conv1 and input slice i of its conv2. Residual channel c of
-    a stage: filter c of every conv2 in the stage, input slice c of every later conv1 there, and of the next
-    stage's first conv1.
-
-    Raises: ValueError if the model is not a ResNet of `resnet.py`; AssertionError if groups overlap.
-    """
-    inner: list[ChannelGroups] = []
-    residual: dict[int, list[tuple[str, int]]] = {}
-    for stage, position, name, block in _blocks(model):
-        inner.append(
-            ChannelGroups(
-                f"{name} inner",
-                block.conv1.out_channels,
-                ((f"{name}.conv1", FILTERS), (f"{name}.conv2", INPUT_SLICES)),
-            )
-        )
-        source = stage if position else stage - 1  # the stage whose residual channels conv1 reads
-        if source >= 0 and residual.get(source):
-            residual[source].append((f"{name}.conv1", INPUT_SLICES))
-        residual.setdefault(stage, []).append((f"{name}.conv2", FILTERS))
-    widths = [stage[0].conv2.out_channels for stage in _stages(model)]
-    sets = inner + [ChannelGroups(f"layer{i + 1} residual", widths[i], tuple(residual[i])) for i in residual]
-    sets = [ChannelGroups(s.name, s.channels, tuple(m for m in s.members if m[0] in layers)) for s in sets]
-    members = [m for s in sets for m in s.members]
-    assert len(members) == len(set(members)), "two channel groups share a weight slice"
-    return [s for s in sets if s.members]
-
-
 @dataclass(frozen=True)
 class LayerChannels:
-    """The channels of one convolution (with its batch norm) or of the classifier.
+    """The channels of one convolution (with the batch norm behind it) or linear layer.
 
     `outputs` (O,) and `inputs` (I,) say which channels remain: weight[outputs][:, inputs] are the weights
-    that must still be multiplied. `shift` is the layer's output, batch norm included, when all its alive
-    inputs are zero: (O, H, W), or (O,) for the classifier.
+    that must still be multiplied, within each group of a grouped convolution. A layer that the network uses
+    more than once has the counts of all its uses.
     """
 
+    weight: Tensor  # that the layer computes with
     states: Tensor  # (O,) of ChannelState, int8
     outputs: Tensor  # (O,) bool
     inputs: Tensor  # (I,) bool
-    shift: Tensor
+    positions: int  # at which each filter is applied: H_out W_out, or 1 for the classifier
+    structured_macs: int  # of the weights that remain, for one image
+
+    def with_use(self, other: "LayerChannels") -> "LayerChannels":
+        """The layer with one more use: a channel is the most that it is in any of them."""
+        return LayerChannels(
+            weight=self.weight,
+            states=torch.maximum(self.states, other.states),
+            outputs=self.outputs | other.outputs,
+            inputs=self.inputs | other.inputs,
+            positions=self.positions + other.positions,
+            structured_macs=self.structured_macs + other.structured_macs,
+        )
+
+
+@dataclass
+class Signal:
+    """The value of a node of the graph, for one image. Where a node has several, all fields are tuples."""
+
+    constant: Any  # right where the image does not reach
+    flow: Any = None  # above 0 where the image reaches; None if it reaches nothing
+    paths: Any = None  # to the outputs; None if there is none
 
     @property
-    def positions(self) -> int:
-        """The number of positions at which each filter is applied: H_out W_out, or 1 for the classifier."""
-        return self.shift[0].numel()
+    def varies(self) -> Tensor:
+        return torch.zeros_like(self.constant, dtype=torch.bool) if self.flow is None else self.flow > 0
+
+    @property
+    def read(self) -> Tensor:
+        """Where an output depends on the value."""
+        return torch.zeros_like(self.constant, dtype=torch.bool) if self.paths is None else self.paths > 0.5
+
+    @property
+    def known(self) -> Any:
+        """The constant, with zeros where the image reaches."""
+        return self.constant if self.flow is None else self.constant.masked_fill(self.flow > 0, 0)
 
 
-@dataclass(frozen=True)
-class StreamChannels:
-    """The residual stream behind a block or the stem."""
+@dataclass
+class LayerUse:
+    """One place in the graph that a layer is used at."""
 
-    alive: Tensor  # (C,) bool
-    constant: Tensor  # (C, H, W), 0 where the channel depends on the image
-    # (C,) the channel that the shortcut brings here from the stream before this block, -1 for none.
-    source: Tensor | None  # None behind the stem
+    name: str
+    node: fx.Node
+    out: fx.Node  # the node itself, or the batch norm behind it
+    entering: Signal  # `read` is what this use alone reads
+    parameters: tuple[Tensor, Tensor | None]  # weight and bias
+    norm: tuple[Any, ...] | None = None  # what the batch norm does with it
+
+    @property
+    def channel_dim(self) -> int:
+        return -1 if kind(self.node) is aten.linear else 1
+
+    @property
+    def groups(self) -> int:
+        return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def shift(self, inputs: Tensor) -> Tensor:
+        """What the layer gives, batch norm included, when the flagged of its inputs, (I,) bool, are zero.
+
+        Shapes: -> (O, H, W), or (O,) for the classifier.
+        """
+        known = self.entering.known.movedim(self.channel_dim, 0).clone()
+        known[inputs] = 0
+        op: Any = self.node.target
+        out = op(known.movedim(0, self.channel_dim), *self.parameters, *self.node.args[3:])
+        out = out if self.norm is None else NORM(out, *self.norm)[0]
+        return out[0].movedim(-1 if self.channel_dim < 0 else 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChannelAccount:
     """What `trace_channels` finds out about the channels of a network."""
 
-    layers: dict[str, LayerChannels]  # every convolution, in order, then the classifier
-    streams: dict[str, StreamChannels]  # behind the stem ("conv1") and behind each block, by its name
+    layers: dict[str, LayerChannels]  # every convolution and linear layer that runs, in order
+    barriers: tuple[str, ...]  # operations without a rule, and the modules that they are in
+    graph: fx.Graph
+    signals: dict[fx.Node, Signal]
+    uses: dict[fx.Node, tuple[LayerUse, LayerChannels]]
+
+    def shift(self, name: str) -> Tensor:
+        """What the layer `name` gives, batch norm included, when all its remaining inputs are zero.
+
+        Shapes: -> (O, H, W), or (O,) for the classifier.
+        """
+        use, channels = next(u for u in self.uses.values() if u[0].name == name)
+        return use.shift(channels.inputs)
 
 
 def read_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the convolutions and the classifier compute with, by layer name, without gradients.
+    """The weights that the convolutions and linear layers compute with, by layer name, without gradients.
 
     Quantizers that are switched on are applied. They are called directly instead of through `.weight`: inside
     `parametrize.cached()` that would cache weights without gradients, which the caller's loss would then use.
@@ -130,7 +169,6 @@ def read_weights(model: nn.Module) -> dict[str, Tensor]:
         }
 
 
-@torch.no_grad()
 def trace_channels(
     model: nn.Module,
     input_size: tuple[int, int, int] = (3, 32, 32),
@@ -140,157 +178,233 @@ def trace_channels(
 
     One pass in each direction is exact: whether a channel depends on the image follows from the layers before
     it, and whether it is read follows from the layers behind it. A weight reads its input channel if it is
-    not zero and the batch norm behind its filter has a scale other than 0.
+    not zero, meets more of it than padding, and the batch norm behind its filter has a scale other than 0.
 
     Arguments: `weights` by layer name, instead of the model's own. Batch norms count as in evaluation mode,
         whatever mode the model is in. The model is not changed.
-    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    Raises: ValueError if torch.export cannot trace the network.
     """
-    weights = read_weights(model) if weights is None else weights
-    trace = _Trace(model, weights, input_size)
-    trace.forward()
-    trace.backward()
-    return ChannelAccount(trace.layers, trace.streams)
+    graph = trace_network(model, input_size)
+    values = graph.values(model, read_weights(model) if weights is None else weights)
+    with torch.inference_mode(False), torch.enable_grad():
+        passes = _Passes(graph.layer, values, input_size)
+        passes.forward(graph.graph)
+        passes.backward()
+    uses = {use.node: (use, passes.account(use)) for use in passes.uses}
+    layers: dict[str, LayerChannels] = {}
+    for use, channels in uses.values():
+        layers[use.name] = layers[use.name].with_use(channels) if use.name in layers else channels
+    return ChannelAccount(layers, tuple(passes.barriers), graph.graph, passes.signals, uses)
 
 
-@dataclass
-class _Signal:
-    """A tensor between layers: which channels depend on the image, and the value of the others."""
+class _Flags(torch.autograd.Function):
+    """1 where there is a path and 0 elsewhere, both ways: the numbers of paths overflow in a deep network."""
 
-    varies: Tensor  # (C,) bool
-    constant: Tensor  # (C, H, W), 0 where it varies
+    @staticmethod
+    def forward(ctx: Any, paths: Tensor) -> Tensor:
+        return (paths > 0.5).to(paths.dtype)  # whole numbers, but for rounding
 
-
-@dataclass
-class _Step:
-    """What the forward pass finds out about a layer."""
-
-    reads: Tensor  # (O, I) bool: output o would change with input i
-    varies: Tensor  # (O,) bool
-    shift: Tensor  # (O, H, W)
+    @staticmethod
+    def backward(ctx: Any, paths: Tensor) -> Tensor:
+        return (paths > 0.5).to(paths.dtype)
 
 
-class _Trace:
+def _norm_pipe(op: Any, x: Tensor, scale: Tensor | None, *_: Any) -> tuple[Tensor, None, None]:
+    gates = 1 if scale is None else (scale != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+    return x * gates, None, None
+
+
+def _pool_pipe(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return op(x, *args, **kwargs) * x.numel()  # a path is less than 1 in a mean
+
+
+def _max_pool_pipe(
+    op: Any, x: Tensor, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
+) -> Tensor | None:
+    """A mean over the same windows, because the gradient of a maximum goes to one of its elements alone."""
+    dilated = any(d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation))
+    return None if dilated else _pool_pipe(aten.avg_pool2d, x, size, stride, padding, ceil)
+
+
+def _amax_pipe(op: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    return x.sum(dim or tuple(range(x.ndim)), keepdim)
+
+
+PIPES: dict[Any, Callable[..., Any]] = {
+    NORM: _norm_pipe,
+    aten.mean: _pool_pipe,
+    aten.sum: _pool_pipe,
+    aten.avg_pool2d: _pool_pipe,
+    aten.adaptive_avg_pool2d: _pool_pipe,
+    aten.max_pool2d: _max_pool_pipe,
+    aten.amax: _amax_pipe,
+}
+
+
+class _Passes:
     """The two passes of `trace_channels`."""
 
     def __init__(
-        self, model: nn.Module, weights: Mapping[str, Tensor], input_size: tuple[int, int, int]
+        self, layer_name: Callable[[fx.Node], str], values: Mapping[str, Tensor], input_size: tuple[int, ...]
     ) -> None:
-        self.model: Any = _checked(model)
-        self.blocks = [(name, block) for _, _, name, block in _blocks(model)]
-        self.weights = weights
+        self.layer_name = layer_name
+        self.values = values
         self.input_size = input_size
-        self.steps: dict[str, _Step] = {}
-        self.signals: dict[str, _Signal] = {}  # what enters each layer
-        self.sums: dict[str, _Signal] = {}  # the residual stream behind the stem and behind each block
-        self.layers: dict[str, LayerChannels] = {}
-        self.streams: dict[str, StreamChannels] = {}
+        self.like = next((v for v in values.values() if v.is_floating_point()), torch.empty(0))
+        self.signals: dict[fx.Node, Signal] = {}
+        self.uses: list[LayerUse] = []
+        self.barriers: list[str] = []
+        self.outputs: list[Signal] = []
 
-    def forward(self) -> None:
-        channels, height, width = self.input_size
-        some = self.model.bn1.weight
-        image = _Signal(
-            torch.ones(channels, dtype=torch.bool, device=some.device),
-            some.new_zeros(channels, height, width),
-        )
-        stream = self._relu(self._convolve("conv1", self.model.conv1, self.model.bn1, image))
-        self.sums["conv1"] = stream
-        for name, block in self.blocks:
-            inner = self._relu(self._convolve(f"{name}.conv1", block.conv1, block.bn1, stream))
-            branch = self._convolve(f"{name}.conv2", block.conv2, block.bn2, inner)
-            source = shortcut_source(block.shortcut, len(stream.varies), stream.varies.device)
-            varies = branch.varies | _at(stream.varies, source)
-            total = branch.shift + block.shortcut(stream.constant[None])[0]
-            stream = self.sums[name] = self._relu(_Step(branch.reads, varies, total))
-        self._classify(stream)
-
-    def _convolve(self, name: str, conv: nn.Conv2d, bn: nn.BatchNorm2d, x: _Signal) -> _Step:
-        w = self.weights[name]
-        reads = (w != 0).any(3).any(2) & (bn.weight != 0)[:, None]  # (O, I, kh, kw) -> (O, I)
-        out = F.conv2d(x.constant[None], w, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        shift = F.batch_norm(out, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)[0]
-        self.signals[name] = x
-        self.steps[name] = _Step(reads, (reads & x.varies).any(1), shift)
-        return self.steps[name]
-
-    def _classify(self, x: _Signal) -> None:
-        w = self.weights["linear"]
-        self.signals["linear"] = x
-        shift = F.linear(x.constant.mean((1, 2)), w, self.model.linear.bias)
-        self.steps["linear"] = _Step(w != 0, (w[:, x.varies] != 0).any(1), shift)
-
-    @staticmethod
-    def _relu(step: _Step) -> _Signal:
-        return _Signal(step.varies, step.shift.clamp_min(0).masked_fill(step.varies[:, None, None], 0))
+    def forward(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.op == "placeholder" and node.name in self.values:
+                self.signals[node] = Signal(self.values[node.name])
+            elif node.op == "placeholder":
+                image = self.like.new_zeros(1, *self.input_size)
+                self.signals[node] = Signal(image, self._ones(image.shape))
+            elif node.op == "output":
+                self.outputs = [self.signals[n] for n in node.all_input_nodes]
+            elif kind(node) in LAYERS and not any(self._flows(n) for n in node.all_input_nodes[1:]):
+                self.signals[node] = self._layer(node)
+            else:
+                self.signals[node] = self._operation(node)
 
     def backward(self) -> None:
-        classes = self.weights["linear"].new_ones(len(self.weights["linear"]), dtype=torch.bool)
-        needed = self._account("linear", classes)
-        for name, block in reversed(self.blocks):
-            before = self.signals[f"{name}.conv1"]
-            source = shortcut_source(block.shortcut, len(before.varies), before.varies.device)
-            self._stream(name, needed, source)
-            inner = self._account(f"{name}.conv2", needed)
-            needed = self._account(f"{name}.conv1", inner) | _scatter(needed, source, len(before.varies))
-        self._stream("conv1", needed, None)
-        self._account("conv1", needed)
-        self.layers = dict(reversed(self.layers.items()))
-        self.streams = dict(reversed(self.streams.items()))
+        reached = [*self.signals.values(), *(use.entering for use in self.uses)]
+        reached = [s for s in reached if isinstance(s.flow, Tensor)]
+        ends = [s.flow.sum() for s in self.outputs if s.flow is not None]
+        flows = list({id(s.flow): s.flow for s in reached}.values())
+        paths = torch.autograd.grad(ends, flows, allow_unused=True) if ends else [None] * len(flows)
+        paths_from = {id(flow): found for flow, found in zip(flows, paths, strict=True)}
+        for signal in reached:
+            signal.paths = paths_from[id(signal.flow)]
 
-    def _account(self, name: str, needed: Tensor) -> Tensor:
-        """Decide the states of a layer's channels, given which of them are read: needed (O,) bool.
+    def _ones(self, shape: Any) -> Tensor:
+        return torch.ones(shape, device=self.like.device, requires_grad=True)
 
-        Returns: which of its inputs the layer reads, (I,) bool.
-        """
-        step, x = self.steps[name], self.signals[name]
-        reads = step.reads[needed].any(0)
-        after_relu = step.shift.clamp_min(0) if name.endswith("conv1") else step.shift
-        speaks = (after_relu != 0).flatten(1).any(1) if after_relu.ndim > 1 else after_relu != 0
-        alive = needed & step.varies
-        states = torch.zeros_like(alive, dtype=torch.int8)  # NULL
-        states[needed & ~step.varies & speaks] = ChannelState.CONSTANT
-        states[alive] = ChannelState.ALIVE
-        self.layers[name] = LayerChannels(states, alive, x.varies & reads, step.shift)
-        return reads
+    def _flows(self, node: Any) -> bool:
+        return self.signals[node].flow is not None
 
-    def _stream(self, name: str, needed: Tensor, source: Tensor | None) -> None:
-        signal = self.sums[name]
-        self.streams[name] = StreamChannels(signal.varies & needed, signal.constant, source)
-
-
-def shortcut_source(shortcut: Callable[[Tensor], Tensor], channels: int, device: torch.device) -> Tensor:
-    """Which input channel each output channel of a shortcut is, -1 where it is padding: (C_out,)."""
-    numbers = torch.arange(1.0, channels + 1, device=device)
-    return shortcut(numbers[None, :, None, None])[0, :, 0, 0].long() - 1
-
-
-def _at(flags: Tensor, source: Tensor) -> Tensor:
-    """flags[source], False where the source is -1."""
-    return flags[source.clamp_min(0)] & (source >= 0)
-
-
-def _scatter(flags: Tensor, source: Tensor, channels: int) -> Tensor:
-    """The transpose of `_at`: True at every input channel that some flagged output channel comes from."""
-    out = torch.zeros(channels, dtype=torch.bool, device=flags.device)
-    out[source[flags & (source >= 0)]] = True
-    return out
-
-
-def _checked(model: nn.Module) -> ResNet:
-    if not isinstance(model, ResNet):
-        raise ValueError(
-            f"the account of channels knows the ResNets of resnet.py; got {type(model).__name__}"
+    def _layer(self, node: Any) -> Signal:
+        x, weight = self.signals[node.args[0]], self.signals[node.args[1]].constant
+        bias = (
+            self.signals[node.args[2]].constant if len(node.args) > 2 and node.args[2] is not None else None
         )
-    return model
+        # A view: its gradient is what this layer alone reads.
+        flow = 0 * self._ones(x.constant.shape) if x.flow is None else x.flow.view_as(x.flow)
+        pipe = _Flags.apply(node.target(flow, (weight != 0).to(flow.dtype), None, *node.args[3:]))
+        known = x.known
+        if known.any():
+            constant = node.target(known, weight, bias, *node.args[3:])
+        else:
+            constant = known.new_zeros(pipe.shape)
+            after = 0 if kind(node) is aten.linear else pipe.ndim - 2  # dimensions behind the channels
+            constant += 0 if bias is None else bias.view(-1, *[1] * after)
+        self.uses.append(
+            LayerUse(self.layer_name(node), node, node, Signal(x.constant, flow), (weight, bias))
+        )
+        behind = next(iter(node.users), node)
+        if (
+            len(node.users) == 1
+            and kind(behind) is NORM
+            and behind.args[0] is node
+            and len(behind.users) == 1
+            and all(n in self.signals and not self._flows(n) for n in behind.all_input_nodes[1:])
+        ):
+            self.uses[-1].out = next(iter(behind.users))
+            self.uses[-1].norm = fx.node.map_arg(behind.args[1:], lambda n: self.signals[n].constant)
+        return Signal(constant, pipe)
 
+    def _operation(self, node: Any) -> Signal:
+        """What a node makes of its inputs, which the image may reach."""
+        op: Any = node.target
+        random, product = is_random(op), kind(node) is aten.mul
+        args, kwargs = self._args(node, lambda s: s.known if product else s.constant)
+        with torch.random.fork_rng(devices=[]) if random else nullcontext():
+            found = op(*args, **kwargs)
+        constant: Any = tuple(found) if isinstance(found, list) else found
+        flowing = [self.signals[n] for n in node.all_input_nodes if self._flows(n)]
+        if not isinstance(constant, Tensor | tuple) or not (flowing or random):
+            return Signal(constant)
+        flow = None if random else self._pipe(node, flowing, constant)
+        if flow is None:
+            self.barriers.append(f"{kind(node)} in {path(node) or 'the network'}")
+            entering = [f for s in flowing for f in (s.flow if isinstance(s.flow, tuple) else [s.flow])]
+            paths = sum(f.sum() for f in entering if f is not None)
+            values: Any = constant if isinstance(constant, tuple) else (constant,)
+            flows = tuple(_Flags.apply(self._ones(value.shape) + paths) for value in values)
+            flow = flows if isinstance(constant, tuple) else flows[0]
+        return Signal(constant, flow)
 
-def _stages(model: nn.Module) -> list[Any]:
-    resnet = _checked(model)
-    return [resnet.layer1, resnet.layer2, resnet.layer3]
+    def _args(self, node: Any, value: Callable[[Signal], Any]) -> tuple[Any, Any]:
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: value(self.signals[n]))
 
+    def _pipe(self, node: Any, flowing: list[Signal], constant: Any) -> Any:
+        """The flow behind an operation that has a rule, else None."""
 
-def _blocks(model: nn.Module) -> Iterator[tuple[int, int, str, BasicBlock]]:
-    """(stage 0 to 2, position in it, name, block), in order."""
-    for stage, blocks in enumerate(_stages(model)):
-        for position, block in enumerate(blocks):
-            yield stage, position, f"layer{stage + 1}.{position}", block
+        def flow_of(s: Signal) -> Any:
+            plain = isinstance(s.constant, Tensor) and s.constant.is_floating_point()
+            return (
+                s.flow
+                if s.flow is not None
+                else torch.zeros_like(s.constant).float()
+                if plain
+                else s.constant
+            )
+
+        if is_move(node.target):
+            numbers = all(isinstance(s.flow, tuple) or s.constant.is_floating_point() for s in flowing)
+            moved = move(node, *self._args(node, flow_of)) if numbers else None
+            return tuple(moved) if isinstance(moved, list) else moved
+        if kind(node) is aten.mul:
+            return _Flags.apply(self._product(*node.args).expand(constant.shape))
+        if is_pointwise(node.target):
+            return (
+                flowing[0].flow
+                if len(flowing) == 1 and flowing[0].flow.shape == constant.shape
+                else (_Flags.apply(sum(s.flow for s in flowing).expand(constant.shape)))
+            )
+        if kind(node) in PIPES and len(flowing) == 1 and self._flows(node.all_input_nodes[0]):
+            args, _ = self._args(node, lambda s: s.constant if s.flow is None else s.flow)
+            paths = PIPES[kind(node)](node.target, *args, **node.kwargs)
+            return _Flags.apply(paths) if isinstance(paths, Tensor) else paths
+        return None
+
+    def _product(self, *factors: Any) -> Any:
+        """A factor that is known to be zero lets nothing of the other through."""
+        a, b = (self.signals[f] if isinstance(f, fx.Node) else Signal(torch.as_tensor(f)) for f in factors)
+        opens = [(s.known != 0) | s.varies for s in (b, a)]
+        return sum(s.flow * o for s, o in zip((a, b), opens, strict=True) if s.flow is not None)
+
+    @torch.no_grad()
+    def account(self, use: LayerUse) -> LayerChannels:
+        """Decide the states of a layer's channels at one of its uses."""
+        weight, out, dim = use.parameters[0], self.signals[use.out], use.channel_dim
+
+        def channels(numbers: Tensor) -> Tensor:
+            """Those with a number, but for rounding, above 0: (C,) bool."""
+            return numbers.movedim(dim, 0).flatten(1).amax(1) > 0.5
+
+        read, alive, inputs = (
+            torch.zeros(s.constant.shape[dim], dtype=torch.bool, device=weight.device)
+            if s.paths is None
+            else channels(s.paths if of is None else s.paths * of)
+            for s, of in ((out, None), (out, out.flow), (use.entering, use.entering.flow))
+        )
+        states = torch.zeros_like(alive, dtype=torch.int8)  # NULL
+        states[alive] = ChannelState.ALIVE
+        constant = read & ~alive
+        if constant.any():
+            states[constant & channels((self._spoken(use.out).known != 0).float())] = ChannelState.CONSTANT
+        left = (alive.view(use.groups, -1).sum(1) * inputs.view(use.groups, -1).sum(1)).sum()
+        positions = out.constant.numel() // len(weight)
+        macs = int(left) * weight[0, 0].numel() * positions
+        return LayerChannels(weight, states, alive, inputs, positions, macs)
+
+    def _spoken(self, node: Any) -> Signal:
+        """What others get of a node: its value, behind the activation if nothing else reads it."""
+        behind = next(iter(node.users), node)
+        if len(node.users) == 1 and is_pointwise(behind.target) and len(behind.all_input_nodes) == 1:
+            return self._spoken(behind)
+        return self.signals[node]

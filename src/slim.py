@@ -9,33 +9,44 @@ channels are removed:
                zero padding, where a filter meets fewer copies of the constant, a map
     null       is removed
 
-Weights are (O, I, kh, kw), activations (N, C, H, W). Layers keep the names that they have in `resnet.py`.
+Weights are (O, I, kh, kw), activations (N, C, H, W). Layers keep the names that they have in the network.
+
+The network's graph is built anew, operation by operation. A tensor there holds only some of its channels,
+wherever an operation treats each channel by itself; any other operation gets its inputs whole again, with
+the constants in their places.
 """
 
-from collections import OrderedDict
-from itertools import pairwise
+from collections import defaultdict
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from resnet import BasicBlock
-from src.channels import trace_channels
+from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
+from src.graph import NORM, PADS, aten, is_move, is_pointwise, kind, move
 from utils_quantization import without_quantizers
+
+REDUCTIONS = {aten.mean, aten.sum, aten.amax}
+# What can move elements within each channel alone, and names no number of channels then.
+WITHIN_CHANNELS = PADS | {aten.slice, aten.flip, aten.reflection_pad2d, aten.replication_pad2d}
+CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of a weight
 
 
 @torch.no_grad()
 def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
-    """Make the smaller network of a ResNet of `resnet.py`, quantized or not, in its dtype and on its device.
+    """Make the smaller network of a model, quantized or not, in its dtype and on its device.
 
     The model counts as in evaluation mode, whatever mode it is in, and is not changed. Constants and batch
     norms are folded in float64. If a shift is a map, the network takes images of `input_size` only.
 
-    Raises: ValueError if the model is not a ResNet of `resnet.py`.
+    Raises: ValueError if torch.export cannot trace the model.
     """
-    like = next(model.parameters(), torch.empty(0))  # a model without parameters is refused below
-    builder = _Builder(without_quantizers(model), input_size, like.dtype)
-    return builder.network().to(like.device).eval()
+    like = next(model.parameters(), torch.empty(0))
+    builder = _Builder(without_quantizers(model).cpu().double(), input_size)
+    return builder.network().to(like.device, like.dtype).eval()
 
 
 class ChannelSelection(nn.Module):
@@ -44,20 +55,21 @@ class ChannelSelection(nn.Module):
     >>> ChannelSelection(torch.tensor([2, 0, 3]), channels=3)(torch.tensor([[5.0, 6.0, 7.0]]))
     tensor([[7., 5., 0.]])
 
-    Shapes: (N, C, ...) -> (N, len(index), ...).
+    Shapes: (N, C, ...) -> (N, len(index), ...), or (..., C) -> (..., len(index)) where `dim` is -1.
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor, channels: int) -> None:
+    def __init__(self, index: Tensor, channels: int, dim: int = 1) -> None:
         super().__init__()
         self.register_buffer("index", index)
         self.with_zeros = bool((index == channels).any())
+        self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_zeros:
-            x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
-        return x.index_select(1, self.index)
+            x = torch.cat([x, torch.zeros_like(x.narrow(self.dim, 0, 1))], self.dim)
+        return x.index_select(self.dim, self.index)
 
 
 class Shift(nn.Module):
@@ -74,10 +86,12 @@ class Shift(nn.Module):
 
     def __init__(self, shift: Tensor) -> None:
         super().__init__()
-        values, rows = shift.unique(dim=1, return_inverse=True)
-        values, columns = values.unique(dim=2, return_inverse=True)
-        is_map = values[0].numel() > 1
-        self.values = nn.Parameter(values.contiguous())  # (O, h, w)
+        rows = columns = None
+        if shift.ndim == 3:
+            shift, rows = shift.unique(dim=1, return_inverse=True)
+            shift, columns = shift.unique(dim=2, return_inverse=True)
+        is_map = shift.ndim == 3 and shift[0].numel() > 1
+        self.values = nn.Parameter(shift.contiguous())  # (O, h, w)
         self.register_buffer("rows", rows if is_map else None)
         self.register_buffer("columns", columns if is_map else None)
 
@@ -87,182 +101,398 @@ class Shift(nn.Module):
         return x + self.values.index_select(1, self.rows).index_select(2, self.columns)
 
 
-class SlimConvolution(nn.Module):
-    """A convolution with its batch norm folded in: places(convolve(reads(x))) plus the shift.
+class SlimLayer(nn.Module):
+    """A convolution or linear layer with its batch norm folded in: it reads some of the channels it is given.
 
-    `reads` selects the input channels that have weights, `places` puts the outputs at their channels of the
-    residual stream. A shift of one number a channel becomes the convolution's bias if `places` does nothing.
+    `bias` is what it adds if that is a number a channel.
     """
 
-    def __init__(
-        self, conv: nn.Conv2d, weight: Tensor, shift: Tensor, reads: nn.Module, places: nn.Module
-    ) -> None:
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, reads: nn.Module, options: tuple[Any, ...]) -> None:
         super().__init__()
-        self.stride, self.padding = conv.stride, conv.padding
-        self.reads, self.places = reads, places
-        self.weight = nn.Parameter(weight)
-        as_module = Shift(shift)
-        is_bias = as_module.rows is None and isinstance(places, nn.Identity)
-        self.bias = nn.Parameter(as_module.values.flatten()) if is_bias else None
-        self.shift = nn.Identity() if is_bias else as_module
+        self.reads, self.options = reads, options
+        self.weight = nn.Parameter(weight.contiguous())
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.conv2d(self.reads(x), self.weight, self.bias, self.stride, self.padding)
-        return self.shift(self.places(out))
+        x = self.reads(x)
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, self.bias)
+        return CONVOLUTIONS[self.weight.ndim](x, self.weight, self.bias, *self.options)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]} channels, stride={self.stride}"
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]} channels"
 
 
-class SlimBlock(nn.Module):
-    """A residual block whose branch still has channels that depend on the image."""
+class SlimParts(nn.Module):
+    """A grouped convolution whose groups keep different numbers of channels: a part for each of these."""
 
-    def __init__(self, conv1: SlimConvolution, conv2: SlimConvolution, shortcut: nn.Module) -> None:
+    def __init__(self, parts: list[SlimLayer]) -> None:
         super().__init__()
-        self.conv1 = conv1
-        self.conv2 = conv2
-        self.shortcut = shortcut
+        self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv2(F.relu(self.conv1(x), inplace=True))
-        out += self.shortcut(x)
-        return F.relu(out, inplace=True)
+        return torch.cat([part(x) for part in self.parts], 1)
 
 
-class DeadBlock(nn.Module):
-    """A residual block whose branch is constant: the shortcut plus a shift."""
+class Constant(nn.Module):
+    """The same values for every image, or for a network with nothing left the same logits."""
 
-    def __init__(self, shortcut: nn.Module, shift: Shift) -> None:
+    def __init__(self, values: Tensor) -> None:
         super().__init__()
-        self.shortcut = shortcut
-        self.shift = shift
+        self.values = nn.Parameter(values)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.shift(self.shortcut(x)), inplace=True)
+        return self.values.repeat(x.shape[0], *[1] * self.values.ndim)
 
 
-class SlimClassifier(nn.Module):
-    """The classifier. A class whose weights are all zero has a constant logit. (N, C) -> (N, classes)."""
+@dataclass
+class _Held:
+    """A tensor of the network as the smaller network has it: some of its channels."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, places: nn.Module) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)  # (classes,)
-        self.places = places
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.places, nn.Identity):
-            return F.linear(x, self.weight, self.bias)
-        return self.places(F.linear(x, self.weight)) + self.bias
-
-
-class SlimResNet(nn.Module):
-    """Stem, three stages of the blocks that change their input, average pool, classifier."""
-
-    def __init__(self, conv1: SlimConvolution, stages: list[nn.Sequential], linear: SlimClassifier) -> None:
-        super().__init__()
-        self.conv1 = conv1
-        self.layer1, self.layer2, self.layer3 = stages
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.conv1(x), inplace=True)
-        out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(out.mean((2, 3)))  # (N, C, H, W) -> (N, classes)
-
-
-class ConstantLogits(nn.Module):
-    """A network with nothing left: the same logits for every image. (N, 3, H, W) -> (N, classes)."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits.repeat(x.shape[0], 1)
+    index: Tensor  # (C,) where the node holds each channel, -1 where it does not
+    node: fx.Node | None = None  # of the smaller network; None if it holds nothing
+    count: int = 0  # channels of the node
+    shift: Tensor | None = None  # (C, H, W) that is still to be added to the channels held
+    layer: SlimLayer | None = None  # that would take the shift for its bias
 
 
 class _Builder:
-    """Builds the smaller network on the CPU: computes in float64, stores the results in `dtype`."""
+    """Builds the smaller network in float64, on the CPU."""
 
-    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.plain = plain.cpu().double()
-        self.dtype = dtype
-        account = trace_channels(self.plain, input_size)
-        self.layers, self.streams = account.layers, account.streams
+    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int]) -> None:
+        self.account = trace_channels(plain, input_size)
+        self.signals, self.uses = self.account.signals, self.account.uses
+        self.graph, self.parts = fx.Graph(), dict[str, Any]()
+        self.held: dict[fx.Node, Any] = {}
+        self.image: Any = None
 
     def network(self) -> nn.Module:
-        stem, classifier = self.layers["conv1"], self.layers["linear"]
-        if not classifier.inputs.any():
-            return ConstantLogits(classifier.shift.to(self.dtype))
-        image = torch.ones_like(stem.inputs)
-        conv1 = self.convolution("conv1", image, self.streams["conv1"].alive, stem.shift)
-        stages = {name: OrderedDict[str, nn.Module]() for name in ("layer1", "layer2", "layer3")}
-        for before, name in pairwise(self.streams):
-            stage, number = name.split(".")
-            block = self.block(name, before)
-            if block is not None:
-                stages[stage][number] = block
-        return SlimResNet(conv1, [nn.Sequential(s) for s in stages.values()], self.classifier())
+        layers = {use.out: (use, channels) for use, channels in self.uses.values()}
+        folded = {n for use, _ in self.uses.values() if use.norm for n in (use.node, use.out.args[0])}
+        *nodes, output = self.account.graph.nodes
+        for node in nodes:
+            signal = self.signals[node]
+            if node.op == "placeholder" and signal.flow is not None:
+                self.image, channels = self.graph.placeholder("x"), signal.constant.shape[1]
+                self.held[node] = _Held(torch.arange(channels), self.image, channels)
+            elif node in layers:
+                self.held[node] = self._layer(*layers[node])
+            elif kind(node) is aten.sym_size and node.args[1] == 0:
+                self.held[node] = self.graph.call_function(node.target, (self.image, 0))
+            elif signal.flow is not None or not isinstance(signal.constant, Tensor | tuple):
+                self.held[node] = None if node in folded or kind(node) is NORM else self._operation(node)
+        answers = output.all_input_nodes
+        if len(answers) == 1 and not self._alive(answers[0]).any():
+            return Constant(self.signals[answers[0]].constant[0].clone())
+        whole = [self._whole(answer) for answer in answers]
+        self.graph.output(whole[0] if len(whole) == 1 else tuple(whole))
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        return fx.GraphModule(self.parts, self.graph, "SlimNetwork")
 
-    def block(self, name: str, before: str) -> nn.Module | None:
-        """Make the smaller version of a block. Returns: None if the block does not change the stream.
+    # What the smaller network computes with
 
-        `before` names the block, or the stem, whose output enters this block.
-        """
-        block = self.plain.get_submodule(name)
-        assert isinstance(block, BasicBlock)
-        given, stream = self.streams[before], self.streams[name]
-        assert stream.source is not None
-        inner, branch = self.layers[f"{name}.conv1"], self.layers[f"{name}.conv2"]
-        shortcut = _select(stream.source[stream.alive], given.alive)
-        if block.conv1.stride[0] > 1:  # a pool over one pixel takes every second pixel, as `PadShortcut` does
-            shortcut = nn.Sequential(nn.AvgPool2d(1, block.conv1.stride[0]), shortcut)
-        # Add the constants that enter by the shortcut: the branch may make such a channel alive again.
-        shift = branch.shift + block.shortcut(given.constant[None])[0]
-        if branch.outputs.any():
-            conv1 = self.convolution(f"{name}.conv1", given.alive, inner.outputs, inner.shift)
-            conv2 = self.convolution(f"{name}.conv2", inner.outputs, stream.alive, shift)
-            return SlimBlock(conv1, conv2, shortcut)
-        shift = shift[stream.alive]
-        if isinstance(shortcut, nn.Identity) and not shift.any():
-            return None  # only a ReLU would be left, and the stream is a ReLU's output already
-        return DeadBlock(shortcut, Shift(shift.to(self.dtype)))
+    def _alive(self, node: Any) -> Tensor:
+        signal = self.signals[node]
+        return (
+            (signal.varies & signal.read)[0]
+            .flatten(1 if signal.constant.ndim > 2 else 0)
+            .reshape(signal.constant.shape[1], -1)
+            .any(1)
+        )
 
-    def convolution(self, name: str, given: Tensor, wanted: Tensor, shift: Tensor) -> SlimConvolution:
-        """Make the smaller version of a convolution and its batch norm.
+    def _module(self, name: str, module: nn.Module, x: Any) -> fx.Node:
+        name = name if name not in self.parts else f"{name}_{len(self.parts)}"
+        self.parts[name] = module
+        return self.graph.create_node("call_module", name, (x,))
 
-        It takes a tensor that holds only the channels `given`, (I,) bool, and returns one that holds only the
-        channels `wanted`, (O,) bool. `shift`: (O, H, W).
-        """
-        conv, bn = self.plain.get_submodule(name), self.plain.get_submodule(name.replace("conv", "bn"))
-        assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
-        assert bn.running_var is not None
-        layer = self.layers[name]
-        scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-        weight = (conv.weight * scale[:, None, None, None])[layer.outputs][:, layer.inputs]
-        reads, places = _select(_numbers(layer.inputs), given), _select(_numbers(wanted), layer.outputs)
-        return SlimConvolution(conv, weight.to(self.dtype), shift[wanted].to(self.dtype), reads, places)
+    def _select(self, node: Any, held: _Held, index: Tensor) -> Any:
+        """The channels of a node at these places of it, with zeros where the place is -1."""
+        assert held.node is not None
+        chosen = _selection(index, held.count)
+        return (
+            held.node
+            if isinstance(chosen, nn.Identity)
+            else self._module(f"{node.name}_chosen", chosen, held.node)
+        )
 
-    def classifier(self) -> SlimClassifier:
-        linear, layer = self.plain.get_submodule("linear"), self.layers["linear"]
-        assert isinstance(linear, nn.Linear)
-        weight = linear.weight[layer.outputs][:, layer.inputs]
-        places = _select(torch.arange(len(layer.outputs)), layer.outputs)
-        return SlimClassifier(weight.to(self.dtype), layer.shift.to(self.dtype), places)
+    def _settle(self, node: Any) -> _Held:
+        """Add what is still to be added to the channels of a node."""
+        held: _Held = self.held[node]
+        if held.node is not None and held.shift is not None:
+            numbers = held.shift[held.index.argsort()[-held.count :]]
+            flat = numbers.reshape(held.count, -1)
+            if held.layer is not None and (flat == flat[:, :1]).all():
+                held.layer.bias = nn.Parameter(flat[:, 0].contiguous())
+            elif numbers.any():
+                held.node = self._module(f"{node.name}_shift", Shift(numbers), held.node)
+        held.shift = held.layer = None
+        return held
+
+    def _rest(self, node: Any) -> Tensor:
+        """What is to be added to a node to make it the whole tensor, (C, H, W): constants, and its shift."""
+        held, known = self.held[node], self.signals[node].known[0]
+        here = (held.index >= 0).view(-1, *[1] * (known.ndim - 1))
+        return torch.where(here, torch.zeros_like(known) if held.shift is None else held.shift, known)
+
+    def _whole(self, node: Any, wanted: Tensor | None = None) -> Any:
+        """A tensor of the network with all its channels, or with those `wanted`, constants and all."""
+        signal = self.signals[node]
+        if signal.flow is None:
+            self.parts[f"{node.name}_constant"] = signal.constant
+            return self.graph.get_attr(f"{node.name}_constant")
+        if signal.constant.ndim < 2:
+            return self.held[node].node
+        held = self._settle(node)
+        wanted = torch.arange(len(held.index)) if wanted is None else wanted
+        rest = self._rest(node)[wanted]
+        if held.node is None:
+            return self._module(f"{node.name}_constant", Constant(rest), self.image)
+        x = self._select(node, held, held.index[wanted])
+        return self._module(f"{node.name}_rest", Shift(rest), x) if rest.any() else x
+
+    def _holding(self, node: Any, made: Any, channels: Tensor, **more: Any) -> _Held:
+        """What holds the numbered channels of a node, in their order."""
+        index = torch.full([self.signals[node].constant.shape[1]], -1)
+        index[channels] = torch.arange(len(channels))
+        return _Held(index, made, len(channels), **more)
+
+    # The operations
+
+    def _layer(self, use: LayerUse, channels: LayerChannels) -> _Held:
+        """The smaller version of a layer and its batch norm."""
+        weight, bias = use.parameters
+        if not channels.outputs.any():
+            return self._holding(use.out, None, torch.arange(0))
+        shift = use.shift(channels.inputs)
+        if use.norm is not None:
+            weight = weight * _scale(use.norm).view(-1, *[1] * (weight.ndim - 1))
+        source: Any = use.node.args[0]
+        whole = weight.ndim == 2 and use.entering.constant.ndim > 2  # its channels lie in the last dimension
+        x = self._whole(source) if whole else self._settle(source).node
+        index = torch.arange(weight.shape[1]) if whole else self.held[source].index
+        count = weight.shape[1] if whole else self.held[source].count
+        options = (*use.node.args[3:6], *(1, 0, 1)[len(use.node.args[3:6]) :])  # stride, padding, dilation
+        layers, numbers = [], []
+        for outputs, inputs in _alike(channels, use.groups):
+            kept = [weight[o][:, i % weight.shape[1]] for o, i in zip(outputs, inputs, strict=True)]
+            reads = _selection(index[torch.cat(inputs)], count, -1 if whole else 1)
+            layers.append(SlimLayer(torch.cat(kept), reads, (*options, len(outputs))))
+            numbers += outputs
+        name = f"{use.name or use.node.name}"
+        made = self._module(name, layers[0] if len(layers) == 1 else SlimParts(layers), x)
+        order = torch.cat(numbers)
+        if whole:
+            places = torch.full([len(weight)], -1).index_copy(0, order, torch.arange(len(order)))
+            made = self._module(f"{name}_places", _selection(places, len(order), -1), made)
+            made = self._module(f"{name}_shift", Shift(shift.movedim(0, -1)), made)
+            return self._holding(use.out, made, torch.arange(self.signals[use.out].constant.shape[1]))
+        bare = bias is None and use.norm is None and not shift.any()
+        layer = layers[0] if len(layers) == 1 else None
+        return self._holding(use.out, made, order, shift=None if bare else shift, layer=layer)
+
+    def _operation(self, node: Any) -> Any:
+        """The smaller version of an operation, by the first rule that holds for it."""
+        value = self.signals[node].constant
+        if isinstance(value, Tensor) and value.ndim > 1:
+            alive = self._alive(node)
+            if not alive.any():
+                return self._holding(node, None, torch.arange(0))
+            for rule in (self._sum, self._norm, self._cat, self._flatten, self._by_channel):
+                if (held := rule(node, alive.nonzero().flatten())) is not None:
+                    return held
+        if isinstance(value, Tensor | tuple) and (held := self._moved_channels(node)) is not None:
+            return held
+        if node.target is getitem and isinstance(self.held[node.args[0]], tuple):
+            return self.held[node.args[0]][node.args[1]]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._given)
+        made = self.graph.call_function(node.target, args, kwargs)
+        if isinstance(value, tuple):
+            return tuple(
+                self._all_of(v, self.graph.call_function(getitem, (made, i))) for i, v in enumerate(value)
+            )
+        return self._all_of(value, made) if isinstance(value, Tensor) else made
+
+    def _given(self, node: Any) -> Any:
+        """An argument of an operation: a whole tensor, or what is none."""
+        return self._whole(node) if isinstance(self.signals[node].constant, Tensor) else self.held[node]
+
+    @staticmethod
+    def _all_of(value: Tensor, made: fx.Node) -> _Held:
+        count = value.shape[1] if value.ndim > 1 else 1
+        return _Held(torch.arange(count), made, count)
+
+    def _sum(self, node: Any, wanted: Tensor) -> _Held | None:
+        """A sum, to which what its terms do not hold is added at last."""
+        shape = self.signals[node].constant.shape
+        terms: Any = node.args
+        if (
+            kind(node) is not aten.add
+            or node.kwargs
+            or not all(
+                isinstance(t, fx.Node)
+                and self.signals[t].flow is not None
+                and self.signals[t].constant.shape == shape
+                for t in terms
+            )
+        ):
+            return None
+        rest, made, layer, late = torch.zeros(shape[1:], dtype=torch.float64), None, None, False
+        for term in terms:
+            held = self.held[term] if len(term.users) == 1 else self._settle(term)
+            rest = rest + self._rest(term)
+            late = late or held.shift is not None
+            if held.node is not None and (held.index[wanted] >= 0).any():
+                x = self._select(term, held, held.index[wanted])
+                layer = held.layer if x is held.node and layer is None else layer
+                made = x if made is None else self.graph.call_function(node.target, (made, x))
+        late = late or bool(rest[wanted].any())
+        return self._holding(node, made, wanted, shift=rest if late else None, layer=layer)
+
+    def _norm(self, node: Any, wanted: Tensor) -> _Held | None:
+        """A batch norm that is not behind a layer of its own."""
+        norm: Any = node.args[0] if node.target is getitem else None
+        if norm is None or kind(norm) is not NORM:
+            return None
+        source = norm.args[0]
+        held = self.held[source] if len(source.users) == 1 else self._settle(source)
+        folded = fx.node.map_arg(norm.args[1:], lambda n: self.signals[n].constant)
+        shift = NORM(self._rest(source)[None], *folded)[0][0]
+        x = self._select(source, held, held.index[wanted])
+        self.parts[f"{norm.name}_scale"] = nn.Parameter(
+            _scale(folded)[wanted].view(-1, *[1] * (shift.ndim - 1)).contiguous()
+        )
+        made = self.graph.call_function(aten.mul.Tensor, (x, self.graph.get_attr(f"{norm.name}_scale")))
+        return self._holding(node, made, wanted, shift=shift)
+
+    def _cat(self, node: Any, wanted: Tensor) -> _Held | None:
+        if kind(node) is not aten.cat or len(node.args) < 2 or node.args[1] != 1:
+            return None
+        index, made, count = [], [], 0
+        for source in node.args[0]:
+            constant = self.signals[source].constant
+            held = self._settle(source) if source in self.held else _Held(torch.full([constant.shape[1]], -1))
+            index.append(torch.where(held.index >= 0, held.index + count, -1))
+            made += [held.node] if held.node is not None else []
+            count += held.count
+        cat = made[0] if len(made) == 1 else self.graph.call_function(node.target, (made, 1))
+        return _Held(torch.cat(index), cat, count)
+
+    def _flatten(self, node: Any, wanted: Tensor) -> _Held | None:
+        """(N, C, H, W) -> (N, C H W): a channel becomes as many as it has positions."""
+        value, source = self.signals[node].constant, node.all_input_nodes[0]
+        before = self.signals[source].constant
+        if kind(node) not in (aten.reshape, aten.flatten) or value.ndim != 2 or before.ndim < 3:
+            return None
+        if value.shape[1] != before[0].numel():
+            return None
+        held, places = self._settle(source), before[0, 0].numel()
+        index = held.index[:, None] * places + torch.arange(places)
+        made = self.graph.call_function(aten.flatten.using_ints, (held.node, 1))
+        return _Held(torch.where(held.index[:, None] >= 0, index, -1).flatten(), made, held.count * places)
+
+    def _by_channel(self, node: Any, wanted: Tensor) -> _Held | None:
+        """What treats each channel by itself works on the channels that are held."""
+        value, sources = self.signals[node].constant, node.all_input_nodes
+        before = self.signals[sources[0]].constant
+        if not is_pointwise(node.target):
+            same = isinstance(before, Tensor) and before.ndim == 4 and before.shape[1] == value.shape[1]
+            dims: Any = node.args[1] if len(node.args) > 1 and kind(node) in REDUCTIONS else []
+            if not same or (kind(node) in REDUCTIONS and not dims) or any(d % 4 < 2 for d in dims):
+                return None
+            if kind(node) not in PIPES and not (kind(node) in WITHIN_CHANNELS and self._keeps_channels(node)):
+                return None
+
+        def argument(source: fx.Node) -> Any:
+            signal = self.signals[source]
+            if not isinstance(signal.constant, Tensor):
+                return self.held[source]
+            axis = (
+                signal.constant.ndim - value.ndim + 1 if is_pointwise(node.target) else 1
+            )  # of the channels
+            if axis < 0 or signal.constant.shape[axis] != value.shape[1]:
+                return self._whole(source)
+            if signal.flow is not None and axis == 1:
+                return self._whole(source, wanted)
+            name = f"{node.name}_{source.name}"
+            self.parts[name] = signal.constant.index_select(axis, wanted)
+            return self.graph.get_attr(name)
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
+        again = kind(node) is aten.relu and args[0].target == node.target
+        return self._holding(
+            node, args[0] if again else self.graph.call_function(node.target, args, kwargs), wanted
+        )
+
+    def _origins(self, node: Any) -> list[Tensor] | None:
+        """Of what only moves the elements of one tensor: where each element comes from, 0 for a padding."""
+        sources = [n for n in node.all_input_nodes if self.signals[n].flow is not None]
+        if (
+            not is_move(node.target)
+            or len(sources) != 1
+            or not isinstance(self.signals[sources[0]].constant, Tensor)
+        ):
+            return None
+        before = self.signals[sources[0]].constant
+        numbers = torch.arange(1.0, before.numel() + 1, dtype=torch.float64).view(before.shape)
+        args = fx.node.map_arg(
+            (node.args, node.kwargs), lambda n: numbers if n is sources[0] else self.signals[n].constant
+        )
+        moved = move(node, *args)
+        return [m.long() for m in (moved if isinstance(moved, tuple | list) else [moved])]
+
+    def _keeps_channels(self, node: Any) -> bool:
+        """Whether each channel only has elements of the channel of the same number."""
+        before, origins = self.signals[node.all_input_nodes[0]].constant, self._origins(node)
+        if origins is None:
+            return False
+        numbers = torch.arange(before.shape[1])[:, None]
+        flat = origins[0][0].flatten(1)
+        return bool(((flat == 0) | ((flat - 1) // before[0, 0].numel() == numbers)).all())
+
+    def _moved_channels(self, node: Any) -> Any:
+        """What selects whole channels, or channels of padding, only changes where they are held."""
+        origins = self._origins(node)
+        source = next((n for n in node.all_input_nodes if self.signals[n].flow is not None), None)
+        if origins is None or source is None or self.signals[source].constant.ndim < 2:
+            return None
+        before, made = self.signals[source].constant[0], []
+        for moved in origins:
+            if moved.ndim != before.ndim + 1 or moved.shape[2:] != before.shape[1:]:
+                return None
+            positions = before[0].numel()
+            flat = moved[0].reshape(len(moved[0]), -1)
+            first, whole = flat[:, :1], (flat[:, :1] > 0) & (flat[:, :1] % positions == 1 % positions)
+            if not (((flat == first + torch.arange(positions)) & whole) | (flat == 0)).all():
+                return None
+            made.append(torch.where(first[:, 0] > 0, (first[:, 0] - 1) // positions, -1))
+        held = self._settle(source)
+        found = [_Held(torch.where(m >= 0, held.index[m], -1), held.node, held.count) for m in made]
+        return tuple(found) if isinstance(self.signals[node].constant, tuple) else found[0]
 
 
-def _numbers(flags: Tensor) -> Tensor:
-    return flags.nonzero().flatten()
+def _scale(norm: tuple[Any, ...]) -> Tensor:
+    """What a batch norm multiplies each channel by, from its arguments."""
+    scale, _, _, variance, _, eps = norm
+    return (torch.ones_like(variance) if scale is None else scale) / torch.sqrt(variance + eps)
 
 
-def _select(numbers: Tensor, held: Tensor) -> nn.Module:
-    """Make a module that selects channels by their numbers in the whole network.
+def _alike(channels: LayerChannels, groups: int) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The numbers of the outputs and the inputs left in each group, for groups with as many left together."""
+    sizes: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    flags = [t.view(groups, -1) for t in (channels.outputs, channels.inputs)]
+    for group, left in enumerate(zip(*flags, strict=True)):
+        outputs, inputs = (t.nonzero().flatten() + group * len(t) for t in left)
+        if len(outputs) and len(inputs):
+            alike = sizes[len(outputs), len(inputs)]
+            alike[0].append(outputs)
+            alike[1].append(inputs)
+    return list(sizes.values())
 
-    It takes a tensor that holds only the channels `held`, (C,) bool. A channel that is not held, or has the
-    number -1, is zero in its output.
-    """
-    count = int(held.sum())
-    places = torch.where(held, held.cumsum(0) - 1, count)  # (C,)
-    index = torch.where(numbers >= 0, places[numbers], count)
-    return nn.Identity() if torch.equal(index, torch.arange(count)) else ChannelSelection(index, count)
+
+def _selection(index: Tensor, count: int, dim: int = 1) -> nn.Module:
+    """Make a module that selects channels of `count` by their places, -1 for a channel of zeros."""
+    if torch.equal(index, torch.arange(count)):
+        return nn.Identity()
+    return ChannelSelection(torch.where(index >= 0, index, count), count, dim)

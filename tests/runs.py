@@ -130,7 +130,7 @@ def layer_count(
     values = {"zero_weights": 0, "zero_filters": 0, "dense_macs": weights, "structured_macs": weights}
     return LayerCount(
         name=name, quantized=quantized, bits=bits, learned_bits=float(bits), weights=weights,
-        filters=len(states), states=tuple(int(s) for s in states),
+        is_convolution=name != "linear", filters=len(states), states=tuple(int(s) for s in states),
         **({"unstructured_macs": weights} | values | counts))  # fmt: skip
 
 

@@ -7,10 +7,11 @@ groups only the convolutions' and the classifier's weights count here.
 import pytest
 import torch
 import torch_pruning
+from networks import of_torchvision
 from torch import Tensor, nn
 
 from resnet import PadShortcut, resnet20
-from src.channels import FILTERS, INPUT_SLICES, channel_groups
+from src.groups import FILTERS, INPUT_SLICES, channel_groups
 
 Members = frozenset[tuple[str, int]]
 
@@ -75,3 +76,45 @@ def test_with_the_padded_shortcuts_the_peer_couples_our_three_residual_sets(mode
     assert len(residual) == 3
     assert {m: c for m, c in peers.items() if len(m) == 2} == {m: c for m, c in ours.items() if len(m) == 2}
     assert [m for m in peers if len(m) > 2] == [frozenset.union(*residual)]
+
+
+def peer_slices(model: nn.Module) -> set[frozenset[tuple[str, int, int]]]:
+    """The slices of convolutions that torch-pruning removes with each channel of each convolution."""
+    graph = torch_pruning.DependencyGraph().build_dependency(model, torch.randn(1, 3, 32, 32))
+    names = {module: name for name, module in model.named_modules()}
+    found = set()
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d):
+            for channel in range(0, conv.out_channels, 7):  # enough of them, in seconds
+                group = graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, [channel])
+                members = set()
+                for dep, index in group:
+                    module, handler = dep.target.module, dep.handler.__name__
+                    if isinstance(module, nn.Conv2d):
+                        depthwise = module.groups > 1
+                        dim = FILTERS if depthwise or handler.endswith("out_channels") else INPUT_SLICES
+                        members |= {(names[module], dim, place) for place in index}
+                found.add(frozenset(members))
+    return found
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenet_v2", "densenet121"])
+def test_the_channels_of_torchvision_networks_are_coupled_as_the_peer_couples_them(name):
+    model = of_torchvision(name)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    ours: dict[tuple[str, int, int], frozenset[tuple[str, int, int]]] = {}
+    for groups in channel_groups(model, layers):
+        for c in range(groups.channels):
+            members = frozenset(
+                (layer, dim, c if p is None else p[c])
+                for (layer, dim), p in zip(groups.members, groups.places, strict=True)
+            )
+            ours |= dict.fromkeys(members, members)
+    compared = 0
+    for peers in peer_slices(model):
+        held = {ours[s] for s in peers if s in ours}
+        stem = any(layer == layers[0] for layer, _, _ in peers)  # what it makes is in no group of ours
+        if not stem:
+            assert held == {peers}
+        compared += len(held)
+    assert compared > 100

@@ -153,15 +153,6 @@ def test_another_architecture_is_refused(other):
         evaluator.evaluate(other())
 
 
-def test_another_kind_of_network_is_refused_by_name():
-    with pytest.raises(ValueError, match="Sequential"):
-        Evaluator(nn.Sequential(nn.Conv2d(3, 3, 3)))
-    evaluator = Evaluator(resnet20())
-    for look in (evaluator.evaluate, evaluator.plot_channel_liveness):
-        with pytest.raises(ValueError, match="Sequential"):
-            look(nn.Sequential(nn.Conv2d(3, 3, 3)))
-
-
 def test_the_images_size_is_the_evaluators():
     model = dense_network()
     compression = Evaluator(model, (3, 64, 64)).evaluate(model)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from experiments.settings import MACS, QUANTIZED
 from experiments.sparsity import coupled_group_lasso
 from resnet import resnet20, resnet32
-from src.channels import FILTERS, INPUT_SLICES, channel_groups
+from src.groups import FILTERS, INPUT_SLICES, channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantized_layers, quantizers, toggle_quantization
 
@@ -423,12 +423,3 @@ def test_a_few_steps_of_descent_on_the_penalty_lower_it():
         optimizer.step()
         values.append(penalty.item())
     assert values == sorted(values, reverse=True) and values[-1] < values[0]
-
-
-@pytest.mark.parametrize("quantized", [True, False])
-def test_a_network_that_is_no_resnet_of_ours_is_refused_by_its_type(quantized):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    if quantized:
-        attach_weight_quantizers(model, [], DeadZoneLDZCompander, {})
-    with pytest.raises(ValueError, match="Sequential"):
-        coupled_group_lasso(model)

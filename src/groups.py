@@ -1,0 +1,183 @@
+"""Which weight slices must all be zero before a channel can be removed, read from the network's graph.
+
+Every channel of every tensor in the graph carries a label. The filters of a convolution give new ones; what
+works on each channel by itself, a depthwise convolution too, hands them on; what only moves elements moves
+them; a sum or a product of two channels ties theirs.
+
+Two kinds of channels are in no group: those that a layer makes from the image itself, with what reads them,
+because the stem is mostly left in full precision; and those that a padded shortcut brings, because behind
+the padding they are others, with producers of their own. What the network gives is in no
+group either. An input slice of a grouped convolution belongs to a channel of each of its groups, and is no
+member.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from src.channels import PIPES, LayerUse, read_weights, trace_channels
+from src.graph import PADS, aten, is_move, is_pointwise, kind, move
+from utils_quantization import without_quantizers
+
+FILTERS, INPUT_SLICES = 0, 1  # the dimension of a weight (O, I, kh, kw) along which a slice is taken
+IMAGE, NONE = -1, 0  # labels that are no channel's
+
+Slice = tuple[str, int, int]  # layer, FILTERS or INPUT_SLICES, number
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """The groups of one set of channels: group c is slice places[m][c] of every member m, or slice c where
+    `places[m]` is None. All these slices must be zero before channel c can be removed. `members` are pairs
+    (layer name, FILTERS or INPUT_SLICES)."""
+
+    name: str
+    channels: int
+    members: tuple[tuple[str, int], ...]
+    places: tuple[tuple[int, ...] | None, ...]
+
+
+def channel_groups(
+    model: nn.Module, layers: Collection[str], input_size: tuple[int, int, int] = (3, 32, 32)
+) -> list[ChannelGroups]:
+    """The channel groups of the model's convolutions. Members in layers other than `layers` are left out.
+
+    First come the sets whose channels go into no sum or product: inner channel i of a residual block, which
+    is filter i of its conv1 and input slice i of its conv2. Then come the others: residual channel c of a
+    stage, which is filter c of every conv2 in the stage and input slice c of what reads their sums.
+
+    Raises: ValueError if torch.export cannot trace the network; AssertionError if groups overlap.
+    """
+    walk = _Walk(model, input_size)
+    sets: dict[Any, list[list[int]]] = defaultdict(list)
+    for tied, slices in sorted(walk.groups(), key=lambda group: group[0]):
+        sets[tied, tuple((name, dim) for name, dim, _ in slices)].append([place for *_, place in slices])
+    found: dict[str, ChannelGroups] = {}
+    for (tied, members), groups in sets.items():
+        columns = tuple(zip(*groups, strict=True))
+        kept = [(m, p) for m, p in zip(members, columns, strict=True) if m[0] in layers]
+        called = _called([m[0] for m in members if not tied or m[1] == FILTERS], tied)
+        called = called if called not in found else f"{called} {len(found)}"
+        places = tuple(None if p == tuple(range(walk.sizes[m])) else p for m, p in kept)
+        if kept:
+            found[called] = ChannelGroups(called, len(groups), tuple(m for m, _ in kept), places)
+    return list(found.values())
+
+
+def _called(layers: list[str], tied: bool) -> str:
+    """Name a set of channels by the module that holds all these layers, or by the first of them."""
+    levels = zip(*(layer.split(".")[:-1] for layer in layers), strict=False)
+    holder = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
+    return f"{'.'.join(holder) or layers[0]} {'residual' if tied else 'inner'}"
+
+
+class _Walk:
+    """One pass through the graph, which labels channels."""
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
+        weights = read_weights(without_quantizers(model, stored=True))  # any will do: evaluate no quantizer
+        self.account = trace_channels(model, input_size, weights)
+        self.parents = [NONE]  # by label: the label that it was tied to, or itself
+        self.tied: set[int] = set()
+        self.answers: set[int] = set()  # the channels that the network gives
+        self.slices: dict[Slice, int] = {}  # label of each, in the order of the graph
+        self.sizes: dict[tuple[str, int], int] = {}
+        self.labels: dict[fx.Node, Any] = {}
+        for node in self.account.graph.nodes:
+            if node.op != "output":
+                self.labels[node] = self._label(node)
+            for logits in node.all_input_nodes if node.op == "output" else []:
+                self.answers.update(self.labels[logits].unique().tolist())
+
+    def groups(self) -> list[tuple[bool, list[Slice]]]:
+        """Each channel that can go, as its slices; with it, whether it goes into a sum or a product."""
+        tied, answers = ({self._root(label) for label in labels} for labels in (self.tied, self.answers))
+        groups: dict[int, list[Slice]] = defaultdict(list)
+        for which, label in self.slices.items():
+            groups[self._root(label)].append(which)
+        return [(root in tied, slices) for root, slices in groups.items() if root not in answers]
+
+    def _root(self, label: int) -> int:
+        while self.parents[label] != label:
+            label = self.parents[label]
+        return label
+
+    def _tie(self, a: Tensor, b: Tensor) -> Tensor:
+        """Tie labels, element by element. Returns: the label of either, where there is one."""
+        both = (a > NONE) & (b > NONE) & (a != b)
+        for one, other in torch.stack([a[both], b[both]]).unique(dim=1).T.tolist():
+            self.parents[self._root(max(one, other))] = self._root(min(one, other))
+        return torch.where(b > NONE, torch.where(a > NONE, torch.minimum(a, b), b), a)
+
+    def _label(self, node: Any) -> Any:
+        """The labels of a node's elements; what is no tensor of numbers stands for itself."""
+        signal = self.account.signals[node]
+        value: Any = signal.constant
+        if node.op == "placeholder":
+            return torch.full(value.shape, NONE if signal.flow is None else IMAGE)
+        if node in self.account.uses:
+            return self._layer(node, self.account.uses[node][0], value)
+        if isinstance(value, Tensor) and signal.flow is None:
+            return self._none(value) if value.is_floating_point() else value.cpu()
+        inputs = [self.labels[n] for n in node.all_input_nodes]
+        if is_move(node.target) or not isinstance(value, Tensor | tuple):
+            moved = move(node, *fx.node.map_arg((node.args, node.kwargs), lambda n: self.labels[n]))
+            padded = kind(node) in PADS and moved.shape[1] != inputs[0].shape[1]
+            return moved.clamp_max(NONE) if padded else moved
+        if is_pointwise(node.target):
+            labels = [i.expand(signal.constant.shape) for i in inputs if isinstance(i, Tensor)]
+            for other in labels[1:]:
+                labels[0] = self._tie(labels[0], other)
+            if len(labels) > 1:
+                self.tied.update(labels[0].unique().tolist())
+            return labels[0]
+        if kind(node) in PIPES:
+            out = value[0] if isinstance(value, tuple) else value
+            same = out.ndim > 1 and out.shape[1] == inputs[0].shape[1]
+            found = self._spread(self._of_channels(inputs[0]), out.shape) if same else self._none(out)
+            return (found, None, None) if isinstance(value, tuple) else found
+        return tuple(map(self._none, value)) if isinstance(value, tuple) else self._none(value)
+
+    def _layer(self, node: Any, use: LayerUse, value: Tensor) -> Tensor:
+        read = self._of_channels(self.labels[node.args[0]])
+        weight = use.parameters[0]
+        if kind(node) is aten.linear:
+            return self._none(value)
+        if use.groups == 1:
+            self._record(use.name, INPUT_SLICES, read)
+        if use.groups == len(read) == len(weight) and use.groups > 1:
+            made = read.clamp_min(NONE)
+        elif (read == IMAGE).any():
+            made = torch.zeros(len(weight), dtype=torch.int64)
+        else:
+            made = len(self.parents) + torch.arange(len(weight))
+            self.parents += made.tolist()
+        self._record(use.name, FILTERS, made)
+        return self._spread(made, value.shape)
+
+    def _record(self, layer: str, dim: int, labels: Tensor) -> None:
+        self.sizes[layer, dim] = len(labels)
+        for place, label in enumerate(labels.tolist()):
+            if label > NONE:
+                known = self.slices.setdefault((layer, dim, place), label)
+                self._tie(torch.tensor([known]), torch.tensor([label]))
+
+    def _of_channels(self, labels: Tensor) -> Tensor:
+        """The labels of the channels, (C,): one that is several channels in one ties them."""
+        flat = labels[0].flatten(1) if labels.ndim > 2 else labels[0][:, None]
+        top = flat.amax(1)
+        self._tie(flat, top[:, None].expand_as(flat))
+        return top
+
+    @staticmethod
+    def _none(value: Tensor) -> Tensor:
+        return torch.full(value.shape, NONE)
+
+    @staticmethod
+    def _spread(labels: Tensor, shape: torch.Size) -> Tensor:
+        return labels.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)

@@ -1,0 +1,299 @@
+"""The account of channels, the groups and the counts of any network, against the network itself."""
+
+import copy
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import TORCHVISION, Mixed, Probe, of_torchvision, plant
+from planted import PLANTED, images
+from torch import Tensor, nn
+
+from metrics import count_by_torch, count_network
+from resnet import ResNet, resnet20
+from src.channels import ChannelAccount, ChannelState, trace_channels
+from src.groups import FILTERS, INPUT_SLICES, channel_groups
+from src.slim import slim_network
+
+SMALL, CIFAR = (3, 12, 12), (3, 32, 32)
+planted_networks = st.builds(
+    lambda seed, rate: plant(Mixed(), seed, rate),
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.1, 0.3, 0.6]),
+)
+
+
+def by_channel(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.movedim(dim, 0).flatten(1)
+
+
+@torch.no_grad()
+def assert_nothing_claimed_is_wrong(
+    model: nn.Module, account: ChannelAccount, size: tuple[int, int, int]
+) -> int:
+    """A channel that is not alive can carry what the account says, or anything if it is null.
+
+    Returns: the number of channels that are not alive.
+    """
+    probe, x, gone = Probe(model, account, size), images(2, size), 0
+    expected = model(x)
+    torch.testing.assert_close(probe.logits(x), expected)
+    notes = probe.notes
+    for node, signal in account.signals.items():
+        if isinstance(signal.flow, Tensor):
+            known, name = ~signal.varies, node.name
+            for value in notes[name].split(1):
+                torch.testing.assert_close(
+                    value[known], signal.constant[known], rtol=1e-9, atol=1e-9, msg=name
+                )
+    for use, channels in account.uses.values():
+        dim, constant = use.channel_dim, account.signals[use.out].constant
+        if account.signals[use.out].paths is None:
+            continue
+        read = by_channel(account.signals[use.out].read, dim).any(1)
+        shape = [-1 if d == dim % constant.ndim else 1 for d in range(constant.ndim)]
+        dead, unread = (~channels.outputs).view(shape), (~read).view(shape)
+        gone += int(dead.sum())
+        noise = 100 * torch.randn(constant.shape, dtype=constant.dtype)
+        # Keep what varies in a dead channel: nothing reads it at these places.
+        known = ~account.signals[use.out].varies
+        probe.put[use.out.name] = lambda value, d=dead, u=unread, k=known, c=constant, n=noise: torch.where(
+            u, n, torch.where(d & k, c, value)
+        )
+    torch.testing.assert_close(probe.logits(x), expected, rtol=1e-9, atol=1e-9)
+    return gone
+
+
+@PLANTED
+@given(planted_networks)
+def test_no_channel_that_is_gone_is_missed(model):
+    account = trace_channels(model, SMALL)
+    assert account.barriers == ()
+    assert_nothing_claimed_is_wrong(model, account, SMALL)
+
+
+@torch.no_grad()
+def with_all_open(model: nn.Module) -> nn.Module:
+    """The same wiring with positive weights: nothing cancels, and every activation passes something."""
+    generator = torch.Generator().manual_seed(0)
+
+    def positive(like: Tensor) -> Tensor:
+        return 0.5 + torch.rand(like.shape, generator=generator, dtype=torch.float64)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.copy_((module.weight != 0) * positive(module.weight) / module.weight[0].numel())
+            module.bias = None if module.bias is None else nn.Parameter(0.1 * positive(module.bias))
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.copy_((module.weight != 0) * positive(module.weight))
+            module.running_mean.zero_()
+            module.running_var.fill_(1)
+            module.bias.copy_(0.1 * positive(module.bias))
+    return model
+
+
+@PLANTED
+@given(planted_networks)
+def test_in_known_operations_every_channel_that_is_left_is_needed(model):
+    model = with_all_open(model)
+    account = trace_channels(model, SMALL)
+    dark, light = Probe(model, account, SMALL), Probe(model, account, SMALL)
+    x = torch.rand(1, *SMALL, dtype=torch.float64)
+    light.logits(x + torch.rand_like(x))
+    for use, _ in account.uses.values():
+        dark.put[use.out.name] = lambda value: value.requires_grad_() if value.is_leaf else value
+    logits = dark.logits(x.requires_grad_())
+    for use, channels in account.uses.values():
+        out = dark.notes[use.out.name]
+        (gradient,) = torch.autograd.grad(logits.sum(), out, retain_graph=True, allow_unused=True)
+        changed = (light.notes[use.out.name] - out).abs() > 1e-13
+        needed = torch.zeros_like(changed) if gradient is None else gradient.abs() > 1e-13
+        alive = by_channel(changed & needed, use.channel_dim).any(1)
+        assert torch.equal(channels.outputs, alive), use.name
+        weight = account.layers[use.name].weight
+        if use.groups == 1 and use.name != "dilated":  # every tap meets more than padding
+            reads = (
+                (weight[alive] != 0).flatten(2).any(2).any(0)
+                if weight.ndim > 2
+                else (weight[alive] != 0).any(0)
+            )
+            entering = use.node.args[0].name
+            reached = by_channel(
+                (light.notes[entering] - dark.notes[entering]).abs() > 1e-13, use.channel_dim
+            )
+            assert torch.equal(channels.inputs, reads & reached.any(1)), use.name
+
+
+@torch.no_grad()
+def assert_smaller_is_the_same(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """The smaller network has the logits, in float64 and in float32, and the multiplications counted."""
+    x, small = images(3, size), slim_network(model, size)
+    for network, cut, share in ((model, small, 1e-9), (copy.deepcopy(model).float(), None, 1e-4)):
+        cut = slim_network(network, size) if cut is None else cut
+        like = next(network.parameters())
+        expected, got = network(x.to(like)), cut(x.to(like))
+        assert (got - expected).abs().max() <= share * expected.abs().max()
+    assert count_by_torch(cut, size)[""] == count_network(model, size).total("structured_macs")
+    return cut
+
+
+@PLANTED
+@given(planted_networks)
+def test_the_smaller_network_has_the_same_logits_and_the_counted_multiplications(model):
+    assert_smaller_is_the_same(model, SMALL)
+
+
+def test_the_smaller_network_goes_through_torch_export_and_onnx_runtime(tmp_path):
+    model = plant(Mixed(), 3, 0.2)
+    small, x = assert_smaller_is_the_same(model, SMALL), images(5, SMALL).float()
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(small, (x[:2],), dynamic_shapes=batch).module()
+    torch.onnx.export(
+        small, (x[:2],), tmp_path / "small.onnx", input_names=["x"], dynamic_shapes=batch, verbose=False
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        expected = small(x[:count]).detach()
+        torch.testing.assert_close(exported(x[:count]), expected)
+        (logits,) = session.run(None, {"x": x[:count].numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_the_networks_of_torchvision_are_counted(name):
+    model = of_torchvision(name).double()
+    account = trace_channels(model, CIFAR)
+    assert all(b.split(" in ")[0] in {"aten.layer_norm"} for b in account.barriers)
+    count = count_network(model, CIFAR)
+    by_torch = count_by_torch(model.float(), CIFAR)[""]
+    assert count.total("dense_macs") == by_torch
+    planted = plant(model, 1, 0.15)
+    account = trace_channels(planted, CIFAR)
+    assert assert_nothing_claimed_is_wrong(planted, account, CIFAR) > 100
+    assert count_network(planted, CIFAR).total("structured_macs") < by_torch
+    assert_smaller_is_the_same(planted, CIFAR)
+
+
+# What the account of one family of networks got wrong
+
+
+class Leaky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.leaky_relu(self.norm(self.first(x)), 0.1)).mean((2, 3))
+
+
+def test_behind_a_leaky_relu_a_negative_constant_speaks():
+    model = plant(Leaky(), 0, 0.0)
+    with torch.no_grad():
+        model.first.weight[1] = 0
+        model.norm.bias[1], model.norm.running_mean[1] = -1.0, 0.0
+    account = trace_channels(model, SMALL)
+    assert account.layers["first"].states[1] == ChannelState.CONSTANT
+    assert not account.layers["second"].inputs[1]
+
+
+def test_a_forward_hook_counts_and_so_does_its_removal():
+    model = resnet20().eval()
+    before = count_network(model)
+    handle = model.layer2.register_forward_hook(lambda _m, _x, out: out[:, :16].repeat(1, 2, 1, 1))
+    hooked = count_network(model)
+    assert hooked.total("structured_macs") < before.total("structured_macs")
+    handle.remove()
+    assert count_network(model) == before
+
+
+def test_a_layer_that_is_replaced_is_counted_as_it_is():
+    model = resnet20().eval()
+    count_network(model)
+    model.layer1[0].conv1.stride = (2, 2)
+    model.layer1[0].conv2 = nn.ConvTranspose2d(16, 16, 2, stride=2)
+    count = count_network(model)
+    assert count.layers[1].dense_macs == 16 * 16 * 9 * 16 * 16
+    assert count.barriers == ("aten.conv_transpose2d in layer1.0.conv2",)
+
+
+def test_taps_that_meet_only_padding_read_nothing():
+    model = resnet20().double().eval()
+    with torch.no_grad():
+        model.layer3[1].conv1.weight[:, 5, 1, 1] = 0  # in a map of one pixel the middle is all that is read
+    layers = trace_channels(model, (3, 4, 4)).layers
+    assert (~layers["layer3.1.conv1"].inputs).nonzero().tolist() == [[5]]
+    assert trace_channels(model, (3, 8, 8)).layers["layer3.1.conv1"].inputs.all()
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * F.hardsigmoid(self.gate(x))).mean((2, 3))
+
+
+def test_a_gate_that_is_known_to_be_shut_lets_nothing_through_and_reads_nothing():
+    model = plant(Gated(), 0, 0.0)
+    with torch.no_grad():
+        model.gate.weight[[1, 2]] = 0
+        model.gate.bias[1], model.gate.bias[2] = -4.0, 0.5
+    layers = trace_channels(model, SMALL).layers
+    assert layers["first"].outputs.tolist() == [True, False, True, True]
+    assert layers["second"].inputs.tolist() == [True, False, True, True]
+    assert layers["gate"].states.tolist() == [2, 0, 1, 2]
+
+
+class Projection(nn.Module):
+    """The option B shortcut of He et al. 2015: a strided 1x1 convolution and its batch norm."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(in_channels, channels, 1, 2, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class Doubled(ResNet):
+    """A network of a known class that computes otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x.flip(3)).neg()
+
+
+def projected() -> nn.Module:
+    model = resnet20()
+    model.layer2[0].shortcut, model.layer3[0].shortcut = Projection(16, 32), Projection(32, 64)
+    return model
+
+
+def circular() -> nn.Module:
+    model = resnet20()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+    return model
+
+
+def test_a_cifar_resnet_with_projections_has_the_known_counts_and_its_projections_are_grouped():
+    model = projected().eval()
+    assert sum(p.numel() for p in model.parameters()) == 272_474
+    assert count_network(model).total("dense_macs") == 40_813_184
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    held = {member for groups in channel_groups(model, layers) for member in groups.members}
+    assert {("layer2.0.shortcut.conv", FILTERS), ("layer3.0.shortcut.conv", INPUT_SLICES)} <= held
+
+
+@pytest.mark.parametrize("make", [projected, circular, lambda: Doubled(3)])
+def test_relatives_of_the_known_networks_are_no_longer_taken_for_them(make):
+    for seed in range(3):
+        model = plant(make(), seed, 0.2)
+        account = trace_channels(model, (3, 16, 16))
+        assert account.barriers == ()
+        assert_nothing_claimed_is_wrong(model, account, (3, 16, 16))
+        assert_smaller_is_the_same(model, (3, 16, 16))
