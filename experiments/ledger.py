@@ -660,9 +660,12 @@ class Ledger:
         """The penalty in float64 by the slow reference, of the weights that the settings put it on."""
         weights = quantized
         if self.settings.penalty_on == STORED:
-            stored = _split(self.parameters, state.values)
+            held: dict[str, Tensor] = dict(
+                self.model.named_parameters()
+            )  # those that are frozen stay as they are
+            held |= {n: values for n, (values,) in _split(self.parameters, state.values).items()}
             weights = {
-                n: stored[f"{n}.parametrizations.weight.original"][0].view_as(w) for n, w in quantized.items()
+                n: held[f"{n}.parametrizations.weight.original"].view_as(w) for n, w in quantized.items()
             }
         chosen = {
             n: w.detach().cpu().double() for n, w in weights.items() if re.fullmatch(BLOCK_CONVOLUTION, n)

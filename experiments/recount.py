@@ -38,7 +38,7 @@ def recount(content: bytes) -> dict[str, FileLayer]:
 
 def read_claims(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the file says of itself: the settings of its run, and its metrics."""
-    header_bytes = struct.unpack_from("<8sI", content)[1]
+    header_bytes = struct.unpack_from("<8sII", content)[2]
     said = json.loads(content[HEADER_START : HEADER_START + header_bytes])
     return said["settings"], said["metrics"]
 

@@ -57,8 +57,9 @@ def coupled_group_lasso(
     convolutions = _quantized_convolutions(model)
     groups = channel_groups(model, convolutions)
     macs = [group_macs(model, g) if group_weights == MACS else 1 for g in groups for _ in range(g.channels)]
+    mean = sum(macs) / max(len(macs), 1) or 1
     # Whole numbers, so that the weights are exact in whatever precision the model computes.
-    counts, mean = torch.tensor(macs, device=next(model.parameters()).device), sum(macs) / max(len(macs), 1)
+    counts = torch.tensor(macs, device=next(model.parameters()).device)
     return lambda model: _penalty(model, convolutions, groups, on, counts) / mean
 
 

@@ -90,7 +90,8 @@ def every_epoch_ran(history: History) -> Check:
 def final_is_the_last_epochs(history: History) -> Check:
     """Whether the final metrics are counted on the network of the last row."""
     name, final, last = "final metrics are the last epoch's", history.final, history.epochs[-1]
-    assert final
+    if final is None:
+        return Check(SKIP, name, "none were made")
     shared = ("unstructured_sparsity", "structured_sparsity", "learned_bits", "bits")
     odd = [
         f"{key} {getattr(final, key):.6g}, in the last row {getattr(last, key):.6g}"

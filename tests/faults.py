@@ -409,7 +409,7 @@ FAULTS_BY_AREA = {
         fault("every group counts as 1 where its MACs are to count", r"penalty|weighted",
               (PENALTY, "if group_weights == MACS else 1", "if group_weights == EQUAL else 1")),
         fault("a group's weight is over the mean of the sets", r"penalty|weighted",
-              (PENALTY, "sum(macs) / max(len(macs), 1)", "sum(set(macs)) / max(len(set(macs)), 1)")),
+              (PENALTY, "sum(macs) / max(len(macs), 1) or 1", "sum(set(macs)) / len(set(macs))")),
         fault("a slice costs its weights and not its MACs", r"penalty|weighted",
               (PENALTY, "weight.shape[dim] * layers[name].positions", "weight.shape[dim]")),
         fault("squared norms", r"penalty|norm|lasso",

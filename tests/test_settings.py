@@ -104,6 +104,7 @@ WORDS = {
     "--data": ["auto", "cifar10", "synthetic"],
     "--preflight": ["stop", "warn", "off", "only"],
     "--penalty-on": ["stored", "quantized"],
+    "--group-weights": ["equal", "macs"],
 }
 
 

@@ -165,7 +165,8 @@ def test_in_a_longer_run_the_logits_and_only_they_go_slower_in_proportion(logit_
 
 def test_one_step_moves_every_tensor_by_at_most_its_groups_rate_and_decay():
     model = quantized(**COARSE)
-    settings = Settings(weights_lr=1e-3, bit_lr=2e-3, deadzone_lr=4e-3, bit_decay=0.0, deadzone_decay=0.0)
+    rates = {"weights_lr": 1e-3, "bit_lr": 2e-3, "deadzone_lr": 4e-3}
+    settings = Settings(**rates, weights_decay=0.0, bit_decay=0.0, deadzone_decay=0.0)
     before = state(model)
     train_epoch(stepper(model, settings), planted(1), 0, 0.01)
     for name, p in model.named_parameters():
