@@ -520,6 +520,10 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
     if wrong:
         measured = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
     cause = "a defect in metrics.py, src/channels.py or src/packing.py, or the wrong network was packed"
+    if wrong and wrong[0].startswith("the file"):
+        cause = (
+            "the file's header is given other settings or claims than the run's (experiments/compressed.py)"
+        )
     return judge(not wrong, name, measured, cause)
 
 

@@ -898,7 +898,7 @@ FAULTS_BY_AREA = {
         fault("the packed header holds the preset's settings, not the run's", r"setting",
               (FINISH, "settings.output_dir, history.settings\n",
                "settings.output_dir, Settings(preset=settings.preset).to_json()\n"), when=END),
-        fault("the packed header gives dense MACs for structured", r"claims",
+        fault("the packed header gives dense MACs for structured", r"header",
               (COMPRESSED, '{"structured_macs": count.total("structured_macs")}',
                '{"structured_macs": count.total("dense_macs")}'), when=END),
         fault("checkpoints hold no optimizer state", r"checkpoint|resum|optimizer|moment|restor",

@@ -252,7 +252,7 @@ def test_the_verdict_is_printed_as_the_history_has_it(log):
     kept = printed.pop()  # of the file itself, which cannot have this line
     assert re.fullmatch(r"PASS  history\.json holds the run: \d+ parts", kept)
     assert printed == [line for check in checks for line in check_lines(check)]
-    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 22
+    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 23
 
 
 def test_a_history_file_that_is_not_what_was_printed_is_told(tmp_path, log):

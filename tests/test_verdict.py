@@ -139,7 +139,7 @@ def test_what_the_packed_file_says_of_its_run_is_the_runs(count):
     ):
         told = json.loads(json.dumps(changes))
         other = replace(history, compressed=replace(history.compressed, **told))
-        check(verdict.file_is_recounted(other, count), FAIL, *words, cause="packing")
+        check(verdict.file_is_recounted(other, count), FAIL, *words, cause="header")
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
