@@ -407,11 +407,11 @@ FAULTS_BY_AREA = {
     ],
     "penalty": [
         fault("every group counts as 1 where its MACs are to count", r"penalty|weighted",
-              (PENALTY, "if group_weights == MACS else 1", "if group_weights == EQUAL else 1")),
+              (PENALTY, "if group_weights == MACS else", "if group_weights == EQUAL else")),
         fault("a group's weight is over the mean of the sets", r"penalty|weighted",
               (PENALTY, "sum(macs) / max(len(macs), 1) or 1", "sum(set(macs)) / len(set(macs))")),
         fault("a slice costs its weights and not its MACs", r"penalty|weighted",
-              (PENALTY, "weight.shape[dim] * layers[name].positions", "weight.shape[dim]")),
+              (PENALTY, "weights[n].shape[dim] * layers[n].positions", "weights[n].shape[dim]")),
         fault("squared norms", r"penalty|norm|lasso",
               (PENALTY, "return torch.linalg.vector_norm(torch.stack(slices), dim=0)",
                "return torch.stack(slices).square().sum(0)")),
