@@ -660,9 +660,8 @@ class Ledger:
         """The penalty in float64 by the slow reference, of the weights that the settings put it on."""
         weights = quantized
         if self.settings.penalty_on == STORED:
-            held: dict[str, Tensor] = dict(
-                self.model.named_parameters()
-            )  # those that are frozen stay as they are
+            # Frozen parameters are in no state; they stay as they are.
+            held: dict[str, Tensor] = dict(self.model.named_parameters())
             held |= {n: values for n, (values,) in _split(self.parameters, state.values).items()}
             weights = {
                 n: held[f"{n}.parametrizations.weight.original"].view_as(w) for n, w in quantized.items()

@@ -501,13 +501,13 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         if printed and printed[f"{kind}_bops"] != total:
             wrong.append(f"{kind} BOPs {total:,} from the file, {printed[f'{kind}_bops']:,} printed")
     said, claimed = made.packed_settings, made.packed_metrics.get("structured_macs")
-    wrong += [
+    header = [
         f"the file's settings have {k} {said.get(k)!r}, the run's {v!r}"
         for k, v in json.loads(json.dumps(history.settings)).items()
         if said.get(k) != v
     ]
     if claimed != made.structured_macs:
-        wrong.append(f"the file claims {claimed} structured MACs, {made.structured_macs:,} are printed")
+        header.append(f"the file claims {claimed} structured MACs, {made.structured_macs:,} are printed")
     floats = [
         n for n, theirs in made.file.items() if n in layers and layers[n].quantized and not theirs.coded
     ]
@@ -517,13 +517,12 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
     )
     if floats:
         measured += f"; packed as float32 though quantized: {_some(floats)}"
+    cause = "a defect in metrics.py, src/channels.py or src/packing.py, or the wrong network was packed"
+    if header and not wrong:
+        cause = "the file's header is given other settings or claims than the run's (make_compressed)"
+    wrong += header
     if wrong:
         measured = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    cause = "a defect in metrics.py, src/channels.py or src/packing.py, or the wrong network was packed"
-    if wrong and wrong[0].startswith("the file"):
-        cause = (
-            "the file's header is given other settings or claims than the run's (experiments/compressed.py)"
-        )
     return judge(not wrong, name, measured, cause)
 
 
