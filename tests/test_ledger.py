@@ -149,6 +149,17 @@ def test_a_quantizer_that_does_not_learn_its_bits_by_design_is_no_fault():
     assert failures(found(whole)) == []
 
 
+def test_a_parameter_whose_steps_round_away_is_no_fault():
+    # 24 steps of half the distance between 2.1 and the next float32: together 13 times that distance.
+    settings = dataclasses.replace(SETTINGS, batch_size=1, bit_lr=1.1e-7, bit_decay=0.0)
+    whole = pipeline(settings, rate_schedule=lambda epoch, epochs: 1.0)
+    with torch.no_grad():
+        for quantizer in quantizers(whole.model).values():
+            quantizer.logit_bit.fill_(2.1)
+    assert failures(found(whole, 1)) == []
+    assert {q.logit_bit.item() for q in quantizers(whole.model).values()} == {torch.tensor(2.1).item()}
+
+
 def test_a_weight_that_something_else_writes_is_named(monkeypatch):
     step = TrainingStep.__call__
 
