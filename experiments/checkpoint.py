@@ -25,7 +25,7 @@ from experiments.files import OutputError, write_whole
 from experiments.history import History, Resumption
 from experiments.schedules import cosine_anneal, warmed_up
 from experiments.settings import Settings, flag
-from experiments.training import logit_pace
+from experiments.training import pace
 
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 KEPT = 2  # checkpoints in the output folder
@@ -217,12 +217,16 @@ def _longer(saved: History, now: History) -> list[str]:
     schedule = warmed_up(now.settings["rate_warmup"], cosine_anneal(0))
     before, rate = (schedule(len(saved.epochs), total) for total in (was, epochs))
     steps = -(-now.data.train_images // now.settings["batch_size"])  # optimizer steps of an epoch
-    meant_for = now.settings["logit_steps"]
-    pace_before, pace = (logit_pace(meant_for, total * steps) for total in (was, epochs))
+    meant_for = now.settings["pace_steps"]
+    pace_before, pace_now = (pace(meant_for, total * steps) for total in (was, epochs))
     return [
         f"--epochs was {was}, is {epochs}: the learning rates go on at {rate:.4f} of their "
         f"peak instead of {before:.4f}"
-        + (f", the logits' peak being {pace / pace_before:.4f} of what it was" if pace != pace_before else "")
+        + (
+            f", the logits' peak and the weights' decay being {pace_now / pace_before:.4f} of what they were"
+            if pace_now != pace_before
+            else ""
+        )
         + f"; a run of {epochs} epochs from the start gives other numbers"
     ]
 

@@ -7,7 +7,7 @@
     python -m experiments.debug_run --help
 
 20 epochs of CIFAR-10 take 19 minutes on 2 cores of an AMD EPYC and about 42 s on an H100, and end near 82 %
-test accuracy with 88 % zero weights, 35 % zero filters, 3.3 bits and 20 times fewer bit operations.
+test accuracy with 93 % zero weights, 36 % zero filters, 2.1 bits and 32 times fewer bit operations.
 
 Prints a table row an epoch, the compression ratios and a verdict; writes five pictures, history.json, the
 compressed network, and after every epoch a checkpoint for --resume.

@@ -66,7 +66,8 @@ def counts_are_the_networks(subject: Subject) -> str:
             ("structured BOPs", layer.structured_bops, layer.structured_macs * bits * FULL_BITS),
             ("dense BOPs", layer.dense_bops, w.numel() * at * FULL_BITS * FULL_BITS),
         ):
-            expect(said == counted, f"{name}: {said:,} {what} counted, {counted:,} in the network", cause)
+            measured = f"{name}: {said:,} {what} counted, {counted:,} in the network"
+            expect(said == counted, measured, f"{cause}: how {what} are counted")
     by_torch = count_by_torch(model, device=subject.probe_device)[""] if _plain_dtype(model) else None
     count = compression.count
     if by_torch is not None:

@@ -214,9 +214,9 @@ def expected_rates(subject: Subject) -> dict[str, tuple[float, float]]:
     """The peak learning rate and the decay of each group of the optimizer, by its name, from the settings."""
     settings, batches = subject.pipeline.settings, subject.pipeline.train_batches
     steps = settings.epochs * len(batches)
-    slower = settings.logit_steps / steps if 0 < settings.logit_steps < steps else 1.0
+    slower = settings.pace_steps / steps if 0 < settings.pace_steps < steps else 1.0
     return {
-        "weights": (settings.weights_lr, settings.weights_decay),
+        "weights": (settings.weights_lr, settings.weights_decay * slower),
         "bit": (settings.bit_lr * slower, settings.bit_decay),
         "deadzone": (settings.deadzone_lr * slower, settings.deadzone_decay),
     }
@@ -239,12 +239,12 @@ def optimizer_has_the_settings(subject: Subject) -> str:
         expect(
             math.isclose(found, rate, rel_tol=1e-6),
             f"the group {kind!r} has a peak learning rate of {found:g}, the settings say {rate:g}",
-            f"--{kind}-lr (or --logit-steps) does not reach its group",
+            f"--{kind}-lr (or --pace-steps) does not reach its group",
         )
         expect(
             math.isclose(group["weight_decay"], decay, rel_tol=1e-9),
             f"the group {kind!r} has a decay of {group['weight_decay']:g}, the settings say {decay:g}",
-            f"--{kind}-decay does not reach its group",
+            f"--{kind}-decay (or --pace-steps) does not reach its group",
         )
         expect(
             tuple(group["betas"]) == (0.9, settings.beta2),

@@ -38,16 +38,19 @@ def recount(content: bytes) -> dict[str, FileLayer]:
 
 def read_claims(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the file says of itself: the settings of its run, and its metrics."""
-    header_bytes = struct.unpack_from("<8sI", content)[1]
-    said = json.loads(content[HEADER_START : HEADER_START + header_bytes])
+    said = json.loads(_header_bytes(content))
     return said["settings"], said["metrics"]
+
+
+def _header_bytes(content: bytes) -> bytes:
+    """The header, as JSON."""
+    return content[HEADER_START : HEADER_START + struct.unpack_from("<8sII", content)[2]]
 
 
 def _read(content: bytes) -> tuple[int, int, dict[str, int], bytes]:
     """Blocks a stage, classes, bits of each coded layer, and the body with its compression undone."""
-    _, _, header_bytes, body_bytes = struct.unpack_from("<8sIII", content)
-    header = content[HEADER_START : HEADER_START + header_bytes]
-    compressed = content[HEADER_START + header_bytes :]
+    body_bytes, header = struct.unpack_from("<8sIII", content)[3], _header_bytes(content)
+    compressed = content[HEADER_START + len(header) :]
     if len(compressed) != body_bytes:
         raise ValueError(f"the body has {len(compressed)} bytes, the file says {body_bytes}")
     if hashlib.sha256(content[:20] + header + compressed).digest() != content[20:HEADER_START]:

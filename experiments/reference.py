@@ -160,11 +160,9 @@ def slice_of(weight: Tensor, side: str, i: int) -> Tensor:
 def slice_macs(weight: Tensor, layer: str, side: str) -> int:
     """Multiply-accumulates of one filter, or of all filters on one input channel, for an image of 32 x 32."""
     stage = int(layer[len("layer")])
-    side_length = SIDE // 2 ** (
-        stage - 1
-    )  # of what the layer gives: stages halve the image, from the second on
+    pixels = (SIDE // 2 ** (stage - 1)) ** 2  # of what the layer gives: stages 2 and 3 halve the image
     filters, inputs, height, width = weight.shape
-    return (inputs if side == "filter" else filters) * height * width * side_length**2
+    return (inputs if side == "filter" else filters) * height * width * pixels
 
 
 def penalty(weights: Mapping[str, Tensor], blocks: int, by_macs: bool = False) -> Tensor:

@@ -66,7 +66,7 @@ class Settings:
     )
     max_bits: int | None = _setting(None, "upper bound of the learned bits; without it, the class's own")
     fixed_bits: int | None = _setting(None, "bits of every quantized weight, which are then not learned")
-    sparsity_weight: float = _setting(3e-3, "peak of the group lasso's coefficient")
+    sparsity_weight: float = _setting(2.8e-3, "peak of the group lasso's coefficient")
     penalty_on: str = _setting(
         STORED,
         "weights that the group lasso is on: the stored ones feel it inside the dead zone too",
@@ -95,8 +95,10 @@ class Settings:
     beta2: float = _setting(
         0.99, "AdamW's beta2: it remembers squared gradients for about 1 / (1 - beta2) steps"
     )
-    logit_steps: int = _setting(
-        1960, "steps that the logits' rates are meant for: a longer run lowers them in proportion; 0: never"
+    pace_steps: int = _setting(
+        1960,
+        "optimizer steps that the quantizers' rates and the weights' decay are meant for: a longer run lowers "
+        "them in proportion; 0: never",
     )
 
     def __post_init__(self) -> None:
@@ -152,7 +154,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bit_decay": 0.01,
         "deadzone_decay": 0.01,
         "beta2": 0.999,
-        "logit_steps": 0,
+        "pace_steps": 0,
     },
     "smoke": {
         "epochs": 8,
@@ -186,7 +188,7 @@ NOT_OF_THE_METHOD = (
     "rehearse",
 )
 
-NOT_NEGATIVE = ("batch_norm_batches", "logit_steps")
+NOT_NEGATIVE = ("batch_norm_batches", "pace_steps")
 MAX_EPOCHS = 1_000_000
 MAX_BITS = 32
 AT_LEAST_ONE = ("epochs", "batch_size", "threads", "limit_train", "limit_test")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.settings import EQUAL, MACS, QUANTIZED, STORED
-from src.channels import trace_channels
+from src.channels import read_weights, trace_channels
 from src.groups import FILTERS, ChannelGroups, channel_groups
 from utils_quantization import quantized_layers
 
@@ -30,13 +30,15 @@ def group_norms(groups: ChannelGroups, weights: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(slices), dim=0)  # (members, C) -> (C,)
 
 
-def group_macs(model: nn.Module, groups: ChannelGroups) -> int:
-    """The multiply-accumulates that each group's weight slices take in the dense network, for one image."""
-    layers, total = trace_channels(model).layers, 0
-    for name, dim in groups.members:
-        weight: Any = model.get_submodule(name).weight
-        total += weight.numel() // weight.shape[dim] * layers[name].positions
-    return total
+def group_macs(model: nn.Module, groups: Sequence[ChannelGroups]) -> list[int]:
+    """The multiply-accumulates of each group's weight slices in the dense network, for one image."""
+    weights = read_weights(model)
+    layers = trace_channels(model, weights=weights).layers
+    return [
+        sum(weights[n].numel() // weights[n].shape[dim] * layers[n].positions for n, dim in g.members)
+        for g in groups
+        for _ in range(g.channels)
+    ]
 
 
 def coupled_group_lasso(
@@ -58,9 +60,10 @@ def coupled_group_lasso(
     """
     convolutions = _quantized_convolutions(model)
     groups = channel_groups(model, convolutions)
-    macs = [group_macs(model, g) if group_weights == MACS else 1 for g in groups for _ in range(g.channels)]
+    macs = group_macs(model, groups) if group_weights == MACS else [1] * sum(g.channels for g in groups)
+    mean = sum(macs) / max(len(macs), 1) or 1
     # Whole numbers, so that the weights are exact in whatever precision the model computes.
-    counts, mean = torch.tensor(macs, device=next(model.parameters()).device), sum(macs) / max(len(macs), 1)
+    counts = torch.tensor(macs, device=next(model.parameters()).device)
     return lambda model: _penalty(model, convolutions, groups, on, counts) / mean
 
 

@@ -18,7 +18,7 @@ from experiments.evaluator import Evaluator
 from experiments.schedules import Schedule
 from experiments.settings import Settings
 from src.quantizer import NotFiniteWeightError
-from utils_quantization import PARAMETER_GROUPS, parameter_groups, quantizers
+from utils_quantization import PARAMETER_GROUPS, parameter_groups, quantized_layers, quantizers
 
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 Penalty = Callable[[nn.Module], Tensor]  # a model's penalty, a scalar
@@ -38,23 +38,24 @@ class EpochLosses:
     steps: list[list[float]] = field(compare=False)  # loss, cross-entropy and penalty of each step
 
 
-def logit_pace(logit_steps: int, steps: int) -> float:
-    """What the logits' learning rates are multiplied by in a run of `steps` optimizer steps.
+def pace(pace_steps: int, steps: int) -> float:
+    """What the quantizers' learning rates and the weights' decay are multiplied by in a run of `steps` steps.
 
     AdamW moves a logit by about its learning rate a step, whatever the gradient's size, and decays it by rate
-    times decay. So in a run of more than `logit_steps` steps (0: of any length) both logits' rates shrink in
-    proportion: the logits travel the same way, only slower.
+    times decay. So in a run of more than `pace_steps` steps (0: of any length) both logits' rates shrink in
+    proportion: the logits travel the same way, only slower. The weights' rate stays, and their decay shrinks,
+    so that they forget what they were over the same share of the run.
     """
-    return logit_steps / steps if 0 < logit_steps < steps else 1.0
+    return pace_steps / steps if 0 < pace_steps < steps else 1.0
 
 
 def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torch.optim.AdamW:
     """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits.
 
     A quantizer says in which group each of its parameters is (see `utils_quantization.Quantizer`).
-    `steps` is the number of optimizer steps in the whole run, on which the logits' pace depends.
+    `steps` is the number of optimizer steps in the whole run, on which the pace depends.
     """
-    pace = logit_pace(settings.logit_steps, steps)
+    slower = pace(settings.pace_steps, steps)
     group_of = {
         id(quantizer.get_parameter(name)): group
         for quantizer in quantizers(model).values()
@@ -66,9 +67,9 @@ def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torc
             params[group_of.get(id(parameter), "weights")].append(parameter)
     device = next(model.parameters()).device
     groups: list[dict[str, Any]] = [
-        _group("weights", params["weights"], settings.weights_lr, settings.weights_decay, device),
-        _group("bit", params["bit"], pace * settings.bit_lr, settings.bit_decay, device),
-        _group("deadzone", params["deadzone"], pace * settings.deadzone_lr, settings.deadzone_decay, device),
+        _group("weights", params["weights"], settings.weights_lr, slower * settings.weights_decay, device),
+        _group("bit", params["bit"], slower * settings.bit_lr, settings.bit_decay, device),
+        _group("deadzone", params["deadzone"], slower * settings.deadzone_lr, settings.deadzone_decay, device),
     ]
     betas = (0.9, settings.beta2)
     return torch.optim.AdamW(groups, betas=betas, fused=True, capturable=device.type == "cuda")
@@ -148,6 +149,8 @@ class TrainingStep:
         # A CUDA graph writes gradients to fixed addresses: once one exists, zero them in place.
         self.optimizer.zero_grad(set_to_none=not self.graphs)
         with parametrize.cached():  # so that each quantizer runs once, for the forward pass and the penalty
+            if self.captures and torch.cuda.is_current_stream_capturing():
+                self._quantize_side_by_side()
             with autocast(self.device, self.precision):
                 logits = self.model(images)
             # At least float32; in a network of float64 nothing is rounded to less.
@@ -171,6 +174,23 @@ class TrainingStep:
             for weight, mask in kept:
                 weight.mul_(mask)
         return losses
+
+    def _quantize_side_by_side(self) -> None:
+        """Fill the open `parametrize.cached()` with every quantized weight, in the graph that is captured.
+
+        A quantizer is some sixty kernels on few numbers, each of which leaves most of a GPU idle. On streams of
+        their own the quantizers run beside each other, and autograd runs each one's backward pass on its stream.
+        """
+        weights: list[tuple[Tensor, torch.cuda.Stream]] = []
+        here = torch.cuda.current_stream()
+        for layer in quantized_layers(self.model).values():
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                weights.append((layer.weight, stream))
+        for weight, stream in weights:
+            here.wait_stream(stream)
+            weight.record_stream(here)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, batch_size: int | None) -> Tensor:
         """The mean over the batch; with several ranks, this rank's part of that mean."""

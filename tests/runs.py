@@ -1,6 +1,7 @@
 """The history of a run that goes as expected, made by hand, and the same with some numbers changed."""
 
 import copy
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -190,6 +191,8 @@ def compressed(**changes: Any) -> CompressedRecord:
             for batch in (1, 128)
             for network in ("dense", "fake-quantized", "smaller")
         },
+        "packed_settings": {},
+        "packed_metrics": {"structured_macs": 20_275_520},
         "file": recounted(COUNT),
     }
     return CompressedRecord(**(values | changes))
@@ -231,11 +234,24 @@ def retest(accuracy: float = 0.7, **changes: Any) -> Retest:
 
 def finished(history: History, count: NetworkCount = COUNT) -> History:
     """Return the run after its end, when its network of these counts was tested again and packed."""
-    accuracy = history.epochs[-1].accuracy
+    last = history.epochs[-1]
+    accuracy, sparsities = (
+        last.accuracy,
+        ("unstructured_sparsity", "structured_sparsity", "learned_bits", "bits"),
+    )
     accuracies = dict.fromkeys(("quantized_accuracy", "slim_accuracy", "packed_accuracy"), accuracy)
     return replace(
         history,
-        final=final(totals={key: count.total(key) for key in TOTALS}, layers=list(count.layers)),
+        final=final(
+            totals={key: count.total(key) for key in TOTALS},
+            layers=list(count.layers),
+            **{key: getattr(last, key) for key in sparsities},
+        ),
         retest=retest(accuracy),
-        compressed=compressed(file=recounted(count), **accuracies),
+        compressed=compressed(
+            file=recounted(count),
+            packed_settings=json.loads(json.dumps(history.settings)),
+            packed_metrics={"structured_macs": 20_275_520},
+            **accuracies,
+        ),
     )

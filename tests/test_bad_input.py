@@ -279,7 +279,7 @@ BITS = ("max_bits", "fixed_bits")  # whole numbers of a small range
 WHOLE = [item.name for item in fields(Settings) if item.type in (int, int | None) and item.name not in BITS]
 NUMBERS = [item.name for item in fields(Settings) if item.type is float and item.name != "beta2"]
 CHOSEN = {item.name: item.metadata["choices"] for item in fields(Settings) if item.metadata["choices"]}
-LEAST = {"seed": 0, "batch_norm_batches": 0, "logit_steps": 0}  # The least value of any other is 1.
+LEAST = {"seed": 0, "batch_norm_batches": 0, "pace_steps": 0}  # The least value of any other is 1.
 MOST = {"epochs": 10**6, "seed": 2**63 - 1, "threads": 4096}
 LARGEST_FLOAT, LARGEST_FLOAT32 = "1.7976931348623157e308", "3.4028234663852886e38"
 LONG = "x" * 300
@@ -682,7 +682,7 @@ def assert_ended_well_or_was_refused_before_the_work(
         "--sparsity-delay 1e308 --sparsity-ramp 1e308",
         "--sparsity-delay 0 --sparsity-ramp 5e-324 --sparsity-weight 3.4028234663852886e38",
         f"--batch-size {10**30}",
-        f"--batch-norm-batches {10**19} --logit-steps {10**30}",
+        f"--batch-norm-batches {10**19} --pace-steps {10**30}",
         "--bit-lr 1e300 --bit-decay 1e300",
         "--exclude-layers",
     ],
@@ -948,7 +948,7 @@ TRAINED = st.fixed_dictionaries(
         "limit_train": st.integers(1, 2),
         "limit_test": st.integers(1, 2),
         "batch_norm_batches": st.sampled_from((0, 1, sys.maxsize)),
-        "logit_steps": st.sampled_from((0, 1, 10**30)),
+        "pace_steps": st.sampled_from((0, 1, 10**30)),
         "beta2": st.sampled_from((0.0, 5e-324, 0.5, 1 - 2.0**-53)),
         "exclude_layers": st.sampled_from(("", ".", "conv", "^linear$")),
         **{name: extremes(1e10, float(LARGEST_FLOAT32)) for name in ("sparsity_weight", "sparsity_delay")},

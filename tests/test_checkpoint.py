@@ -265,7 +265,7 @@ OTHER = {
     "sparsity_delay": 7.0, "sparsity_ramp": 7.0, "keep_dead": False, "rehearse": True,
     "quantizer": "own_quantizers:LSQ", "max_bits": 7, "fixed_bits": 7,
     "batch_norm_batches": 7, "rate_warmup": 7.0, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0,
-    "weights_decay": 7.0, "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "logit_steps": 7,
+    "weights_decay": 7.0, "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "pace_steps": 7,
 }  # fmt: skip
 FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True, "preflight": "off"}
 
@@ -359,9 +359,9 @@ def test_more_epochs_are_said_with_the_rates_that_follow():
     assert "--epochs was 20, is 40" in sentence
     # (1 + cos(pi t)) / 2 at a quarter and at a half of the way
     assert "0.8536 of their peak instead of 0.5000" in sentence
-    # 98 steps an epoch: 20 epochs are the 1,960 that the logits' rates are meant for, 40 twice as many
-    assert "the logits' peak being 0.5000 of what it was" in sentence
-    (sentence,) = differences(10, Settings(epochs=40, logit_steps=0))
+    # 98 steps an epoch: 20 epochs are the 1,960 that the pace is meant for, 40 twice as many
+    assert "the logits' peak and the weights' decay being 0.5000 of what they were" in sentence
+    (sentence,) = differences(10, Settings(epochs=40, pace_steps=0))
     assert "logits" not in sentence
 
 

@@ -24,6 +24,8 @@ from random_images import random_dataset
 from experiments import cifar10, data, debug_run, device, plots, report, training
 from experiments.data import Dataset
 from experiments.debug_run import main
+from experiments.files import write_json
+from experiments.finish import history_is_kept
 from experiments.history import Check, History
 from experiments.live import Stopped
 from experiments.report import check_lines
@@ -247,8 +249,22 @@ def test_the_four_ratios_and_the_ceiling_are_the_historys(log):
 def test_the_verdict_is_printed_as_the_history_has_it(log):
     printed = log.out.partition("--- Verdict ---\n")[2].partition("\n\n")[0].splitlines()
     checks = [Check(**c) for c in log.history["verdict"]]
+    kept = printed.pop()  # of the file itself, which cannot have this line
+    assert re.fullmatch(r"PASS  history\.json holds the run: \d+ parts", kept)
     assert printed == [line for check in checks for line in check_lines(check)]
-    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 22
+    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 23
+
+
+def test_a_history_file_that_is_not_what_was_printed_is_told(tmp_path, log):
+    history = History.from_json(log.history)
+    path = tmp_path / "history.json"
+    write_json(path, history.to_json())
+    assert history_is_kept(path, history).status == "PASS"
+    write_json(path, history.to_json() | {"verdict": [], "device": "another"})
+    check = history_is_kept(path, history)
+    assert check.status == "FAIL" and check.message.startswith("device, verdict differ. Likely cause: ")
+    path.write_text("{")
+    assert history_is_kept(path, history).status == "FAIL"
 
 
 def test_the_last_line_names_the_files_where_they_are(log):

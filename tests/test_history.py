@@ -124,8 +124,10 @@ def test_any_history_is_read_as_it_was_written(tmp_path_factory, history):
 
 
 def as_json() -> dict[str, Any]:
-    """The whole run as JSON has it, but for its settings, which may be anything."""
-    return json.loads(json.dumps(whole_run(1).to_json() | {"settings": {}}))
+    """The whole run as JSON has it, but for settings and metrics, which may be anything."""
+    history = json.loads(json.dumps(whole_run(1).to_json() | {"settings": {}}))
+    history["compressed"] |= {"packed_settings": {}, "packed_metrics": {}}
+    return history
 
 
 Place = tuple[str | int, ...]
@@ -162,6 +164,7 @@ def in_words(place: Place) -> str:
 PLACES = list(places(as_json()))
 # What is a dict and no record may have any names.
 NAMED_FREELY = ("settings", "start", "layers", "parameters", "gradients", "versions", "totals", "file",
+                "packed_settings", "packed_metrics",
                 "latency_seconds", "parameter_groups", *runs.compressed().latency_seconds)  # fmt: skip
 RECORDS = [p for p in PLACES if isinstance(at(as_json(), p), dict) and (not p or p[-1] not in NAMED_FREELY)]
 

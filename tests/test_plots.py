@@ -34,7 +34,7 @@ WHAT = (
     "ResNet-20 on SYNTHETIC STAND-IN, NOT CIFAR-10, preset debug, with --batch-size 64 --precision bf16 "
     "--limit-train 5000 --exclude-layers '^conv1$' '^linear$' layer3 --sparsity-weight 0.01 "
     "--sparsity-delay 2.5 --sparsity-ramp 1.5 --no-keep-dead --weights-lr 0.001 --bit-lr 0.001 "
-    "--deadzone-lr 0.001 --bit-decay 0.01 --deadzone-decay 0.01 --beta2 0.999 --logit-steps 0, epoch 20"
+    "--deadzone-lr 0.001 --bit-decay 0.01 --deadzone-decay 0.01 --beta2 0.999 --pace-steps 0, epoch 20"
 )
 
 

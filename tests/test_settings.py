@@ -40,7 +40,7 @@ DEBUG = {
     "--quantizer": "src.quantizer:DeadZoneLDZCompander",
     "--max-bits": None,
     "--fixed-bits": None,
-    "--sparsity-weight": 3e-3,
+    "--sparsity-weight": 2.8e-3,
     "--penalty-on": "stored",
     "--group-weights": "macs",
     "--sparsity-delay": 5.0,
@@ -55,7 +55,7 @@ DEBUG = {
     "--bit-decay": 1.0,
     "--deadzone-decay": 1.2,
     "--beta2": 0.99,
-    "--logit-steps": 1960,
+    "--pace-steps": 1960,
 }
 PLAN = DEBUG | {
     "--preset": "plan",
@@ -70,7 +70,7 @@ PLAN = DEBUG | {
     "--batch-norm-batches": 0,
     "--rate-warmup": 0.0,
     "--weights-lr": 1e-3,
-    "--logit-steps": 0,
+    "--pace-steps": 0,
     "--bit-lr": 1e-3,
     "--deadzone-lr": 1e-3,
     "--bit-decay": 0.01,
@@ -104,6 +104,7 @@ WORDS = {
     "--data": ["auto", "cifar10", "synthetic"],
     "--preflight": ["stop", "warn", "off", "only"],
     "--penalty-on": ["stored", "quantized"],
+    "--group-weights": ["equal", "macs"],
 }
 
 
@@ -150,7 +151,7 @@ def test_the_settings_cannot_be_changed_after_the_start():
 
 # A value for each flag that is neither preset's.
 OTHER = (
-    dict.fromkeys((*COUNTS, "--seed", "--batch-norm-batches", "--logit-steps", *NUMBERS), 7)
+    dict.fromkeys((*COUNTS, "--seed", "--batch-norm-batches", "--pace-steps", *NUMBERS), 7)
     | {name: words[-1] for name, words in WORDS.items()}
     | {"--exclude-layers": ("layer1", ".*2$"), "--data-dir": Path("/a b"), "--output-dir": Path("c")}
     | {"--beta2": 0.5, "--quantizer": "a.module:Class", "--max-bits": 6, "--fixed-bits": 4}
@@ -255,7 +256,7 @@ BAD = [
     *[(name, text) for name in COUNTS for text in ("0", "-1", "-20")],
     *[(name, text) for name in (*COUNTS, "--seed") for text in ("1.5", "1e3", "many", "", "nan")],
     ("--seed", "-1"),
-    *[(name, text) for name in ("--batch-norm-batches", "--logit-steps") for text in ("-1", "2.5", "")],
+    *[(name, text) for name in ("--batch-norm-batches", "--pace-steps") for text in ("-1", "2.5", "")],
     ("--seed", str(2**63)),
     *[(name, text) for name in NUMBERS for text in ("-1", "-0.5", "nan", "inf", "1e999", "much", "")],
     *[("--beta2", text) for text in ("1", "1.0", "1.5")],

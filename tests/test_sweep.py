@@ -110,7 +110,7 @@ def test_print_leaves_out_what_is_done(working_folder, capsys):
 
 
 def one_point() -> dict[str, list[str]]:
-    return {"sparsity_weight": ["0.001"], "bit_decay": ["0.3"], "deadzone_decay": ["0.8"], "seed": ["0"]}
+    return {"sparsity_weight": ["0.001"], "bit_decay": ["1"], "deadzone_decay": ["1.2"], "seed": ["0"]}
 
 
 @pytest.mark.parametrize(

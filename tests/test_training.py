@@ -18,9 +18,9 @@ from experiments.training import (
     EpochLosses,
     NotFiniteError,
     TrainingStep,
-    logit_pace,
     make_optimizer,
     measure_accuracy,
+    pace,
     predict,
     renew_batch_norms,
     set_learning_rates,
@@ -144,7 +144,7 @@ def test_the_schedule_scales_each_groups_own_rate_and_does_not_add_up():
 
 
 @pytest.mark.parametrize(
-    ("logit_steps", "steps", "pace"),
+    ("pace_steps", "steps", "expected"),
     [
         (1960, 1960, 1.0),
         (1960, 20, 1.0),
@@ -154,18 +154,24 @@ def test_the_schedule_scales_each_groups_own_rate_and_does_not_add_up():
         (1960, 0, 1.0),
     ],
 )
-def test_in_a_longer_run_the_logits_and_only_they_go_slower_in_proportion(logit_steps, steps, pace):
-    assert logit_pace(logit_steps, steps) == pace
-    chosen = Settings(weights_lr=0.5, bit_lr=0.25, deadzone_lr=0.125, logit_steps=logit_steps)
+def test_in_a_longer_run_logits_go_slower_and_weights_decay_less_in_proportion(pace_steps, steps, expected):
+    assert pace(pace_steps, steps) == expected
+    chosen = Settings(
+        weights_lr=0.5, bit_lr=0.25, deadzone_lr=0.125, weights_decay=0.25, bit_decay=0.5, pace_steps=pace_steps
+    )
     optimizer = make_optimizer(quantized(), chosen, steps)
-    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.5, 0.25 * pace, 0.125 * pace])
+    rates = [float(g["lr"]) for g in optimizer.param_groups]
+    assert rates == pytest.approx([0.5, 0.25 * expected, 0.125 * expected])
+    decays = [g["weight_decay"] for g in optimizer.param_groups]
+    assert decays == pytest.approx([0.25 * expected, 0.5, chosen.deadzone_decay])
     set_learning_rates(optimizer, 0.5)
-    assert float(optimizer.param_groups[1]["lr"]) == pytest.approx(0.125 * pace)
+    assert float(optimizer.param_groups[1]["lr"]) == pytest.approx(0.125 * expected)
 
 
 def test_one_step_moves_every_tensor_by_at_most_its_groups_rate_and_decay():
     model = quantized(**COARSE)
-    settings = Settings(weights_lr=1e-3, bit_lr=2e-3, deadzone_lr=4e-3, bit_decay=0.0, deadzone_decay=0.0)
+    rates = {"weights_lr": 1e-3, "bit_lr": 2e-3, "deadzone_lr": 4e-3}
+    settings = Settings(**rates, weights_decay=0.0, bit_decay=0.0, deadzone_decay=0.0)
     before = state(model)
     train_epoch(stepper(model, settings), planted(1), 0, 0.01)
     for name, p in model.named_parameters():

@@ -1,6 +1,7 @@
 """The verdict: each line on a history made by hand, good and bad, with its numbers and its cause."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_an_epoch_that_is_missing_is_named_by_the_numbers():
     check(verdict.every_epoch_ran(twice), FAIL, "number 20 is epoch 19", cause="loop over the epochs")
     stopped = replace(short, stopped="stopped by Ctrl-C in epoch 20")
     check(verdict.every_epoch_ran(stopped), SKIP, "19 of 20", "Ctrl-C")
+
+
+@pytest.mark.parametrize("key", ["unstructured_sparsity", "structured_sparsity", "learned_bits", "bits"])
+def test_final_metrics_of_another_epoch_fail_with_both_numbers(key):
+    history = runs.finished(good_run())
+    check(verdict.final_is_the_last_epochs(history), PASS, "epoch 20")
+    other = replace(history, final=replace(history.final, **{key: 0.125}))
+    check(verdict.final_is_the_last_epochs(other), FAIL, key, "0.125", cause="another epoch")
+
+
+def test_what_the_packed_file_says_of_its_run_is_the_runs(count):
+    history = runs.finished(good_run(), count)
+    check(verdict.file_is_recounted(history, count), PASS)
+    for changes, words in (
+        ({"packed_settings": history.settings | {"weights_lr": 0.01}}, ("weights_lr 0.01", "0.008")),
+        ({"packed_metrics": {"structured_macs": 7}}, ("claims 7", "20,275,520")),
+        ({"packed_metrics": {}}, ("claims None",)),
+    ):
+        told = json.loads(json.dumps(changes))
+        other = replace(history, compressed=replace(history.compressed, **told))
+        check(verdict.file_is_recounted(other, count), FAIL, *words, cause="header")
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
