@@ -21,6 +21,7 @@ from utils_quantization import quantized_layers, weight_quantization
 
 EXACT = 1e-8  # of the largest number, for float64 arithmetic in another order
 TINY = 1e-4  # a factor that moves any weight into the dead zone
+MOST_PARAMETERS = 50_000_000  # of a network that is copied in float64: some ten copies are 4 GB
 PROBE_IMAGES = 8  # enough for the float64 comparisons: each layer still sees hundreds of positions
 EPSILON = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest number compared
 
@@ -140,7 +141,12 @@ class Subject:
 
         At the start of a run the logits lie in tanh's flat part, batch norms are neutral and nothing is dead,
         so that many an error would make no difference.
+
+        Raises: NotApplicableError for a network that is too large for several copies in float64.
         """
+        parameters = sum(p.numel() for p in self.pipeline.model.parameters())
+        if parameters > MOST_PARAMETERS:
+            raise NotApplicableError(f"{parameters:,} parameters are too many for copies in float64")
         step = self.copied_step()
         use_local_batch_norms(step.model)
         step.processes, step.precision = ALONE, "float32"
@@ -185,7 +191,7 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
                 stored[7] = -stored[7].abs()
             if len(stored) > 5:  # a filter that sums to zero and is not zero
                 half = stored[5].numel() // 2
-                row = stored[5].flatten()
+                row = stored[5].flatten().clone()
                 row[half:] = 0
                 row[half : 2 * half] = -row[:half]
                 stored[5] = row.view_as(stored[5])

@@ -21,7 +21,7 @@ from experiments.training import TrainingStep
 from metrics import NetworkCount, count_by_torch, format_ratio, ratio
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
-from utils_quantization import quantized_layers
+from utils_quantization import quantized_layers, without_quantizers
 
 FULL_BITS = 32
 IMAGES = 16  # in the steps around a checkpoint
@@ -181,12 +181,12 @@ def _compare_compressed(
         "the account of dead channels (src/channels.py, metrics.py)",
     )
     single = model.float()
-    content = pack_network(single, {})
+    content = pack_network(single, {}, name=type(model).__name__)
     if subject.own_network:
         _compare_with_recount(content, subject.pipeline.evaluator.evaluate(single).count)
         if subject.own_quantizers:
             _compare_ceiling(subject, single)
-    packed = unpack_network(content).to(subject.probe_device)
+    packed = unpack_network(content, lambda: without_quantizers(single, stored=True)).to(subject.probe_device)
     with torch.no_grad():
         differ = int((packed(images.float()) != single(images.float())).sum())
     expect(

@@ -24,6 +24,7 @@ from experiments.expect import (
     used_weights,
 )
 from experiments.settings import MACS, STORED
+from metrics import NetworkCount
 from src.quantizer import MIN_BITS
 from utils_quantization import quantized_layers, weight_quantization
 
@@ -38,8 +39,12 @@ DEPTHS = (20, 32, 44, 56, 110)  # of resnet.py's networks: layers with weights, 
 def layers_are_quantized(subject: Subject) -> str:
     """The layers that the settings name have a quantizer of their own, switched on, and no others have."""
     model, patterns = subject.pipeline.model, subject.pipeline.settings.exclude_layers
+    if patterns is None:
+        ends = ("conv1", "linear") if subject.own_network else _ends(subject.pipeline.evaluator.dense)
+        patterns = tuple(f"^{re.escape(name)}$" for name in ends)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    wanted = [n for n in layers if not any(re.search(pattern, n) for pattern in patterns)]
+    counted = {layer.name for layer in subject.pipeline.evaluator.dense.layers}
+    wanted = [n for n in layers if n in counted and not any(re.search(pattern, n) for pattern in patterns)]
     found = quantized_layers(model)
     missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
     expect(
@@ -87,6 +92,10 @@ def layers_are_quantized(subject: Subject) -> str:
     return f"{len(found)} of {len(layers)} layers, each with its own"
 
 
+def _ends(dense: NetworkCount) -> tuple[str, str]:
+    return dense.layers[0].name, dense.layers[-1].name
+
+
 def start_is_fresh(subject: Subject) -> str:
     """Before the first step: Kaiming-normal weights, neutral batch norms, quantizers as they are made."""
     if subject.resumed:
@@ -101,6 +110,12 @@ def start_is_fresh(subject: Subject) -> str:
         f"the network has {6 * subject.blocks + 2} layers, {subject.blocks} blocks a stage; resnet.py's of "
         f"{', '.join(map(str, depths))} layers have {', '.join(map(str, depths.values()))}",
         "a ResNet of other blocks a stage than its name says",
+    )
+    named = subject.pipeline.settings.model
+    expect(
+        ":" in named or f"resnet{6 * subject.blocks + 2}" == named,
+        f"the network has {6 * subject.blocks + 2} layers, the settings say {named}",
+        "--model does not reach the network",
     )
     found = sum(p.numel() for n, p in model.named_parameters() if ".quantizer." not in n)
     due = reference.parameter_count(subject.blocks, CLASSES)
@@ -146,8 +161,8 @@ def start_is_fresh(subject: Subject) -> str:
         logits = quantizer.logit_bit.item(), quantizer.logit_dz.item()
         expect(
             logits == (START_LOGIT, START_LOGIT),
-            f"the bit and dead-zone logits of {name} start at {logits}, expected {START_LOGIT} for both",
-            "other start values than the quantizer's own, or logits that were trained or loaded",
+            f"the bit and dead-zone parameters of {name} start at {logits}, expected {START_LOGIT} for both",
+            "other start values than the quantizer's own, or parameters that were trained or loaded",
         )
     counts = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[union-attr]
     expect(
@@ -312,7 +327,7 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
             ),
         )
         worst = max(worst, _compare_gradients(name, quantizer, w, generator))
-    return f"values to {worst:.0e}, gradients to stored weights and both logits"
+    return f"values to {worst:.0e}, gradients to stored weights and both parameters"
 
 
 def _half_dead_zone(quantizer: Any, w: Tensor) -> Tensor:

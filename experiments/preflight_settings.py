@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 def _value(kind: Any, words: list[str]) -> Any:
     if kind is bool:
         return True
-    if kind == tuple[str, ...]:
+    if kind == tuple[str, ...] | None:
         return tuple(words)
     (word,) = words
     if kind == int | None:

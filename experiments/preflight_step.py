@@ -25,6 +25,9 @@ LEARNING_STEPS = 12
 GRADIENT = 1e-7  # of the largest number; a single number may be a sum that nearly cancels
 
 
+LOOKED_AT = 1 << 20  # numbers of a tensor that a trace keeps, the first; the tensors of resnet.py are smaller
+
+
 @dataclass
 class Trace:
     """What one or two training steps did, looked at from outside."""
@@ -80,7 +83,13 @@ def longer(subject: Subject) -> float:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {name: _looked_at(value) for name, value in model.named_parameters()}
+
+
+def _looked_at(value: Tensor) -> Tensor:
+    """A copy of a tensor, or of the beginning of a large one, as a flat tensor."""
+    value = value.detach()
+    return (value if value.numel() <= LOOKED_AT else value.flatten()[:LOOKED_AT]).clone()
 
 
 def _watch(step: TrainingStep, trace: Trace) -> None:
@@ -96,7 +105,7 @@ def _watch(step: TrainingStep, trace: Trace) -> None:
 
     def optimize(*_: Any) -> None:
         trace.gradients.append(
-            {n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters()}
+            {n: None if p.grad is None else _looked_at(p.grad) for n, p in model.named_parameters()}
         )
 
     model.register_forward_pre_hook(forward)
@@ -118,7 +127,7 @@ def _own_gradients(
     trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
     loss = cross_entropy + trace.coefficient * penalty
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return dict(zip(trained, found, strict=True))
+    return {n: None if g is None else _looked_at(g) for n, g in zip(trained, found, strict=True)}
 
 
 def loss_is_what_it_says(subject: Subject) -> str:
@@ -258,7 +267,7 @@ def optimizer_has_the_settings(subject: Subject) -> str:
             not odd,
             f"the group {kind!r} holds {some(odd)}",
             "parameters are in another group's hands: "
-            "rates and decays of weights, bit and dead-zone logits are mixed up",
+            "rates and decays of weights, bit and dead-zone parameters are mixed up",
         )
     return ", ".join(f"{g.get('name')} {float(g['lr']):g}" for g in optimizer.param_groups)
 
@@ -299,7 +308,8 @@ def updates_are_adamws(subject: Subject) -> str:
             rate, decay = rates[kind][0] * longer(subject), rates[kind][1]
             adamw = reference.AdamW(rate, decay, 0.9, settings.beta2)
             zero = torch.zeros_like(trace.before[0][name])
-            first, second = (state[name].get(key, zero).to(zero) for key in ("exp_avg", "exp_avg_sq"))
+            moments = (_looked_at(state[name].get(key, zero)) for key in ("exp_avg", "exp_avg_sq"))
+            first, second = (moment.to(zero) for moment in moments)
             done = int(state[name].get("step", 0))
             for i in (0, 1):
                 before, gradient = trace.before[i][name], trace.gradients[i][name]

@@ -1,7 +1,6 @@
 """The class that quantizes the weights, as the settings name it, tried before anything else is begun."""
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from experiments.settings import Settings, flag
+from experiments.user_code import first_line, import_named
 from src.packing import read_codes
 from utils_quantization import attach_weight_quantizers, weight_bits
 
@@ -23,7 +23,12 @@ def find_quantizer(settings: Settings) -> Callable[[], nn.Module]:
 
     Raises: ValueError naming the flag and what is wrong with the class.
     """
-    found = _import(settings.quantizer)
+    found = import_named(
+        "--quantizer",
+        settings.quantizer,
+        "a class of nn.Module",
+        lambda found: inspect.isclass(found) and issubclass(found, nn.Module),
+    )
     make = functools.partial(found, **_arguments(found, settings))
     model = nn.Sequential(nn.Conv2d(16, 16, 3))
     try:
@@ -31,7 +36,7 @@ def find_quantizer(settings: Settings) -> Callable[[], nn.Module]:
         read_codes(model)
     except Exception as error:  # someone's own class may raise anything
         what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"--quantizer {settings.quantizer}: {what}{_first_line(error)}") from error
+        raise ValueError(f"--quantizer {settings.quantizer}: {what}{first_line(error)}") from error
     bits, _ = weight_bits(model[0])
     if settings.fixed_bits not in (None, bits):
         raise ValueError(
@@ -39,21 +44,6 @@ def find_quantizer(settings: Settings) -> Callable[[], nn.Module]:
             f"expected a class whose fixed_bit_val acts"
         )
     return make
-
-
-def _import(name: str) -> Callable[..., nn.Module]:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # importing runs someone's own code
-        raise ValueError(
-            f"--quantizer is {name!r}, and importing {module} raises {type(error).__name__} "
-            f"({_first_line(error)}); expected a module that can be imported from this folder"
-        ) from error
-    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
-        what = "no such name" if found is None else "something else of that name"
-        raise ValueError(f"--quantizer is {name!r}, and {module} has {what}; expected a class of nn.Module")
-    return found
 
 
 def _arguments(found: Callable[..., nn.Module], settings: Settings) -> dict[str, Any]:
@@ -74,7 +64,3 @@ def _arguments(found: Callable[..., nn.Module], settings: Settings) -> dict[str,
     if settings.fixed_bits is not None and "learnable_bit" in takes:
         arguments["learnable_bit"] = False
     return arguments
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no reason given"])[0]

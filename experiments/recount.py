@@ -25,15 +25,19 @@ Array = np.ndarray
 
 
 def recount(content: bytes) -> dict[str, FileLayer]:
-    """The counts of every convolution and the classifier, by name.
+    """The counts of every convolution and linear layer, by name.
 
+    Of a network that is not `resnet.py`'s the bytes tell no wiring, and so no multiplications.
     Raises: ValueError in words for bytes that are not as src/packing.py describes.
     """
-    blocks, classes, bits, body = _read(content)
-    tensors = _tensors(blocks, classes, bits, body)
-    weights = {name.removesuffix(".weight"): w for name, w in tensors.items() if w.ndim in (2, 4)}
-    left = _left(weights, tensors, blocks)
-    return {name: _layer(name, w, bits.get(name), *left[name]) for name, w in weights.items()}
+    said, body = _read(content)
+    own, blocks, bits = "network" not in said, said["blocks_per_stage"], said["bits"]
+    shapes = dict(_shapes(blocks, said["num_classes"])) if own else said["tensors"]
+    tensors = _tensors({name: tuple(shape) for name, shape in shapes.items()}, bits, body)
+    ends = ".weight"
+    weights = {n.removesuffix(ends): w for n, w in tensors.items() if w.ndim in (2, 4) and n.endswith(ends)}
+    macs = _macs(weights, _left(weights, tensors, blocks)) if own else {}
+    return {name: _layer(w, bits.get(name), *macs.get(name, (None, None))) for name, w in weights.items()}
 
 
 def read_claims(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -47,8 +51,8 @@ def _header_bytes(content: bytes) -> bytes:
     return content[HEADER_START : HEADER_START + struct.unpack_from("<8sII", content)[2]]
 
 
-def _read(content: bytes) -> tuple[int, int, dict[str, int], bytes]:
-    """Blocks a stage, classes, bits of each coded layer, and the body with its compression undone."""
+def _read(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header, and the body with its compression undone."""
     body_bytes, header = struct.unpack_from("<8sIII", content)[3], _header_bytes(content)
     compressed = content[HEADER_START + len(header) :]
     if len(compressed) != body_bytes:
@@ -62,7 +66,7 @@ def _read(content: bytes) -> tuple[int, int, dict[str, int], bytes]:
         "bz2": lambda: bz2.decompress(compressed),
         "zlib": lambda: zlib.decompress(compressed),
     }
-    return said["blocks_per_stage"], said["num_classes"], said["bits"], undo[said["compression"]]()
+    return said, undo[said["compression"]]()
 
 
 def _shapes(blocks: int, classes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -84,9 +88,8 @@ def _shapes(blocks: int, classes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "linear.bias", (classes,)
 
 
-def _tensors(blocks: int, classes: int, bits: dict[str, int], body: bytes) -> dict[str, Array]:
+def _tensors(shapes: dict[str, tuple[int, ...]], bits: dict[str, int], body: bytes) -> dict[str, Array]:
     """The numbers of every tensor; of a coded weight its codes, from -2^(b-1) to 2^(b-1) - 1."""
-    shapes = dict(_shapes(blocks, classes))
     coded = {f"{layer}.weight": b for layer, b in bits.items()}
     plain = sum(2 if name in coded else int(np.prod(shape)) for name, shape in shapes.items())
     planes = np.frombuffer(body[: 4 * plain], np.uint8).reshape(4, plain)
@@ -162,9 +165,18 @@ def _shortcut_back(flags: Array, channels: int) -> Array:
     return flags[beside : beside + channels]
 
 
-def _layer(name: str, w: Array, bits: int | None, outputs: int, inputs: int) -> FileLayer:
-    positions = SIDES[int(name[5]) - 1] ** 2 if name.startswith("layer") else SIDES[0] ** 2
-    positions, kernel = (positions, 9) if w.ndim == 4 else (1, 1)
+def _macs(weights: dict[str, Array], left: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Structured and unstructured multiplications of each layer."""
+    macs = {}
+    for name, w in weights.items():
+        positions = SIDES[int(name[5]) - 1] ** 2 if name.startswith("layer") else SIDES[0] ** 2
+        positions, kernel = (positions, 9) if w.ndim == 4 else (1, 1)
+        outputs, inputs = left[name]
+        macs[name] = outputs * inputs * kernel * positions, int(np.count_nonzero(w)) * positions
+    return macs
+
+
+def _layer(w: Array, bits: int | None, structured: int | None, unstructured: int | None) -> FileLayer:
     zeros = int(w.size - np.count_nonzero(w))
     return FileLayer(
         coded=bits is not None,
@@ -174,6 +186,6 @@ def _layer(name: str, w: Array, bits: int | None, outputs: int, inputs: int) -> 
         zero_weights=zeros,
         filters=len(w),
         zero_filters=sum(not np.any(row) for row in w),
-        structured_macs=outputs * inputs * kernel * positions,
-        unstructured_macs=(int(w.size) - zeros) * positions,
+        structured_macs=structured,
+        unstructured_macs=unstructured,
     )

@@ -5,6 +5,8 @@ hooks, activations with a slope, circular padding and modules used twice all sta
 Parameters are inputs of the graph, which keep their names.
 """
 
+import contextlib
+import io
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -124,8 +126,9 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
         images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
         # Two images, of any number: torch.export takes a number of one for the only one that there can be.
         try:
-            program = torch.export.export(plain, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-            program = program.run_decompositions({})
+            with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot trace
+                program = torch.export.export(plain, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+                program = program.run_decompositions({})
         except Exception as error:
             name, reason = type(model).__name__, str(error).strip().partition("\n")[0]
             raise ValueError(f"torch.export cannot trace {name} on images {input_size}: {reason}") from error

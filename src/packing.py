@@ -5,22 +5,25 @@
     4            bytes of the header
     4            bytes of the body
     32           SHA-256 of all other bytes of the file
-    header       JSON: architecture, bits of each coded layer, settings of the run, metrics
+    header       JSON: architecture, bits of each coded layer, settings of the run, metrics; in place of the
+                 architecture of a network that is not `resnet.py`'s, its name and the shapes of its tensors
     body         compressed: all float32 numbers, then all codes (see src/encoding.py)
 
 Integers are little-endian. The numbers are the tensors of the network's state, in its order; a coded weight
 contributes its step size and shift instead of its elements. A code q is stored as q + Q modulo 2^b, in its
 layer's b bits.
 
-A file may come from an untrusted source. The architecture in its header is limited, and limits all other
-sizes, before any memory is taken for them.
+A file may come from an untrusted source. The architecture, or the shapes, in its header are limited, and
+limit all other sizes, before any memory is taken for them. A name in the header is a name: nothing is
+imported by it, and who unpacks such a network brings what builds it.
 """
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, get_origin
 
 import numpy as np
@@ -50,10 +53,11 @@ from utils_quantization import (
 
 VERSION = 1
 MAGIC = b"\x89CoDeQ\r\n"
-MAX_FILE_BYTES = 1 << 23  # more than the largest network, ResNet-110, takes in float32
+MAX_FILE_BYTES = 1 << 30  # far more than the networks of this field take in float32
 MAX_HEADER_BYTES = 1 << 18  # far more than settings and metrics take
 MAX_BLOCKS_PER_STAGE = 18  # ResNet-110
 MAX_CLASSES = 1000
+OF_OTHERS = ("network", "tensors")  # fields of the header that a ResNet of `resnet.py` goes without
 
 _PREFIX = struct.Struct("<8sIII")
 _HEADER_START = _PREFIX.size + hashlib.sha256().digest_size
@@ -63,31 +67,42 @@ _HEADER_START = _PREFIX.size + hashlib.sha256().digest_size
 class PackedHeader:
     """The header of a packed network."""
 
-    blocks_per_stage: int
-    num_classes: int
+    blocks_per_stage: int  # of a ResNet of `resnet.py`; 0 for another network
+    num_classes: int  # of a ResNet of `resnet.py`; 0 for another network
     channels_last: bool  # memory layout of the weights: the last bits of the logits depend on it
     bits: dict[str, int]  # bits of a weight, by the name of each coded layer
     settings: dict[str, Any]  # of the run that trained the network
     metrics: dict[str, Any]  # that this run measured on the network
     compression: str  # of the body, one of `COMPRESSIONS`
+    network: str = ""  # the name of another network than `resnet.py`'s
+    tensors: dict[str, list[int]] = field(default_factory=dict)  # its shapes, by name, in the body's order
 
 
 def pack_network(
-    model: nn.Module, run_settings: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+    model: nn.Module,
+    run_settings: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    name: str = "",
 ) -> bytes:
     """Pack the model into the bytes of a file, from which `unpack_network` restores the logits to the bit.
 
     The weights of a layer whose quantizer is switched on are stored as codes, all else as float32. The model
-    is not changed. Settings and metrics go into the header as they are.
+    is not changed. Settings and metrics go into the header as they are. A network that is not a ResNet of
+    `resnet.py` needs a `name`, such as module:callable, that tells a person what builds it.
 
-    Raises: PackingError if the model is not a ResNet of `resnet.py`, is not float32 or holds a number that is
-        not finite, and if the settings or metrics are not strict JSON.
+    Raises: PackingError if the model needs a name and has none, has another floating type than float32 or
+        holds a number that is not finite, and if the settings or metrics are not strict JSON.
     """
     plain = without_quantizers(model).cpu()
-    blank, state, coded = _blank_like(plain), plain.state_dict(), read_codes(model)
+    own, state, coded = _own_like(plain), plain.state_dict(), read_codes(model)
+    if own is None and not name:
+        raise PackingError(f"{type(plain).__name__} is no ResNet of resnet.py, and no name is given for it")
     bits = {name: weight_bits(model.get_submodule(name))[0] for name in coded}
     numbers, codes = [], []
-    for slot in _slots(blank, bits):
+    slots = _slots(state if own is None else own.state_dict(), bits)
+    if own is None:
+        _check_others(state)
+    for slot in slots:
         tensor = _checked(slot.name, state[slot.name])
         if slot.bits:
             layer = coded[slot.layer]
@@ -98,29 +113,45 @@ def pack_network(
             numbers.append(tensor.flatten())
     compression, body = compress(pack_numbers(torch.cat(numbers).numpy()) + b"".join(codes))
     header = PackedHeader(
-        blocks_per_stage=len(blank.layer1),
-        num_classes=blank.linear.out_features,
-        channels_last=not plain.get_parameter("conv1.weight").is_contiguous(),
+        blocks_per_stage=0 if own is None else len(own.layer1),
+        num_classes=0 if own is None else own.linear.out_features,
+        channels_last=any(t.ndim == 4 and not t.is_contiguous() for t in state.values()),
         bits=bits,
         settings=dict(run_settings),
         metrics=dict(metrics or {}),
         compression=compression,
+        network=name if own is None else "",
+        tensors={slot.name: list(slot.shape) for slot in slots} if own is None else {},
     )
     return _seal(_to_json(header), body)
 
 
-def unpack_network(content: bytes) -> ResNet:
-    """Restore the network of a packed file: a plain ResNet, in evaluation mode, on the CPU.
+def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Restore the network of a packed file: a plain one, in evaluation mode, on the CPU.
 
-    Raises: PackingError if the content is not what `pack_network` makes.
+    A network that is not a ResNet of `resnet.py` is built by `build`, and then given the file's numbers.
+
+    Raises: PackingError if the content is not what `pack_network` makes, if it needs a `build` and there is
+        none, or if what that builds has other tensors than the file. What `build` raises.
     """
     header, compressed = _open(content)
-    network = _blank(header.blocks_per_stage, header.num_classes)
-    slots = _slots(network, header.bits)
+    if not header.network:
+        network: nn.Module = _blank(header.blocks_per_stage, header.num_classes)
+        state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in network.state_dict().items()}
+        slots = _slots(state, header.bits)
+    elif build is None:
+        raise PackingError(f"the file holds the network {header.network!r:.120}, and nothing builds that")
+    else:
+        network = build()
+        state = network.state_dict()
+        _check_others(state)
+        slots = _slots(
+            {n: torch.empty(shape, device="meta") for n, shape in header.tensors.items()}, header.bits
+        )
+        _check_shapes(slots, _slots(state, header.bits), header.network)
     begin = 4 * sum(slot.numbers for slot in slots)
     body = decompress(compressed, header.compression, begin + sum(slot.code_bytes for slot in slots))
     numbers = torch.from_numpy(unpack_numbers(body[:begin])).split([slot.numbers for slot in slots])
-    state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in network.state_dict().items()}
     for slot, values in zip(slots, numbers, strict=True):
         if slot.bits:
             codes = unpack_codes(body[begin : begin + slot.code_bytes], slot.shape.numel(), slot.bits)
@@ -161,16 +192,23 @@ class _Slot(NamedTuple):
         return code_bytes(self.shape.numel(), self.bits) if self.bits else 0
 
 
-def _slots(network: nn.Module, bits: Mapping[str, int]) -> list[_Slot]:
+def _slots(state: Mapping[str, Tensor], bits: Mapping[str, int]) -> list[_Slot]:
     """The tensors that the logits depend on, in the order of the state.
 
     Batch norms also have `num_batches_tracked`, an integer; the logits do not depend on it.
     """
     return [
         _Slot(name, t.shape, bits.get(name.removesuffix(".weight")))
-        for name, t in network.state_dict().items()
+        for name, t in state.items()
         if t.is_floating_point()
     ]
+
+
+def _check_others(state: Mapping[str, Tensor]) -> None:
+    """Raises: PackingError for a tensor that is not floating-point, and which the logits may depend on."""
+    for name, t in state.items():
+        if not t.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise PackingError(f"{name} is {t.dtype}; expected torch.float32")
 
 
 def _blank(blocks_per_stage: int, num_classes: int) -> ResNet:
@@ -183,14 +221,24 @@ def _blank(blocks_per_stage: int, num_classes: int) -> ResNet:
         return ResNet(blocks_per_stage, num_classes)
 
 
-def _blank_like(plain: nn.Module) -> ResNet:
-    """Build the architecture of `plain`. Raises: PackingError if it is not a ResNet of `resnet.py`."""
-    if not isinstance(plain, ResNet):
-        raise PackingError(f"only the ResNets of resnet.py can be packed; got {type(plain).__name__}")
+def _own_like(plain: nn.Module) -> ResNet | None:
+    """Build the architecture of `plain` if it is a ResNet of `resnet.py`, else None."""
+    if type(plain) is not ResNet or not 1 <= len(plain.layer1) <= MAX_BLOCKS_PER_STAGE:
+        return None
     blank = _blank(len(plain.layer1), plain.linear.out_features)
-    if str(blank) != str(plain):  # a network's text has the type, stride, epsilon and so on of each module
-        raise PackingError("only the ResNets of resnet.py can be packed; this one has another module in it")
-    return blank
+    # A network's text has the type, stride, epsilon and so on of each module.
+    return blank if str(blank) == str(plain) else None
+
+
+def _check_shapes(slots: list[_Slot], built: list[_Slot], name: str) -> None:
+    """Raises: PackingError if a file has other tensors than the network that was built for it."""
+    of_file, of_network = ({slot.name: tuple(slot.shape) for slot in of} for of in (slots, built))
+    for which in of_file | of_network:
+        if of_file.get(which) != of_network.get(which):
+            raise PackingError(
+                f"the file has the shape {of_file.get(which)!s:.60} for {which!r:.60}, the network given for "
+                f"it {of_network.get(which)!s:.60}; expected the network {name!r:.120}"
+            )
 
 
 def read_codes(model: nn.Module) -> dict[str, Codes]:
@@ -258,7 +306,8 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
 
 def _to_json(header: PackedHeader) -> bytes:
     try:
-        content = json.dumps(asdict(header), separators=(",", ":"), allow_nan=False).encode()
+        values = {k: v for k, v in asdict(header).items() if header.network or k not in OF_OTHERS}
+        content = json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise PackingError(f"the settings or metrics are not strict JSON: {error}") from None
     if len(content) > MAX_HEADER_BYTES:
@@ -274,19 +323,36 @@ def _from_json(content: bytes) -> PackedHeader:
     except (ValueError, RecursionError):
         raise PackingError("the header is not JSON") from None
     kinds = {f.name: get_origin(f.type) or f.type for f in fields(PackedHeader)}
-    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != kinds:
-        raise PackingError(f"the header does not hold {', '.join(kinds)}, each of its type")
+    own = {name: kind for name, kind in kinds.items() if name not in OF_OTHERS}
+    found = {name: type(value) for name, value in values.items()} if isinstance(values, dict) else None
+    if found not in (kinds, own):
+        raise PackingError(f"the header does not hold {', '.join(own)}, each of its type")
     header = PackedHeader(**values)
     if header.compression not in COMPRESSIONS:
         raise PackingError(f"compression is {header.compression!r:.60}; expected {', '.join(COMPRESSIONS)}")
-    network = _blank(header.blocks_per_stage, header.num_classes)
-    layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    if found == own:
+        network = _blank(header.blocks_per_stage, header.num_classes)
+        layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    else:
+        _check_tensors(header)
+        layers = [name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")]
     for name, bits in header.bits.items():
         if name not in layers:
             raise PackingError(f"bits are given for {name!r:.60}, which is no layer of the network")
         if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
             raise PackingError(f"{name} has {bits!r:.60} bits; expected {MIN_BITS} to {MAX_BITS}")
     return header
+
+
+def _check_tensors(header: PackedHeader) -> None:
+    """Raises: PackingError for shapes that are none, and for more numbers than a file has."""
+    if not header.network:
+        raise PackingError("the header gives shapes, and no name of a network")
+    for name, shape in header.tensors.items():
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or len(shape) > 8:
+            raise PackingError(f"{name!r:.60} has the shape {shape!r:.60}; expected a list of whole numbers")
+    if 4 * sum(math.prod(shape) for shape in header.tensors.values()) > MAX_FILE_BYTES:
+        raise PackingError(f"the header gives shapes of more than {MAX_FILE_BYTES // 4:,} numbers")
 
 
 def _seal(header: bytes, body: bytes) -> bytes:

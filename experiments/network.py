@@ -1,0 +1,89 @@
+"""The network that the settings name, tried before anything else is begun."""
+
+import copy
+import inspect
+import re
+
+import torch
+from torch import Tensor, nn
+
+import resnet
+from experiments.data import CLASSES
+from experiments.settings import Settings
+from experiments.user_code import first_line, import_named
+from metrics import NetworkCount
+
+TRIED = (2, 3, 32, 32)  # images; two, since a batch norm over one number cannot train
+
+
+def make_network(name: str) -> nn.Module:
+    """The network that --model names, on the CPU, its weights drawn from torch's random numbers.
+
+    That is one of resnet.py's, or what the callable module:callable returns, which is called with
+    num_classes where it takes that, and tried on images, in training and in evaluation mode.
+
+    Raises: ValueError naming the flag and what is wrong with the network.
+    """
+    if ":" not in name:
+        return getattr(resnet, name)()
+    build = import_named("--model", name, "a callable that returns an nn.Module", callable)
+    try:
+        network = build(num_classes=CLASSES) if _takes(build, "num_classes") else build()
+    except Exception as error:  # someone's own code may raise anything
+        raise ValueError(
+            f"--model is {name!r}, and calling it raises {type(error).__name__} ({first_line(error)}); "
+            f"expected a callable that needs no argument, or num_classes alone"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"--model is {name!r}, which returns {network!r:.60}; expected an nn.Module")
+    for training in (True, False):
+        _try(name, network, training)
+    return network
+
+
+def _takes(build: object, argument: str) -> bool:
+    try:
+        parameters = inspect.signature(build).parameters  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a callable written in C
+        return False
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _try(name: str, network: nn.Module, training: bool) -> None:
+    """Raises: ValueError if the network does not give its logits for images of CIFAR-10's size."""
+    mode = "training" if training else "evaluation"
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            logits: object = copy.deepcopy(network).train(training)(torch.zeros(TRIED))
+        except Exception as error:
+            raise ValueError(
+                f"--model is {name!r}, and in {mode} mode it raises {type(error).__name__} for images "
+                f"{TRIED} ({first_line(error)}); expected a network for 3x32x32 images"
+            ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (TRIED[0], CLASSES):
+        raise ValueError(
+            f"--model is {name!r}, and in {mode} mode it gives {shape} for {TRIED[0]} images; "
+            f"expected {(TRIED[0], CLASSES)}, a logit a class"
+        )
+
+
+def excluded_layers(settings: Settings, network: nn.Module, dense: NetworkCount) -> list[str]:
+    """The patterns of the layers that get no quantizer: those given, or the first layer's and the last's.
+
+    Layers that no image passes in evaluation mode, and that are therefore not counted, get none either.
+    """
+    counted = [layer.name for layer in dense.layers]
+    layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    names = [name for name in layers if name not in counted]
+    if settings.exclude_layers is None:
+        names += dict.fromkeys((counted[0], counted[-1]))
+    return [*(settings.exclude_layers or ()), *(f"^{re.escape(name)}$" for name in names)]
+
+
+def network_name(name: str) -> str:
+    """
+    >>> network_name("resnet56"), network_name("torchvision.models:vgg11_bn")
+    ('ResNet-56', 'vgg11_bn')
+    """
+    return name.partition(":")[2] or name.replace("resnet", "ResNet-")

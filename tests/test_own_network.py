@@ -1,0 +1,228 @@
+"""Someone's own network: how it is named, what a run does with it, what its packed file holds and needs."""
+
+import json
+import struct
+
+import own_networks
+import pytest
+import torch
+from own_networks import Small, WithTable
+from torch import nn
+
+from experiments import verify
+from experiments.debug_run import main
+from experiments.history import History
+from experiments.network import excluded_layers, make_network
+from experiments.recount import recount
+from experiments.settings import PRESETS, Settings
+from metrics import count_network
+from resnet import ResNet, resnet20
+from src.encoding import PackingError
+from src.packing import MAX_FILE_BYTES, pack_network, read_header, unpack_network
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers
+
+HERE = "own_networks"  # pytest puts this folder on the path
+STAND_IN = ["--data", "synthetic", "--device", "cpu", "--threads", "1"]
+SHORT = [*STAND_IN, *("--limit-train", "128", "--limit-test", "64", "--batch-size", "64", "--epochs", "2")]
+
+
+def quantized(network: nn.Module) -> nn.Module:
+    attach_weight_quantizers(network, ["stem", "head"], DeadZoneLDZCompander, {"init_deadzone_logit": 0.5})
+    return network.eval()
+
+
+# How it is named.
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet20", 3), ("resnet56", 9), ("resnet110", 18)])
+def test_a_network_of_resnet_py_is_named_by_its_depth(name, blocks):
+    network = make_network(name)
+    assert type(network) is ResNet and len(network.layer1) == blocks
+
+
+@pytest.mark.parametrize("what", ["Small", "without_arguments", "OfAnyArguments"])
+def test_a_callable_is_given_the_classes_where_it_takes_them_and_its_draws_are_its_own(what):
+    torch.manual_seed(3)
+    network = make_network(f"{HERE}:{what}")
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    by_hand = Small()
+    assert after == torch.rand(1)
+    for name, tensor in by_hand.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert network.training
+
+
+def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_precision():
+    for network, ends in ((resnet20(), ["^conv1$", "^linear$"]), (Small(), ["^stem$", "^head$"])):
+        dense = count_network(network)
+        assert excluded_layers(Settings(), network, dense) == ends
+        assert excluded_layers(Settings(exclude_layers=("a",)), network, dense) == ["a"]
+        assert excluded_layers(Settings(exclude_layers=()), network, dense) == []
+    unused = Small()
+    unused.spare = nn.Linear(3, 3)
+    assert excluded_layers(Settings(), unused, count_network(unused)) == ["^spare$", "^stem$", "^head$"]
+    assert PRESETS["plan"]["exclude_layers"] == ("conv1", "bn", "linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet21", ["resnet20, 32", "module:callable"]),
+        ("vgg11", ["module:callable"]),
+        ("no_such_module:net", ["ModuleNotFoundError"]),
+        (f"{HERE}:no_such_name", ["no such name"]),
+        (f"{HERE}:not_callable", ["something else", "callable"]),
+        (f"{HERE}:needs_more", ["TypeError", "num_classes alone"]),
+        (f"{HERE}:raises", ["KeyError", "weights.pth"]),
+        (f"{HERE}:no_network", ["'a network'", "nn.Module"]),
+        (f"{HERE}:five_classes", ["(2, 5)", "(2, 10)"]),
+        (f"{HERE}:OfLargeImages", ["training mode", "RuntimeError", "3x32x32"]),
+        (f"{HERE}:TwoAnswersInTraining", ["training mode", "tuple"]),
+        (f"{HERE}:LooksAtNumbers", ["torch.export cannot trace LooksAtNumbers"]),
+    ],
+)
+def test_what_cannot_be_a_network_is_refused_in_one_sentence_before_the_data(
+    tmp_path, capsys, monkeypatch, name, words
+):
+    monkeypatch.setattr("experiments.debug_run.load", lambda *_: pytest.fail("the data was loaded"))
+    try:
+        status = main([*SHORT, "--output-dir", str(tmp_path / "run"), "--model", name])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert all(word in sentence for word in words), sentence
+
+
+# Its packed file.
+
+
+def test_it_is_packed_and_comes_back_with_equal_logits():
+    network = quantized(Small())
+    content = pack_network(network, {"preset": "debug"}, {"structured_macs": 7}, "theirs:Small")
+    header = read_header(content)
+    assert (header.network, header.blocks_per_stage) == ("theirs:Small", 0)
+    assert header.tensors["deep.weight"] == [8, 2, 3, 3] and set(header.bits) == {"left", "right", "deep"}
+    x = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(unpack_network(content, Small)(x), network(x))
+    counted = {layer.name: layer for layer in count_network(network).layers}
+    for name, layer in recount(content).items():
+        ours = counted[name]
+        assert (layer.zero_weights, layer.zero_filters) == (ours.zero_weights, ours.zero_filters), name
+        assert layer.structured_macs is None and layer.bits == ours.bits
+    assert sum(layer.zero_weights for layer in recount(content).values()) > 0
+
+
+def test_it_is_not_packed_without_a_name_nor_with_whole_numbers_that_its_logits_may_depend_on():
+    with pytest.raises(PackingError, match="no name"):
+        pack_network(quantized(Small()), {})
+    with pytest.raises(PackingError, match=r"order is torch\.int64"):
+        pack_network(quantized(WithTable()), {}, name="theirs")
+
+
+def test_nothing_builds_it_but_what_the_receiver_brings():
+    content = pack_network(quantized(Small()), {}, name="os:abort")
+    with pytest.raises(PackingError, match="'os:abort', and nothing builds that"):
+        unpack_network(content)
+    with pytest.raises(PackingError, match=r"\(10, 16\) for 'head.weight'.*\(5, 16\)"):
+        unpack_network(content, own_networks.five_classes)
+    with pytest.raises(PackingError, match=r"None for 'conv1.weight'|for 'stem.weight'"):
+        unpack_network(content, resnet20)
+
+
+def with_header(content: bytes, **changes: object) -> bytes:
+    """The file with other fields in its header, and a checksum that is right."""
+    import hashlib
+
+    _, version, header_bytes, _ = struct.unpack_from("<8sIII", content)
+    header = json.loads(content[52 : 52 + header_bytes]) | changes
+    text, body = json.dumps(header).encode(), content[52 + header_bytes :]
+    prefix = struct.pack("<8sIII", content[:8], version, len(text), len(body))
+    return prefix + hashlib.sha256(prefix + text + body).digest() + text + body
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": ""}, "no name of a network"),
+        ({"tensors": {}}, "for 'stem.weight'|which is no layer"),
+        ({"tensors": {"stem.weight": [MAX_FILE_BYTES, 4]}}, "more than"),
+        ({"tensors": {"stem.weight": [2.5]}}, "list of whole numbers"),
+        ({"tensors": {"stem.weight": [-1]}}, "list of whole numbers"),
+        ({"tensors": {"stem.weight": "8"}}, "list of whole numbers"),
+        ({"tensors": {"stem.weight": [1] * 9}}, "list of whole numbers"),
+        ({"tensors": []}, "each of its type"),
+        ({"network": 3}, "each of its type"),
+        ({"bits": {"norm": 3}, "network": "x"}, "ends|truncated|damaged|bytes|body"),
+        ({"bits": {"nowhere": 3}}, "no layer of the network"),
+    ],
+)
+def test_a_header_that_lies_is_refused(changes, message):
+    content = pack_network(quantized(Small()), {}, name="theirs")
+    assert with_header(content)[8:12] == content[8:12]
+    unpack_network(with_header(content), Small)
+    with pytest.raises(PackingError, match=message):
+        unpack_network(with_header(content, **changes), Small)
+
+
+def test_the_file_of_a_network_of_resnet_py_says_nothing_new():
+    header = json.loads(pack_network(ResNet(1), {})[52:].split(b"}", 1)[0].split(b'"bits"')[0] + b'"_":0}')
+    assert list(header) == ["blocks_per_stage", "num_classes", "channels_last", "_"]
+    assert read_header(pack_network(ResNet(1), {}, name="unused")).network == ""
+
+
+# Runs.
+
+
+@pytest.fixture
+def run(small_stand_in, quick_end, tmp_path, capsys):
+    def go(name: str, *arguments: str) -> tuple[History, int, str]:
+        """Run two epochs with a network; the history, the exit status, and what was printed."""
+        status = main([*SHORT, "--output-dir", str(tmp_path), "--model", name, *arguments])
+        history = History.from_json(json.loads((tmp_path / "history.json").read_text()))
+        return history, status, capsys.readouterr().out
+
+    return go
+
+
+def test_a_run_with_it_goes_through_preflight_ledger_counts_pictures_and_both_networks(run, tmp_path, capsys):
+    history, status, out = run(f"{HERE}:Small")
+    assert f"Network:   {HERE}:Small" in out and "not: stem, head" in out and "Barriers" not in out
+    assert history.settings["model"] == f"{HERE}:Small"
+    failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]
+    assert (failed, status) == ([], 0)
+    assert history.compressed.packed_differs == 0 and history.compressed.slim_macs > 0
+    held = {check.name for check in history.verdict if check.status == "PASS"}
+    assert {"packed file gives the same logits", "packed file holds what was counted"} <= held
+    assert {"smaller network has the MACs printed", "pictures exist"} <= held
+
+    stand_in = [str(tmp_path / "compressed.codeq"), "--data", "synthetic", "--limit-test", "64"]
+    assert verify.main([*stand_in, "--model", f"{HERE}:Small"]) == 0
+    assert "Network:  'own_networks:Small'" in capsys.readouterr().out
+    for arguments, words in (
+        ([], ["--model module:callable", "own_networks:Small"]),
+        (["--model", f"{HERE}:five_classes"], ["five_classes", "(2, 10)"]),
+        (["--model", f"{HERE}:WithSort"], ["expected the network"]),
+    ):
+        assert verify.main([*stand_in, *arguments]) == 2
+        (sentence,) = capsys.readouterr().err.strip().splitlines()
+        assert all(word in sentence for word in words), sentence
+
+
+def test_barriers_are_named_in_the_first_lines_and_in_the_history(run):
+    history, status, out = run(f"{HERE}:WithSort", "--preflight", "off")
+    (barrier,) = history.barriers
+    assert "sort" in barrier and f"Barriers:  no channel is followed through {barrier}" in out
+    assert status == 0
+
+
+def test_it_is_resumed_and_only_with_the_same_network(run, tmp_path, capsys):
+    run(f"{HERE}:Small", "--epochs", "1", "--preflight", "off")
+    history, _, out = run(f"{HERE}:Small", "--resume", "--preflight", "off")
+    assert len(history.epochs) == 2 and "Resumed" in out
+    resume = [*SHORT, "--output-dir", str(tmp_path), "--resume", "--preflight", "off"]
+    assert main(resume) == 2
+    assert f"--model is resnet20, and the run to go on with has {HERE}:Small" in capsys.readouterr().err
