@@ -21,16 +21,24 @@ import torch
 from torch import nn
 
 from experiments.distributed import Processes
-from experiments.files import OutputError, write_whole
+from experiments.files import OutputError, read_file, write_whole
 from experiments.history import History, Resumption
 from experiments.schedules import cosine_anneal, warmed_up
 from experiments.settings import Settings, flag
 from experiments.training import pace
+from experiments.user_code import first_line
 
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
+MOST = 1 << 32  # bytes; weights and moments of the networks of this field take far less
 KEPT = 2  # checkpoints in the output folder
 VERSION = 2  # of the file format
-MAY_CHANGE = ("epochs", "data_dir", "output_dir", "preflight")  # settings that a resumed run may change
+MAY_CHANGE = (
+    "epochs",
+    "data_dir",
+    "output_dir",
+    "figure_format",
+    "preflight",
+)  # settings that a resumed run may change
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises: ValueError saying what is wrong with the file, in words that complete a sentence after its name.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
+    content = read_file(path, MOST)
     size = hashlib.sha256().digest_size
     if hashlib.sha256(content[:-size]).digest() != content[-size:]:
         raise ValueError(f"is truncated or altered ({len(content):,} bytes, and not the SHA-256 at its end)")
@@ -179,6 +184,11 @@ def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:
                 f"--resume: {flag(name)} is {_shown(now[name])}, and the run to go on with has "
                 f"{_shown(saved.get(name))}; give that, or another --output-dir, or leave --resume out"
             )
+    if type(saved.get("epochs")) is not int:
+        raise ValueError(
+            f"--resume: the checkpoint has {saved.get('epochs')!r:.60} for --epochs; expected a number; "
+            f"leave --resume out to start over"
+        )
     if settings.epochs < saved["epochs"]:
         raise ValueError(
             f"--resume: --epochs is {settings.epochs}, and the run to go on with has {saved['epochs']}; "
@@ -223,7 +233,8 @@ def _longer(saved: History, now: History) -> list[str]:
         f"--epochs was {was}, is {epochs}: the learning rates go on at {rate:.4f} of their "
         f"peak instead of {before:.4f}"
         + (
-            f", the logits' peak and the weights' decay being {pace_now / pace_before:.4f} of what they were"
+            f", the quantizers' peak and the weights' decay being "
+            f"{pace_now / pace_before:.4f} of what they were"
             if pace_now != pace_before
             else ""
         )
@@ -245,12 +256,22 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     try:
         model.load_state_dict(checkpoint.model)
         optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
+        _check_moments(optimizer)
         set_random_states(checkpoint.random)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # what stands in the place of a tensor or a number may raise anything
         raise ValueError(
             f"--resume: the checkpoint of epoch {checkpoint.epochs} is not of this network "
-            f"({str(error).splitlines()[0]}); leave --resume out to start over"
+            f"({first_line(error)}); leave --resume out to start over"
         ) from None
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises: ValueError for a state that is not AdamW's: a step count and two moments of each parameter."""
+    for parameter, state in optimizer.state.items():
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            value, shape = state.get(name), () if name == "step" else parameter.shape
+            if not isinstance(value, torch.Tensor) or value.shape != shape:
+                raise ValueError(f"{name} of a parameter is {type(value).__name__}, expected numbers {shape}")
 
 
 def random_states() -> dict[str, Any]:

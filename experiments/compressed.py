@@ -6,9 +6,11 @@ the multiplications of the smaller network, the bytes of the file, the logits of
 
 import copy
 import io
+import json
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from experiments.data import TestBatches
-from experiments.files import write_whole
+from experiments.files import OutputError, with_checksum, write_whole
 from experiments.history import CompressedRecord
+from experiments.network import make_network
+from experiments.received import CLAIMS_FILE
 from experiments.recount import read_claims, recount
+from experiments.settings import FOLDERS
 from experiments.training import predict
-from metrics import NetworkCount, count_by_torch
-from resnet import resnet20
+from metrics import NetworkCount, count_by_torch, ratio
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
-from utils_quantization import without_quantizers
+from utils_quantization import has_codes, quantizers, without_quantizers
 
 PACKED, SLIM = "compressed.codeq", "slim.pt2"
 LATENCY_BATCHES = (1, 128)  # images a forward pass
@@ -33,30 +37,45 @@ READ_BACK_IMAGES = 128  # enough to tell two networks apart, and quick on a CPU
 
 
 def make_compressed(
-    model: nn.Module, count: NetworkCount, batches: TestBatches, folder: Path, settings: dict[str, Any]
+    model: nn.Module,
+    count: NetworkCount,
+    batches: TestBatches,
+    folder: Path,
+    settings: dict[str, Any],
+    data: str = "",
+    errors: list[OutputError] | None = None,
 ) -> CompressedRecord:
     """Make the smaller network and the packed file, write them into `folder`, and measure them.
 
     The model itself, the smaller network and the network read back from the packed file predict the whole
     test set, in float32 on the model's device, whatever precision the model was trained in. The model is in
-    evaluation mode afterwards and otherwise unchanged. `settings` go into the header of the packed file.
+    evaluation mode afterwards and otherwise unchanged. `settings` go into the header of the packed file, but
+    the names of folders, and so do `data`, the name of the data set, and what is claimed of the network.
 
-    Raises: PackingError if the network cannot be packed, OutputError if a file cannot be written.
+    Raises: PackingError if the network cannot be packed. OutputError if a file cannot be written, or, where
+        there is a list of `errors`, adds it to that and goes on with what would have been written.
     """
     model.eval()
     device = next(model.parameters()).device
-    content = pack_network(model, settings, {"structured_macs": count.total("structured_macs")})
-    write_whole(folder / PACKED, content)
+    name = settings.get("model", "")
+    said = {k: v for k, v in settings.items() if k not in FOLDERS}
+    logits = {"quantized": predict(model, batches)[0]}
+    right = (logits["quantized"].argmax(1) == batches.labels).double().mean().item()
+    claims = {"data": data, "test_images": len(batches.labels), "accuracy": right}
+    claims["structured_macs"] = count.total("structured_macs")
+    # The packed file first: it is the smallest, and the trained weights are in it.
+    content = _written(
+        folder / PACKED, pack_network(model, said, claims | _coded(model, count), name), errors
+    )
     slim = slim_network(model)
-    write_whole(folder / SLIM, exported(slim))
-    read_back_parameters, read_back_difference = read_back(folder / SLIM, slim, next(iter(batches))[0])
-    packed = unpack_network((folder / PACKED).read_bytes()).to(device)
-    packed_settings, packed_metrics = read_claims((folder / PACKED).read_bytes())
-    networks = {"quantized": model, "slim": slim, "packed": packed}
-    logits = {name: predict(network, batches)[0] for name, network in networks.items()}
+    archive = _written(folder / SLIM, exported(slim, claims), errors)
+    read_back_parameters, read_back_difference = read_back(archive, slim, next(iter(batches))[0])
+    packed = unpack_network(content, partial(make_network, name)).to(device)
+    packed_settings, packed_metrics = read_claims(content)
+    logits |= {n: predict(network, batches)[0] for n, network in {"slim": slim, "packed": packed}.items()}
     hits = {name: of_network.argmax(1) == batches.labels for name, of_network in logits.items()}
     accuracy = {name: right.double().mean().item() for name, right in hits.items()}
-    dense = resnet20().to(device)
+    dense = without_quantizers(model, stored=True)
     return CompressedRecord(
         images=len(batches.labels),
         dense_parameters=_parameters(dense),
@@ -71,9 +90,9 @@ def make_compressed(
         slim_accuracy=accuracy["slim"],
         packed_accuracy=accuracy["packed"],
         packed_differs=int((logits["quantized"] != logits["packed"]).sum()),
-        packed_bytes=(folder / PACKED).stat().st_size,
+        packed_bytes=len(content),
         float32_bytes=_saved_bytes(without_quantizers(model)),
-        slim_bytes=(folder / SLIM).stat().st_size,
+        slim_bytes=len(archive),
         read_back_parameters=read_back_parameters,
         read_back_difference=read_back_difference,
         latency_seconds=measure_latency(
@@ -81,8 +100,32 @@ def make_compressed(
         ),
         packed_settings=packed_settings,
         packed_metrics=packed_metrics,
-        file=recount((folder / PACKED).read_bytes()),
+        file=recount(content),
     )
+
+
+def _written(path: Path, content: bytes, errors: list[OutputError] | None) -> bytes:
+    """Write a file; its bytes as they are read back, or as they would have been written."""
+    try:
+        write_whole(path, content)
+    except OutputError as error:
+        if errors is None:
+            raise
+        errors.append(error)
+        return content
+    return path.read_bytes()
+
+
+def _coded(model: nn.Module, count: NetworkCount) -> dict[str, Any]:
+    """What is claimed of zeros and bits, where a packed file holds every quantized layer in its bits."""
+    claims: dict[str, Any] = {"zero_weights": count.total("zero_weights")}
+    if all(has_codes(quantizer) for quantizer in quantizers(model).values()):
+        claims["mean_bits"] = float(count.mean_bits)
+        for kind in ("structured", "unstructured"):
+            claims[f"{kind}_bops_ratio"] = ratio(count.total("dense_bops"), count.total(f"{kind}_bops"))
+    return {
+        name: claim for name, claim in claims.items() if math.isfinite(claim)
+    }  # infinite: nothing is left
 
 
 def _parameters(network: nn.Module) -> int:
@@ -95,19 +138,22 @@ def _saved_bytes(network: nn.Module) -> int:
     return len(content.getvalue())
 
 
-def exported(network: nn.Module) -> bytes:
-    """Export the network for any batch size, on the CPU. Returns: the bytes of torch.export's .pt2 file."""
+def exported(network: nn.Module, claims: dict[str, Any] | None = None) -> bytes:
+    """Export the network for any batch size, on the CPU, with what is claimed of it.
+
+    Returns: the bytes of torch.export's .pt2 file, with a checksum.
+    """
     on_cpu = copy.deepcopy(network).cpu().eval()
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(on_cpu, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=(batch,))
     content = io.BytesIO()
-    torch.export.save(program, content)
-    return content.getvalue()
+    torch.export.save(program, content, extra_files={CLAIMS_FILE: json.dumps(claims or {})})
+    return with_checksum(content.getvalue())
 
 
 @torch.inference_mode()
-def read_back(path: Path, network: nn.Module, images: Tensor) -> tuple[int, float]:
-    """Read an exported file as its receiver would, and hold it against the network that it should be.
+def read_back(content: bytes, network: nn.Module, images: Tensor) -> tuple[int, float]:
+    """Load an exported file as its receiver would, and hold it against the network that it should be.
 
     Both predict the first images on the CPU, where the exported network runs.
 
@@ -118,7 +164,7 @@ def read_back(path: Path, network: nn.Module, images: Tensor) -> tuple[int, floa
     images = images[:READ_BACK_IMAGES].cpu()
     expected = copy.deepcopy(network).cpu()(images)
     try:
-        found = torch.export.load(path).module()
+        found = torch.export.load(io.BytesIO(content)).module()
         return _parameters(found), (found(images) - expected).abs().max().item()
     except Exception:  # torch raises all kinds for a file or a shape that does not fit
         return 0, math.nan

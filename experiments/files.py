@@ -1,11 +1,14 @@
-"""Output files, each written completely or not at all, in a folder that one run at a time has locked."""
+"""Files written completely or not at all, in a folder that one run has locked; files read with care."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import re
+import stat
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+CHECKSUM = 64  # bytes of a SHA-256 in hexadecimal digits
+END_OF_ARCHIVE = 22  # bytes of the record that ends a zip archive, without its comment
 PART = re.compile(r"\..+\.\d+\.part")  # names of the temporary files of `write_whole`
 
 
@@ -43,6 +48,39 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def with_checksum(archive: bytes) -> bytes:
+    """A zip archive, such as torch's files are, with the SHA-256 of all else in it as its comment.
+
+    A comment stands at the end of an archive, and what reads the archive passes over it.
+    """
+    sized = archive[:-2] + struct.pack("<H", CHECKSUM)  # the last two bytes are the length of the comment
+    return sized + hashlib.sha256(sized).hexdigest().encode()
+
+
+def checksum_holds(archive: bytes) -> bool | None:
+    """Whether an archive is as `with_checksum` made it; None for one that carries no checksum."""
+    content, digest = archive[:-CHECKSUM], archive[-CHECKSUM:]
+    if content[-END_OF_ARCHIVE:][:4] != b"PK\5\6":
+        return None
+    return hashlib.sha256(content).hexdigest().encode() == digest
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The bytes of a plain file. A pipe, which might never end, and a file above `most` bytes are not read.
+
+    Raises: ValueError saying what is wrong with the file, in words that complete a sentence after its name.
+    """
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # opening a folder says what is wrong by itself
+            raise ValueError("is no plain file")
+        if path.stat().st_size > most:
+            raise ValueError(f"has {path.stat().st_size:,} bytes; expected {most:,} at most")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,107 +4,213 @@ experiments/verify.py is the command for it; a rehearsal (experiments/rehearsal.
 """
 
 import io
+import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from experiments.data import CLASSES, Dataset, TestBatches
+from experiments.files import checksum_holds, read_file
+from experiments.live import printable
+from experiments.network import make_network
 from experiments.training import predict
-from metrics import count_by_torch, count_network
+from metrics import NetworkCount, count_by_torch, count_network, ratio
 from src.encoding import PackingError
-from src.packing import MAX_FILE_BYTES, read_header, unpack_network
+from src.packing import MAX_FILE_BYTES, MAX_HEADER_BYTES, PackedHeader, read_header, unpack_network
+from utils_quantization import FULL_PRECISION_BITS
 
 ENDINGS = (".codeq", ".pt2")
+CLAIMS_FILE = "claims.json"  # in an exported network's archive
+VERIFIED, NOT_VERIFIED, NOT_CHECKED = "VERIFIED", "NOT VERIFIED", "NOT CHECKED"
+ROUNDED = 1e-6  # relative; two machines' sums of ratios
+TIES = 1e-3  # of the images: on another machine two logits that are almost equal may change places
 
 Say = Callable[[str], None]
+# What a file may say of its network, and of which type that is.
+CLAIMS: dict[str, type] = {
+    "data": str,  # the name of the data set that it was tested on
+    "test_images": int,
+    "accuracy": float,  # on these images, 0 to 1
+    "structured_macs": int,
+    "zero_weights": int,
+    "mean_bits": float,
+    "structured_bops_ratio": float,
+    "unstructured_bops_ratio": float,
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Received:
-    """What was found out of a file."""
+    """What a file says of its network, what was found of it, and how they compare."""
 
-    holds: bool  # what it says of its own multiplications
-    accuracy: float  # on the test images, 0 to 1
-    macs: int  # as the network runs, counted by torch
+    claims: dict[str, Any]
+    found: dict[str, Any] = field(default_factory=dict)  # the same, measured again; fewer where not measured
+    macs: int = 0  # as the network runs, counted by torch
+    left_out: list[str] = field(default_factory=list)  # why something was not measured
+
+    @property
+    def false(self) -> list[str]:
+        """The claims that do not hold, in words."""
+        return [
+            f"{name} is said to be {self.claims[name]!r}, found {self.found[name]!r}"
+            for name in self.claims
+            if name in self.found and not self._holds(name)
+        ]
+
+    @property
+    def result(self) -> str:
+        if self.false:
+            return NOT_VERIFIED
+        return NOT_CHECKED if self.left_out else VERIFIED
+
+    def _holds(self, name: str) -> bool:
+        said, found = self.claims[name], self.found[name]
+        if name == "accuracy":
+            return abs(said - found) * self.found["test_images"] <= max(0.5, TIES * self.found["test_images"])
+        if isinstance(found, float):
+            return abs(said - found) <= ROUNDED * abs(found)
+        return bool(said == found)
 
 
-def check_file(path: Path, load: Callable[[], Dataset], say: Say) -> Received:
+def check_file(path: Path, load: Callable[[], Dataset], say: Say, model: str = "") -> Received:
     """Check a file and tell `say` what is found. The data set is loaded once the file has been read.
+
+    A packed file of another network than `resnet.py`'s needs the `model` that builds it, as --model names it.
+    The accuracy is measured on the data set that the file names, and never on another.
 
     Raises: ValueError for a file that cannot be checked, and what `load` raises.
     """
+    name = printable(path)
     if path.suffix not in ENDINGS:
         raise ValueError(
-            f"{path} ends in {path.suffix!r}; expected a file that ends in {' or '.join(ENDINGS)}"
+            f"{name} ends in {path.suffix!r}; expected a file that ends in {' or '.join(ENDINGS)}"
         )
-    content = _read(path)
-    say(f"File:     {path}, {len(content):,} bytes")
-    holds = True
+    try:
+        content = read_file(path, MAX_FILE_BYTES + MAX_HEADER_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}; name a packed or exported network") from None
+    say(f"File:     {name}, {len(content):,} bytes")
     if path.suffix == ".codeq":
         try:
-            network, holds = _describe_packed(content, say)
+            network, received = _open_packed(content, say, model)
         except PackingError as error:
-            raise ValueError(f"{path}: {error}; get the file again") from None
+            raise ValueError(f"{name}: {error}; get the file again") from None
     else:
-        network = _load_exported(path, content)
+        network, received = _open_exported(name, content)
+    _say_claims(received.claims, say)
     dataset = load()
     say(f"Data:     {dataset.name}, {len(dataset.test_labels):,} test images ({dataset.source})")
     try:
-        accuracy, macs = _accuracy(network, TestBatches(dataset, "cpu")), count_by_torch(network)[""]
+        received.macs = count_by_torch(network)[""]
+        if why := _not_to_score(received.claims, dataset):
+            received.left_out.append(why)
+        else:
+            received.found |= {"data": dataset.name, "test_images": len(dataset.test_labels)}
+            received.found["accuracy"] = _accuracy(network, TestBatches(dataset, "cpu"))
+            say(f"Accuracy: {100 * received.found['accuracy']:.2f} %")
     except Exception as error:  # an exported network of another kind fails in its own way
         raise ValueError(
-            f"{path} holds no network for 3 x 32 x 32 images and {CLASSES} classes ({type(error).__name__})"
+            f"{name} holds no network for 3 x 32 x 32 images and {CLASSES} classes ({type(error).__name__})"
         ) from None
-    say(f"Accuracy: {100 * accuracy:.2f} %")
-    say(f"MACs:     {macs:,} as the network runs, counted by torch")
-    return Received(holds, accuracy, macs)
+    say(f"MACs:     {received.macs:,} as the network runs, counted by torch")
+    if path.suffix == ".pt2":
+        received.found["structured_macs"] = received.macs
+    why = "; ".join(received.false or received.left_out)
+    say(received.result + (f": {why}" if why else ": what the file says of itself was found"))
+    return received
 
 
-def _read(path: Path) -> bytes:
-    """The whole file, a packed one only up to the size that one can have."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES * 2 if path.suffix == ".codeq" else -1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; name a file that is there") from None
+def _not_to_score(claims: Mapping[str, Any], dataset: Dataset) -> str:
+    """Why the accuracy is not measured on this data set; empty where it is."""
+    said, images = claims.get("data"), claims.get("test_images")
+    if "accuracy" not in claims or said is None or images is None:
+        return "the file says no accuracy and no data set"
+    if said != dataset.name:
+        return f"the accuracy is of {printable(said):.60}, which is not here; give --data and --data-dir"
+    if images != len(dataset.test_labels):
+        return f"the accuracy is of {images:,} test images, and {len(dataset.test_labels):,} are here"
+    return ""
 
 
-def _describe_packed(content: bytes, say: Say) -> tuple[nn.Module, bool]:
-    """The network of a packed file, and whether what the file says of its MACs holds.
+def _say_claims(claims: Mapping[str, Any], say: Say) -> None:
+    shown = [f"{name} {printable(value):.60}" for name, value in claims.items()]
+    say(f"Says:     {', '.join(shown) or 'nothing of itself'}")
 
-    Raises: PackingError. What the file says in words is shown with its control characters escaped.
+
+def _checked(claims: Mapping[str, Any]) -> dict[str, Any]:
+    """The claims that are known. Raises: PackingError for one that is not of its type."""
+    for name, kind in CLAIMS.items():
+        value = claims.get(name)
+        fits = type(value) in ((int, float) if kind is float else (kind,))
+        if value is not None and not (fits and (kind is not float or abs(value) < float("inf"))):
+            expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
+            raise PackingError(f"the file says {value!r:.60} for {name}; expected {expected}")
+    return {name: claims[name] for name in CLAIMS if claims.get(name) is not None}
+
+
+def _open_packed(content: bytes, say: Say, model: str) -> tuple[nn.Module, Received]:
+    """The network of a packed file, and what is found in it. Raises: PackingError.
+
+    What the file says in words is shown with its control characters escaped.
     """
-    header, network = read_header(content), unpack_network(content)
-    claimed = header.metrics.get("structured_macs")
-    if claimed is not None and type(claimed) is not int:
-        raise PackingError(f"the file claims {claimed!r:.60} MACs; expected a whole number")
+    header = read_header(content)
+    if header.network and not model:
+        raise ValueError(
+            f"the file holds the network {header.network!r:.120}, whose code is not in the file; if you have "
+            f"that code and trust it, give --model module:callable"
+        )
+    if model and not header.network:
+        raise ValueError(f"the file holds a ResNet of resnet.py, and --model is {model!r}; leave --model out")
+    received = Received(_checked(header.metrics))
+    network = unpack_network(content, (lambda: make_network(model)) if model else None)
     count = count_network(network)
-    left = count.total("structured_macs")
-    zeros, weights = count.total("zero_weights"), count.total("weights")
+    received.found = _found(count, header)
     preset = header.settings.get("preset", "?")
-    say(f"Network:  {header.blocks_per_stage} blocks a stage; preset {preset!r:.60}")
+    what = f"{header.network!r:.120}" if header.network else f"{header.blocks_per_stage} blocks a stage"
+    say(f"Network:  {what}; preset {preset!r:.60}")
     say(f"Bits:     {', '.join(f'{name} {bits}' for name, bits in header.bits.items()) or 'none quantized'}")
-    say(f"Zeros:    {zeros:,} of {weights:,} weights")
-    said = "the file makes no claim" if claimed is None else f"the file claims {claimed:,}"
-    holds = claimed in (None, left)
-    say(f"Left:     {left:,} of {count.total('dense_macs'):,} MACs without the dead channels; {said}"
-        + ("" if holds else ": NOT TRUE"))  # fmt: skip
-    return network, holds
+    say(f"Zeros:    {received.found['zero_weights']:,} of {count.total('weights'):,} weights")
+    left, dense = received.found["structured_macs"], count.total("dense_macs")
+    say(f"Left:     {left:,} of {dense:,} MACs without the dead channels")
+    return network, received
 
 
-def _load_exported(path: Path, content: bytes) -> nn.Module:
+def _found(count: NetworkCount, header: PackedHeader) -> dict[str, Any]:
+    """The counts that the claims are held against, with the bits that the file codes its layers in."""
+    bits = {layer.name: header.bits.get(layer.name, FULL_PRECISION_BITS) for layer in count.layers}
+    found: dict[str, Any] = {name: count.total(name) for name in ("structured_macs", "zero_weights")}
+    if header.bits:
+        found["mean_bits"] = sum(header.bits.values()) / len(header.bits)
+    for kind in ("structured", "unstructured"):
+        left = sum(getattr(layer, f"{kind}_macs") * bits[layer.name] for layer in count.layers)
+        found[f"{kind}_bops_ratio"] = ratio(count.total("dense_macs") * FULL_PRECISION_BITS, left)
+    return found
+
+
+def _open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
+    if checksum_holds(content) is False:
+        raise ValueError(f"{name} was altered: its checksum does not match; get the file again")
     # What torch logs of a damaged archive is a traceback; the sentence below says it.
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)
+    said = {CLAIMS_FILE: ""}
     try:
-        return torch.export.load(io.BytesIO(content)).module()
+        network = torch.export.load(io.BytesIO(content), extra_files=said).module()
+        claims = _checked(json.loads(said[CLAIMS_FILE] or "{}"))
+    except PackingError as error:
+        raise ValueError(f"{name}: {error}; get the file again") from None
     except Exception as error:  # torch raises all kinds for a damaged archive
         raise ValueError(
-            f"{path} is no network that torch.export saved ({type(error).__name__}); get the file again"
+            f"{name} is no network that torch.export saved ({type(error).__name__}); get the file again"
         ) from None
+    received = Received(claims)
+    if checksum_holds(content) is None:
+        received.left_out.append("the file carries no checksum")
+    return network, received
 
 
 def _accuracy(network: nn.Module, batches: TestBatches) -> float:

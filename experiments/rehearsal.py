@@ -4,6 +4,7 @@ Both are done within the run, as other processes would do them, and give lines o
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from experiments.data import Dataset
 from experiments.evaluator import Compression
 from experiments.files import OutputError
 from experiments.history import Check, EpochRecord, History
+from experiments.received import VERIFIED as HOLDS
 from experiments.received import Say, check_file
 from experiments.training import Pipeline
 from experiments.verdict import SKIP, judge
@@ -69,17 +71,19 @@ def rehearse_resuming(
 
 def rehearse_verifying(history: History, dataset: Dataset, folder: Path, say: Say) -> Check:
     """Check the run's packed file as its receiver would."""
-    made, again = history.compressed, history.retest
+    made, again, model = history.compressed, history.retest, history.settings["model"]
     if made is None or again is None:
         return Check(SKIP, VERIFIED, "there is no packed file")
-    received = check_file(folder / "compressed.codeq", lambda: dataset, say)
+    received = check_file(folder / "compressed.codeq", lambda: dataset, say, model if ":" in model else "")
+    accuracy = received.found.get("accuracy", math.nan)
     measured = (
-        f"accuracy {100 * received.accuracy:.2f} %, the run's is {100 * made.packed_accuracy:.2f} %; "
+        f"{received.result}; accuracy {100 * accuracy:.2f} %, the run's is "
+        f"{100 * made.packed_accuracy:.2f} %; "
         f"{received.macs:,} MACs, the run's are {made.dense_macs:,}"
     )
     # Another device may round otherwise, and two logits that are equal to rounding change places.
-    close = abs(received.accuracy - made.packed_accuracy) * made.images <= again.ties + 0.5
-    holds = received.holds and received.macs == made.dense_macs and close
+    close = abs(accuracy - made.packed_accuracy) * made.images <= again.ties + 0.5
+    holds = received.result == HOLDS and received.macs == made.dense_macs and close
     return judge(holds, VERIFIED, measured, "a defect in src/packing.py, or in what the file says of itself")
 
 

@@ -1,21 +1,35 @@
 """Check a compressed network that someone sends: accuracy, counts and bytes, without training.
 
     python -m experiments.verify debug_output/compressed.codeq --data-dir data
-    python -m experiments.verify debug_output/slim.pt2 --data synthetic
+    python -m experiments.verify debug_output/slim.pt2 --json
+    python -m experiments.verify vgg.codeq --model torchvision.models:vgg11_bn
 
-A packed file (.codeq) holds no code and is safe to open whoever sends it. A .pt2 file is torch's own format,
-which is not meant for files from strangers: open those of people you trust.
-Exit status: 0, 1 when a packed file's own claims do not hold, 2 for bad input.
+A packed file (.codeq) holds no code and is safe to open whoever sends it; of a network that is not one of
+resnet.py it holds the numbers, and --model brings the code. A .pt2 file is torch's own format, which is not
+meant for files from strangers: open those of people you trust.
+
+The last line is VERIFIED, NOT VERIFIED (what the file says of itself is not so), or NOT CHECKED (why: it says
+nothing, or the data set that it was tested on is not here).
+Exit status: 0, 1 and 3 for these, 2 for bad input.
 """
 
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and not __package__:  # python experiments/verify.py, without -m
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import json
+from dataclasses import asdict
+
 from experiments.data import load_dataset
 from experiments.exit_status import EXIT_FAILED, EXIT_OK, ExitStatus
 from experiments.live import LiveLine
-from experiments.received import check_file
+from experiments.received import NOT_CHECKED, NOT_VERIFIED, VERIFIED, check_file
 from experiments.settings import DATA, Parser
+
+EXIT_NOT_CHECKED = 3
+STATUS = {VERIFIED: EXIT_OK, NOT_VERIFIED: EXIT_FAILED, NOT_CHECKED: EXIT_NOT_CHECKED}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,14 +41,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", choices=DATA, default="auto", help="as for experiments.debug_run")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of cifar-10-batches-py")
     parser.add_argument("--limit-test", type=int, help="use only the first so many test images")
+    parser.add_argument(
+        "--model", default="", metavar="NAME", help="module:callable that builds a network not of resnet.py"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the lines")
     chosen = parser.parse_args(arguments)
+    say = (lambda text: None) if chosen.json else live.say
     with ExitStatus(live, "the same command starts over") as end:
         received = check_file(
             chosen.file,
-            lambda: load_dataset(chosen.data, chosen.data_dir, None, chosen.limit_test, live.say),
-            live.say,
+            lambda: load_dataset(chosen.data, chosen.data_dir, None, chosen.limit_test, say),
+            say,
+            chosen.model,
         )
-        end.status = EXIT_OK if received.holds else EXIT_FAILED
+        if chosen.json:
+            words = {"result": received.result, "false": received.false}
+            live.say(json.dumps({"file": str(chosen.file), **words, **asdict(received)}, indent=1))
+        end.status = STATUS[received.result]
     return end.status
 
 

@@ -4,8 +4,10 @@ import hashlib
 import io
 import pickle
 import random
+import stat
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -156,6 +158,10 @@ def assert_refused(content: bytes) -> None:
         def read_bytes() -> bytes:
             return content
 
+        @staticmethod
+        def stat() -> SimpleNamespace:
+            return SimpleNamespace(st_mode=stat.S_IFREG, st_size=len(content))
+
     with pytest.raises(ValueError, match="truncated or altered"):
         load_checkpoint(cast(Path, InMemory()))
 
@@ -266,8 +272,10 @@ OTHER = {
     "quantizer": "own_quantizers:LSQ", "max_bits": 7, "fixed_bits": 7,
     "batch_norm_batches": 7, "rate_warmup": 7.0, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0,
     "weights_decay": 7.0, "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "pace_steps": 7,
+    "model": "resnet32",
 }  # fmt: skip
-FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True, "preflight": "off"}
+FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True, "preflight": "off",
+        "figure_format": "pdf"}  # fmt: skip
 
 
 def saved_settings(tmp_path: Path) -> dict[str, Any]:
@@ -360,9 +368,9 @@ def test_more_epochs_are_said_with_the_rates_that_follow():
     # (1 + cos(pi t)) / 2 at a quarter and at a half of the way
     assert "0.8536 of their peak instead of 0.5000" in sentence
     # 98 steps an epoch: 20 epochs are the 1,960 that the pace is meant for, 40 twice as many
-    assert "the logits' peak and the weights' decay being 0.5000 of what they were" in sentence
+    assert "the quantizers' peak and the weights' decay being 0.5000 of what they were" in sentence
     (sentence,) = differences(10, Settings(epochs=40, pace_steps=0))
-    assert "logits" not in sentence
+    assert "peak and" not in sentence
 
 
 # What a run says of its last one
@@ -384,3 +392,48 @@ def test_the_last_checkpoint_of_a_run_is_held_against_its_records_and_its_networ
     checkpoint_path(tmp_path, 2).unlink()
     missing = checkpoint_is_the_runs(tmp_path, saved.history, model)
     assert missing.status == "FAIL" and "checkpoint_0002.pt cannot be read" in missing.message
+
+
+# Contents that are odd under a checksum that is right
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("optimizer", lambda state: state | {0: state[0] | {"step": "3"}}),
+        ("optimizer", lambda state: state | {0: state[0] | {"exp_avg": [0.0]}}),
+        ("optimizer", lambda state: state | {0: state[0] | {"exp_avg_sq": torch.zeros(7)}}),
+        ("optimizer", lambda state: state | {0: {}}),
+        ("optimizer", lambda state: {0: "moments"}),
+        ("optimizer", lambda state: {"first": state[0]}),
+        ("model", lambda state: state | {"0.weight": "numbers"}),
+        ("model", lambda state: {}),
+        ("random", lambda state: state | {"cpu": "seed"}),
+        ("random", lambda state: {}),
+    ],
+)
+def test_what_is_no_state_is_refused_in_one_sentence(part, change, tmp_path):
+    good = made(1)
+    save_checkpoint(tmp_path, replace(good, **{part: change(getattr(good, part))}))
+    model, optimizer = small_model(1)
+    with pytest.raises(ValueError, match="the checkpoint of epoch 1 is not of this network") as error:
+        restore(load_checkpoint(checkpoint_path(tmp_path, 1)), model, optimizer)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("epochs", ["twenty", None, 20.5, [20]])
+def test_epochs_that_are_no_number_are_refused_in_one_sentence(epochs, tmp_path):
+    good = made(1)
+    good.history.settings |= {"epochs": epochs}
+    save_checkpoint(tmp_path, good)
+    found = load_checkpoint(checkpoint_path(tmp_path, 1))
+    with pytest.raises(ValueError, match="for --epochs; expected a number"):
+        check_settings(found.history.settings, Settings())
+
+
+def test_a_checkpoint_of_many_gigabytes_is_not_read(tmp_path):
+    path = checkpoint_path(tmp_path, 1)
+    with path.open("wb") as file:
+        file.truncate(30 << 30)
+    with pytest.raises(ValueError, match=r"has 32,212,254,720 bytes; expected"):
+        load_checkpoint(path)

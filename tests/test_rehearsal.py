@@ -118,14 +118,16 @@ def test_without_a_checkpoint_there_is_one_sentence(tmp_path, monkeypatch):
     ("changes", "status"),
     [
         ({}, "PASS"),
-        ({"accuracy": 0.5}, "FAIL"),
-        ({"holds": False}, "FAIL"),
+        ({"found": {"accuracy": 0.5}}, "FAIL"),
+        ({"found": {}}, "FAIL"),
+        ({"claims": {"zero_weights": 3}, "found": {"zero_weights": 4, "accuracy": 0.8125}}, "FAIL"),
+        ({"left_out": ["no data"]}, "FAIL"),
         ({"macs": 1}, "FAIL"),
     ],
 )
 def test_the_packed_files_check_compares_what_its_receiver_finds(tmp_path, monkeypatch, changes, status):
     made = runs.compressed()
-    found = {"holds": True, "accuracy": made.packed_accuracy, "macs": made.dense_macs} | changes
+    found = {"claims": {}, "found": {"accuracy": made.packed_accuracy}, "macs": made.dense_macs} | changes
     monkeypatch.setattr(rehearsal, "check_file", lambda *_: Received(**found))
     history = runs.good_run()
     history.compressed = made
@@ -175,4 +177,6 @@ def test_a_smoke_run_cut_to_four_steps_has_both_lines_and_no_failure(small_stand
     assert lines[rehearsal.RESUMED] == lines[rehearsal.VERIFIED] == "PASS"
     assert "FAIL" not in lines.values()
     out = capsys.readouterr().out
-    assert "stopped after epoch 1, resumed, and epoch 2 again" in out and "the file claims" in out
+    assert (
+        "stopped after epoch 1, resumed, and epoch 2 again" in out and "VERIFIED: what the file says" in out
+    )

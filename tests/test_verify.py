@@ -1,62 +1,179 @@
-"""Checking a received file: what it prints of each kind, and what every mistake says."""
+"""Checking a received file: what it prints of each kind, its three answers, and what every mistake says."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.compressed import exported
+from experiments.compressed import PACKED, SLIM, CompressedRecord, make_compressed
+from experiments.data import TestBatches as Batches
+from experiments.data import load_dataset
 from experiments.verify import main
 from metrics import count_network
 from resnet import resnet20
-from src.packing import pack_network
+from src.packing import pack_network, read_header
 from src.quantizer import DeadZoneLDZCompander
-from src.slim import slim_network
 from utils_quantization import attach_weight_quantizers
 
+pytestmark = pytest.mark.usefixtures("small_stand_in")
 FEW = ["--data", "synthetic", "--limit-test", "40"]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("received")
+def network():
     torch.manual_seed(0)
     model = resnet20()
-    attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
+    attach_weight_quantizers(
+        model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {"init_deadzone_logit": 0.5}
+    )
     with torch.no_grad():
         model.layer1[0].conv1.parametrizations.weight.original[:8] = 0
-    left = count_network(model).total("structured_macs")
-    (folder / "good.codeq").write_bytes(pack_network(model, {"preset": "debug"}, {"structured_macs": left}))
-    (folder / "boasts.codeq").write_bytes(pack_network(model, {}, {"structured_macs": left - 1}))
-    (folder / "good.pt2").write_bytes(exported(slim_network(model)))
-    (folder / "cut.codeq").write_bytes((folder / "good.codeq").read_bytes()[:-1])
-    (folder / "cut.pt2").write_bytes((folder / "good.pt2").read_bytes()[:-100])
-    (folder / "other.txt").write_text("something else")
-    return folder, left
+    return model.eval()
 
 
-def test_a_packed_file_is_described_and_its_claim_checked(files, capsys):
-    folder, left = files
-    assert main([str(folder / "good.codeq"), *FEW]) == 0
+@pytest.fixture(scope="module")
+def files(network, tmp_path_factory) -> tuple[CompressedRecord, Path]:
+    """The files of a run on the first 40 test images of the stand-in, which has as few as in the tests."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.data.SYNTHETIC_TRAIN", 500)
+        patch.setattr("experiments.data.SYNTHETIC_TEST", 250)
+        dataset = load_dataset("synthetic", folder, 10, 40, print)
+    settings = {"preset": "debug", "output_dir": "/home/someone", "data_dir": "/home/someone/data"}
+    batches = Batches(dataset, "cpu")
+    record = make_compressed(network, count_network(network), batches, folder, settings, dataset.name)
+    return record, folder
+
+
+@pytest.fixture
+def made(files, tmp_path) -> CompressedRecord:
+    """What was measured of the files, which lie in the test's own folder."""
+    record, folder = files
+    for name in (PACKED, SLIM):
+        shutil.copy(folder / name, tmp_path / name)
+    return record
+
+
+def answer(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit status, and the last line."""
+    capsys.readouterr()
+    status = main(arguments)
+    return status, capsys.readouterr().out.splitlines()[-1]
+
+
+def changed(network: torch.nn.Module, made: CompressedRecord, **claims: object) -> bytes:
+    """The packed file with other claims."""
+    return pack_network(network, {}, made.packed_metrics | claims)
+
+
+# The three answers.
+
+
+@pytest.mark.parametrize("name", ["compressed.codeq", "slim.pt2"])
+def test_what_a_run_left_is_verified_on_the_data_that_it_names(name, made, tmp_path, capsys):
+    assert main([str(tmp_path / name), *FEW]) == 0
     out = capsys.readouterr().out
-    assert f"{(folder / 'good.codeq').stat().st_size:,} bytes" in out
-    assert f"Left:     {left:,} of 40,551,040 MACs" in out and "NOT TRUE" not in out
-    assert "layer3.2.conv2 8" in out and "Accuracy:" in out and "40 test images" in out
+    assert f"{(tmp_path / name).stat().st_size:,} bytes" in out and "40 test images" in out
+    assert f"Accuracy: {100 * made.packed_accuracy:.2f} %" in out
+    macs = made.dense_macs if name == "compressed.codeq" else made.slim_macs
+    assert f"{macs:,} as the network runs" in out
+    assert out.splitlines()[-1].startswith("VERIFIED")
 
 
-def test_a_packed_file_with_a_false_claim_fails(files, capsys):
-    folder, _ = files
-    assert main([str(folder / "boasts.codeq"), *FEW]) == 1
-    assert "NOT TRUE" in capsys.readouterr().out
+def test_a_packed_file_is_described(made, tmp_path, capsys):
+    main([str(tmp_path / "compressed.codeq"), *FEW])
+    out = capsys.readouterr().out
+    assert f"Left:     {made.structured_macs:,} of 40,551,040 MACs" in out
+    assert "layer3.2.conv2 8" in out and "preset 'debug'" in out
 
 
-def test_an_exported_network_has_the_accuracy_of_the_packed_one_and_the_macs_it_claims(files, capsys):
-    folder, left = files
-    accuracies = []
-    for name in ("good.codeq", "good.pt2"):
-        assert main([str(folder / name), *FEW]) == 0
-        out = capsys.readouterr().out
-        accuracies += [line for line in out.splitlines() if line.startswith("Accuracy")]
-    assert f"{left:,} as the network runs" in out
-    assert accuracies[0] == accuracies[1]
+@pytest.mark.parametrize(
+    ("claim", "value"),
+    [
+        ("structured_macs", 7),
+        ("zero_weights", 1),
+        ("mean_bits", 2.0),
+        ("structured_bops_ratio", 99.5),
+        ("unstructured_bops_ratio", 99.5),
+        ("accuracy", 0.99),
+    ],
+)
+def test_a_claim_that_does_not_hold_is_named(claim, value, network, made, tmp_path, capsys):
+    path = tmp_path / "boasts.codeq"
+    path.write_bytes(changed(network, made, **{claim: value}))
+    status, line = answer([str(path), *FEW], capsys)
+    assert status == 1 and line.startswith(f"NOT VERIFIED: {claim} is said to be {value!r}, found ")
+
+
+@pytest.mark.parametrize(
+    ("claims", "arguments", "why"),
+    [
+        ({"data": "CIFAR-10"}, FEW, "the accuracy is of CIFAR-10, which is not here"),
+        ({}, FEW[:2], "the accuracy is of 40 test images, and 250 are here"),
+        ({"accuracy": None}, FEW, "says no accuracy"),
+    ],
+)
+def test_on_other_data_nothing_is_scored(claims, arguments, why, network, made, tmp_path, capsys):
+    path = tmp_path / "other.codeq"
+    path.write_bytes(changed(network, made, **claims))
+    assert main([str(path), *arguments]) == 3
+    out = capsys.readouterr().out
+    assert "Accuracy:" not in out
+    assert out.splitlines()[-1].startswith("NOT CHECKED: ") and why in out.splitlines()[-1]
+
+
+def test_a_false_count_is_told_where_the_accuracy_cannot_be(network, made, tmp_path, capsys):
+    path = tmp_path / "both.codeq"
+    path.write_bytes(changed(network, made, data="CIFAR-10", zero_weights=3))
+    status, line = answer([str(path), *FEW], capsys)
+    assert status == 1 and line.startswith("NOT VERIFIED: zero_weights")
+
+
+def test_an_exported_file_without_a_checksum_is_not_checked(made, tmp_path, capsys):
+    content = (tmp_path / "slim.pt2").read_bytes()
+    (tmp_path / "bare.pt2").write_bytes(content[:-66] + bytes(2))
+    status, line = answer([str(tmp_path / "bare.pt2"), *FEW], capsys)
+    assert status == 3 and "carries no checksum" in line
+
+
+def test_as_json_it_is_one_object_with_claims_and_findings(made, tmp_path, capsys):
+    assert main([str(tmp_path / "compressed.codeq"), *FEW, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["result"] == "VERIFIED" and said["false"] == [] and said["left_out"] == []
+    assert said["claims"]["accuracy"] == said["found"]["accuracy"] == made.packed_accuracy
+    assert said["claims"].keys() == said["found"].keys() and len(said["claims"]) == 8
+
+
+def test_a_file_that_goes_to_others_names_none_of_its_makers_folders(made, tmp_path):
+    header = read_header((tmp_path / "compressed.codeq").read_bytes())
+    assert header.settings == {"preset": "debug"}
+    assert b"someone" not in (tmp_path / "slim.pt2").read_bytes()
+
+
+# What is refused.
+
+
+def refusal(path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence, of a command that is refused."""
+    capsys.readouterr()
+    assert main([str(path), *FEW]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    return sentence
+
+
+def test_any_byte_of_an_exported_file_altered_is_refused(made, tmp_path, capsys):
+    content, path = (tmp_path / "slim.pt2").read_bytes(), tmp_path / "altered.pt2"
+    for place in (0, 40, len(content) // 3, len(content) // 2, len(content) - 90, len(content) - 66, -1):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        path.write_bytes(altered)
+        assert "checksum" in refusal(path, capsys) or "no network that torch.export saved" in refusal(
+            path, capsys
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,11 +182,45 @@ def test_an_exported_network_has_the_accuracy_of_the_packed_one_and_the_macs_it_
         ("cut.codeq", "truncated"),
         ("cut.pt2", "no network that torch.export saved"),
         ("other.txt", "expected a file that ends in .codeq or .pt2"),
-        ("missing.codeq", "cannot read"),
+        ("missing.codeq", "cannot be read (No such file or directory)"),
+        ("folder.codeq", "cannot be read (Is a directory)"),
+        ("odd.codeq", "the file says 'many' for zero_weights; expected a whole number"),
     ],
 )
-def test_a_bad_file_gets_one_sentence_and_exit_status_2(files, name, words, capsys):
-    folder, _ = files
-    assert main([str(folder / name), *FEW]) == 2
-    err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1 and "Traceback" not in err
+def test_a_bad_file_gets_one_sentence(name, words, network, made, tmp_path, capsys):
+    for kind in ("codeq", "pt2"):
+        whole = tmp_path / ("compressed.codeq" if kind == "codeq" else "slim.pt2")
+        (tmp_path / f"cut.{kind}").write_bytes(whole.read_bytes()[:-100])
+    (tmp_path / "other.txt").write_text("something else")
+    (tmp_path / "folder.codeq").mkdir()
+    (tmp_path / "odd.codeq").write_bytes(changed(network, made, zero_weights="many"))
+    assert words in refusal(tmp_path / name, capsys)
+
+
+@pytest.mark.parametrize("ending", ["codeq", "pt2"])
+def test_a_file_of_many_gigabytes_is_not_read(ending, tmp_path, capsys):
+    path = tmp_path / f"sparse.{ending}"
+    with path.open("wb") as file:
+        file.truncate(30 << 30)
+    assert "32,212,254,720 bytes; expected" in refusal(path, capsys)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("ending", ["codeq", "pt2"])
+def test_a_pipe_is_not_waited_for(ending, tmp_path, capsys):
+    path = tmp_path / f"pipe.{ending}"
+    os.mkfifo(path)
+    # Should the program open the pipe, this ends the wait, and the test fails.
+    release = threading.Timer(600, lambda: os.close(os.open(path, os.O_WRONLY)))
+    release.daemon = True
+    release.start()
+    assert "is no plain file" in refusal(path, capsys)
+    release.cancel()
+
+
+def test_the_name_of_a_file_cannot_speak_to_the_terminal(made, tmp_path, capsys):
+    path = tmp_path / "a\x1b[2J\nVERIFIED\x07.codeq"
+    path.write_bytes((tmp_path / "compressed.codeq").read_bytes())
+    assert main([str(path), *FEW]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and r"a\x1b[2J\nVERIFIED\x07.codeq" in out
