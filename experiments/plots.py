@@ -1,11 +1,13 @@
 """The pictures of a run, made with matplotlib from the run's history alone, and the picture of a sweep."""
 
 import io
+import itertools
 import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
 from matplotlib.axes import Axes
@@ -21,11 +23,16 @@ from metrics import NetworkCount
 from src.channels import ChannelState
 
 PADDING = 3  # a cell beyond the last channel of its layer; the other cells are a ChannelState, 0 to 2
+# Colours that the colour-blind tell apart too: Okabe & Ito 2008, "Color Universal Design".
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
+)
+SHADE = "#e4e4e4"  # behind the penalty's warm-up
 STATE_COLOURS = {
-    ChannelState.NULL: "black",
-    ChannelState.CONSTANT: "#d95f02",
-    ChannelState.ALIVE: "white",
-    PADDING: "#bbbbbb",
+    ChannelState.NULL: BLACK,
+    ChannelState.CONSTANT: ORANGE,
+    ChannelState.ALIVE: SKY,
+    PADDING: "#dddddd",
 }
 STATE_NAMES = {
     ChannelState.ALIVE: "alive",
@@ -33,18 +40,6 @@ STATE_NAMES = {
     ChannelState.NULL: "dead, leaves nothing",
     PADDING: "padding (no such channel)",
 }
-
-
-def draw(history: History, title: str, folder: Path) -> list[Path]:
-    """Draw the pictures of a run with at least one finished epoch, and write them into `folder`.
-
-    Returns: the paths of the pictures.
-    Raises: OutputError naming a file that cannot be written.
-    """
-    drawn = figures(history, title)
-    for picture, figure in drawn.items():
-        save_figure(figure, folder / picture)
-    return [folder / picture for picture in drawn]
 
 
 def figures(history: History, title: str) -> dict[str, Figure]:
@@ -62,13 +57,18 @@ def figures(history: History, title: str) -> dict[str, Figure]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG file, atomically.
+    """Write the figure atomically, as a PNG or PDF file, as its name says.
 
     Raises: OutputError naming the file if it cannot be written.
     """
+    write_whole(path, rendered(figure, path.suffix.removeprefix(".")))
+
+
+def rendered(figure: Figure, kind: str = "png") -> bytes:
+    """The figure as the content of a file of this kind, png or pdf; the same figure gives the same bytes."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_whole(path, content.getvalue())
+    figure.savefig(content, format=kind, dpi=120, metadata={"CreationDate": None} if kind == "pdf" else None)
+    return content.getvalue()
 
 
 def _set_title(axes: Axes, title: str) -> None:
@@ -83,13 +83,14 @@ def accuracy_figure(history: History, title: str) -> Figure:
     """Test accuracy and training cross-entropy over the epochs."""
     figure, axes = _over_epochs(history, title)
     records, epochs = history.epochs, [r.epoch for r in history.epochs]
-    axes.plot(epochs, [100 * r.accuracy for r in records], "o-", color="tab:blue", label="test accuracy")
+    accuracies, losses = [100 * r.accuracy for r in records], [r.cross_entropy for r in records]
+    axes.plot(epochs, accuracies, "o-", color=BLUE, label="test accuracy")
     axes.axhline(10, color="grey", linestyle=":", label="chance")
+    _end(axes, accuracies, f"{accuracies[-1]:.2f} %", BLUE)
     axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
     right = axes.twinx()
-    right.plot(
-        epochs, [r.cross_entropy for r in records], "s--", color="tab:red", label="training cross-entropy"
-    )
+    right.plot(epochs, losses, "s--", color=VERMILION, label="training cross-entropy")
+    _end(right, losses, f"{losses[-1]:.3f}", VERMILION)
     right.set(ylabel="training cross-entropy (nats)")
     right.set_ylim(bottom=0)
     _legend(axes, right)
@@ -97,63 +98,84 @@ def accuracy_figure(history: History, title: str) -> Figure:
 
 
 def sparsity_figure(history: History, title: str) -> Figure:
-    """Both sparsities, the mean bit-width and the penalty's coefficient over the epochs."""
-    figure, axes = _over_epochs(history, title)
+    """Both sparsities over the epochs; in a panel below, the mean bit-width and the penalty's coefficient."""
+    figure, axes, lower = _over_epochs(history, title, panels=2)
     records, epochs = history.epochs, [r.epoch for r in history.epochs]
     unstructured = [100 * r.unstructured_sparsity for r in records]
     structured = [100 * r.structured_sparsity for r in records]
-    axes.plot(epochs, unstructured, "o-", color="tab:blue", label="unstructured: weights that are zero")
-    axes.plot(epochs, structured, "o-", color="tab:orange", label="structured: filters that are all zero")
+    axes.plot(epochs, unstructured, "o-", color=BLUE, label="unstructured: weights that are zero")
+    axes.plot(epochs, structured, "o-", color=VERMILION, label="structured: filters that are all zero")
     axes.set(ylabel="sparsity of the quantized layers (%)", ylim=(0, 100))
-    right = axes.twinx()
+    _end(axes, unstructured, f"{unstructured[-1]:.1f} %", BLUE)
+    _end(axes, structured, f"{structured[-1]:.1f} %", VERMILION)
     bits = [r.learned_bits for r in records]
-    right.plot(epochs, bits, "s--", color="tab:green", label="mean learned bits")
-    right.set(ylabel="bits a weight (before rounding)")
-    right.set_ylim(0, max(8, *bits) + 0.5)
-    further = axes.twinx()
-    further.spines.right.set_position(("axes", 1.12))
+    lower.plot(epochs, bits, "s--", color=GREEN, label="mean learned bits")
+    lower.set(ylabel="bits a weight (before rounding)")
+    lower.set_ylim(0, max(8, *bits) + 0.5)
+    _end(lower, bits, f"{bits[-1]:.2f} bits", GREEN)
+    right = lower.twinx()
     coefficients = [r.coefficient for r in records]
-    further.plot(epochs, coefficients, "^:", color="tab:purple", label="the penalty's coefficient")
-    further.set(ylabel="the penalty's coefficient")
-    further.set_ylim(0, 1.1 * max(coefficients) or 1)
-    _legend(axes, right, further)
+    right.plot(epochs, coefficients, "^:", color=PURPLE, label="the penalty's coefficient")
+    right.set(ylabel="the penalty's coefficient")
+    right.set_ylim(0, 1.1 * max(coefficients) or 1)
+    _legend(lower, axes, right)
     return figure
 
 
 def trade_off_figure(
-    points: Mapping[str, Sequence[Mapping[str, float]]], full: Sequence[Mapping[str, float]], title: str
+    series: Mapping[str, Mapping[float, Sequence[Mapping[str, float]]]],
+    full: Mapping[str, Sequence[Mapping[str, float]]],
+    title: str,
 ) -> Figure:
-    """Test accuracy over BOPs compression: the mean and range over the seeds of each point of a sweep.
+    """Test accuracy over BOPs compression, structured on the left and unstructured on the right.
 
-    `points` are the runs by the name of their point, `full` the runs in full precision. A run is its accuracy
-    and its ratios, by their names in history.json. A point with an infinite ratio, of a network with nothing
-    left, is not drawn.
+    A series of a sweep is a line: its runs by the weight of the penalty, which stands at the mean over the
+    seeds; bars are the range. `full` are the runs in full precision, by what they are called. A run is its
+    accuracy and its ratios, by their names in history.json. A point with an infinite ratio, of a network
+    with nothing left, is not drawn.
     """
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    for key, label, marker in (
-        ("structured_bops_ratio", "structured (the smaller network's)", "o"),
-        ("unstructured_bops_ratio", "unstructured (zero weights cost nothing)", "s"),
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    largest, seeds = 12.0, 0
+    for axes, key, name in (
+        (panels[0], "structured_bops_ratio", "structured: the smaller network's"),
+        (panels[1], "unstructured_bops_ratio", "unstructured: zero weights cost nothing"),
     ):
-        runs = [run for run in points.values() if all(math.isfinite(r[key]) for r in run)]
-        x, x_range = _means_and_ranges([[r[key] for r in run] for run in runs])
-        y, y_range = _means_and_ranges([[100 * r["accuracy"] for r in run] for run in runs])
-        axes.errorbar(x, y, y_range, x_range, marker, capsize=3, label=label)
-    if full:
-        mean, spread = _means_and_ranges([[100 * r["accuracy"] for r in full]])
-        axes.errorbar([1], mean, spread, None, "*", color="grey", capsize=3, label="full precision, 1x")
-        axes.axhline(mean[0], color="grey", linestyle="--")
-    seeds = max((len(runs) for runs in [*points.values(), full]), default=0)
-    axes.set(xlabel="BOPs compression (times less than the dense network)", ylabel="test accuracy (%)")
-    axes.set_xscale("log")
-    largest = max(12, 1.2 * axes.get_xlim()[1])
-    axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200, 500])
-    axes.set_xlim(0.9, largest)
-    axes.xaxis.set_major_formatter("{x:g}x")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    _set_title(axes, f"{title}\nmean and range of up to {seeds} seeds")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+        colours = itertools.cycle((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK))
+        for (label, points), colour in zip(series.items(), colours, strict=False):
+            by_weight = {w: r for w, r in sorted(points.items()) if all(math.isfinite(x[key]) for x in r)}
+            x, x_range = _means_and_ranges([[r[key] for r in runs] for runs in by_weight.values()])
+            y, y_range = _means_and_ranges(
+                [[100 * r["accuracy"] for r in runs] for runs in by_weight.values()]
+            )
+            axes.errorbar(
+                x, y, y_range, x_range, "o-", color=colour, capsize=3, label=label or "the penalty's weight"
+            )
+            for weight, *at in zip(by_weight, x, y, strict=True):
+                axes.annotate(f"{weight:g}", at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+            seeds = max([seeds, *map(len, points.values())])
+        for label, runs in full.items():
+            mean, spread = _means_and_ranges([[100 * r["accuracy"] for r in runs]])
+            axes.errorbar([1], mean, spread, None, "*", color="grey", capsize=3, label=f"{label}, 1x")
+            axes.axhline(mean[0], color="grey", linestyle="--")
+            seeds = max(seeds, len(runs))
+        axes.set_title(name, fontsize=9)
+        axes.set(xlabel="BOPs compression (times less than the dense network)")
+        axes.set_xscale("log")
+        largest = max(largest, 1.2 * axes.get_xlim()[1])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3, which="both")
+    for axes in panels:
+        axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200, 500])
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.set_xlim(0.9, largest)
+    panels[0].set(ylabel="test accuracy (%)")
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(fontsize=8)
+    lines = [textwrap.fill(line, 130, break_on_hyphens=False) for line in title.splitlines()]
+    figure.suptitle(
+        "\n".join([*lines, f"mean and range of up to {seeds} seeds"]), fontsize=10, parse_math=False
+    )
     return figure
 
 
@@ -164,20 +186,36 @@ def _means_and_ranges(values: Sequence[Sequence[float]]) -> tuple[list[float], l
     return means, [below, [max(v) - mean for mean, v in zip(means, values, strict=True)]]
 
 
-def _over_epochs(history: History, title: str) -> tuple[Figure, Axes]:
-    """Make a figure with the epochs as its x axis, where the epochs of the penalty's warm-up are shaded."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def _end(axes: Axes, values: Sequence[float], text: str, colour: str) -> None:
+    """Write the last number of a curve at its end, on the side that the curve does not come from."""
+    if math.isfinite(values[-1]):
+        falls = len(values) > 1 and values[-1] < values[-2]
+        axes.annotate(
+            text, (len(values), values[-1]), (-2, -13 if falls else 5), textcoords="offset points",
+            ha="right", fontsize=8, color=colour,
+        )  # fmt: skip
+
+
+def _over_epochs(history: History, title: str, panels: int = 1) -> Any:
+    """Make a figure with the epochs as its x axis, where the epochs of the penalty's warm-up are shaded.
+
+    Returns: the figure and the axes of its panels, from the top down.
+    """
+    figure = Figure(figsize=(8, 5 if panels == 1 else 7.5), layout="constrained")
+    rows = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     last = history.epochs[-1].epoch
     delay, ramp = history.settings["sparsity_delay"], history.settings["sparsity_ramp"]
     begins, ends = delay + 1, min(delay + 1 + ramp, last)  # settings count epochs from 0, the axis from 1
-    if begins < last:
-        axes.axvspan(begins, ends, color="tab:orange", alpha=0.12, label="the penalty's warm-up")
-    _set_title(axes, title)
-    axes.set(xlabel="epoch", xlim=(0.5, last + 0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    return figure, axes
+    for row in rows:
+        if begins < last:
+            label = "the penalty's warm-up" if row is rows[0] else None
+            row.axvspan(begins, ends, color=SHADE, zorder=0, label=label)
+        row.set(xlim=(0.5, last + 0.5))
+        row.xaxis.set_major_locator(MaxNLocator(integer=True))
+        row.grid(alpha=0.3)
+    _set_title(rows[0], title)
+    rows[-1].set(xlabel="epoch")
+    return figure, *rows
 
 
 def _legend(*axes: Axes) -> None:
@@ -194,6 +232,10 @@ def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each 
     cells = [[*layer.states] + [PADDING] * (width - layer.filters) for layer in layers]
     figure = Figure(figsize=(11, 1.5 + 0.27 * len(layers)), layout="constrained")
     axes = figure.subplots()
+    stages = [layer.name.partition(".")[0] for layer in layers]
+    for row, (stage, before) in enumerate(zip(stages[1:], stages, strict=False), 1):
+        if stage != before:  # a stage of the network begins here
+            axes.axhline(row - 0.5, color=VERMILION, linewidth=2)
     colours = ListedColormap([STATE_COLOURS[state] for state in sorted(STATE_COLOURS)])
     axes.imshow(cells, cmap=colours, vmin=0, vmax=PADDING, aspect="auto", interpolation="nearest")
     axes.set_xticks([x - 0.5 for x in range(width + 1)], minor=True)
@@ -230,7 +272,7 @@ def channels_over_time_figure(history: History, title: str) -> Figure:
     alive = [[100 * r.alive_channels / r.filters for r in row] for row in records]
     edges = (epochs[0] - 0.5, epochs[-1] + 0.5, len(layers) - 0.5, -0.5)
     image = axes.imshow(
-        alive, cmap="viridis", vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=edges
+        alive, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="nearest", extent=edges
     )
     names = [
         f"{n} ({row[-1].alive_channels}/{row[-1].filters})" for n, row in zip(layers, records, strict=True)
@@ -238,7 +280,7 @@ def channels_over_time_figure(history: History, title: str) -> Figure:
     axes.set_yticks(range(len(layers)), names, fontsize=8)
     begins = next((r.epoch for r in history.epochs if r.coefficient > 0), epochs[0])
     if begins > epochs[0]:
-        axes.axvline(begins - 0.5, color="tab:orange", label="the penalty sets in")
+        axes.axvline(begins - 0.5, color=VERMILION, label="the penalty sets in")
         figure.legend(loc="outside lower center", fontsize=8)
     figure.colorbar(image, label="output channels alive (%)")
     return figure
@@ -247,7 +289,7 @@ def channels_over_time_figure(history: History, title: str) -> Figure:
 def per_layer_figure(count: NetworkCount, title: str) -> Figure:
     """The channels of each convolution: a bar a layer, split by channel state, the bits in use on top."""
     layers = [layer for layer in count.layers if layer.is_convolution]
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure = Figure(figsize=(max(11, 1 + 0.42 * len(layers)), 5.5), layout="constrained")
     axes = figure.subplots()
     places, bottom = range(len(layers)), [0] * len(layers)
     for state in (ChannelState.ALIVE, ChannelState.CONSTANT, ChannelState.NULL):

@@ -65,7 +65,7 @@ def small_history(history: History) -> History:
         LayerCount(name, True, 3 + i, 3.25 + i, 90, 0, len(states), 0, tuple(map(int, states)), 90, 90, 90)
         for i, (name, states) in enumerate(STATES.items())
     ]
-    linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 90, 90)
+    linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 90, 90, False)
     numbers: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(FinalCounts)), 1.0)
     return dataclasses.replace(
         history,

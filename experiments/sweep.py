@@ -2,17 +2,24 @@
 
     python -m experiments.sweep
     python -m experiments.sweep --sparsity-weight 1e-3 4e-3 --deadzone-decay 0.5 0.8 --seed 0 1 2 --jobs 2
+    python -m experiments.sweep --model resnet20 resnet32 --fixed-bits 2 4 --seed 0
     python -m experiments.sweep --epochs 100 --print > commands.txt
 
-Every combination is an ordinary `python -m experiments.debug_run` command; a run in full precision is added
-for each seed. Flags that are not lists go to every run. Finished runs are skipped and interrupted runs are
+Every number of the debug run, its preset and its network can be a list. Every combination is an ordinary
+`python -m experiments.debug_run` command; runs in full precision are added, one for each combination of the
+lists that matter to it. Other flags go to every run. Finished runs are skipped and interrupted runs are
 resumed: the same command again finishes a sweep, or collects the results of printed commands that a cluster
-ran. At the end it writes sweep.csv, a row a run, and accuracy_over_bops.png.
+ran. After each run it writes sweep.csv, a row a run, and accuracy_over_bops.png.
 Exit status: 0, 1 when a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM (the runs in
 progress write their files first).
 """
 
 import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # python experiments/sweep.py, without -m
+    sys.path[0] = str(Path(__file__).parents[1])
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until `main` handles signals, Ctrl-C ends the program silently: a traceback out of `import torch` helps
@@ -27,11 +34,9 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from experiments.checkpoint import MAY_CHANGE
@@ -40,16 +45,28 @@ from experiments.device import usable_cores
 from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.files import lock_folder, write_whole
 from experiments.history import History
-from experiments.live import LiveLine
+from experiments.live import LiveLine, spelled
+from experiments.network import network_name
 from experiments.settings import Parser, Settings, flag, parse_settings
 from experiments.verdict import FAIL
 
-LISTS: dict[str, tuple[float, ...]] = {  # the settings that a sweep varies, with their default values
-    "sparsity_weight": (1e-3, 2e-3, 4e-3, 8e-3),
-    "bit_decay": (Settings.bit_decay,),
-    "deadzone_decay": (Settings.deadzone_decay,),
+NUMBERS = (int, float, int | None)
+# The settings that can be lists, in the order of the folders' names.
+AXES = (
+    "preset",
+    "model",
+    *(f.name for f in fields(Settings) if f.type in NUMBERS and f.name != "seed"),
+    "seed",
+)
+LISTS: dict[str, tuple[float, ...]] = {  # those that are lists by default
+    "sparsity_weight": (5e-4, 1e-3, 2e-3, 2.8e-3, 4e-3, 8e-3),
     "seed": (0, 1, 2),
 }
+# What a run without quantizers and penalty does not depend on.
+OF_COMPRESSION = (
+    *("sparsity_weight", "sparsity_delay", "sparsity_ramp", "max_bits", "fixed_bits", "bit_lr", "bit_decay"),
+    *("deadzone_lr", "deadzone_decay"),
+)
 FULL_PRECISION = "full_precision"  # the point of the runs without quantizers
 SPARSITIES = ("unstructured_sparsity", "structured_sparsity", "bits")
 RATIOS = (
@@ -95,8 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         "Other flags go to every run (python -m experiments.debug_run --help lists them).",
         allow_abbrev=False,
     )
-    for name, default in LISTS.items():
-        shown = " ".join(f"{value:g}" for value in default)
+    for name in AXES:
+        shown = " ".join(f"{value:g}" for value in LISTS.get(name, ())) or "the debug run's"
         parser.add_argument(flag(name), nargs="+", metavar="X", help=f"one run for each (default: {shown})")
     parser.add_argument("--output-dir", type=Path, default=Path("sweep_output"), help="a folder a run in it")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
@@ -106,7 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--jobs is {chosen.jobs}; expected a whole number, 1 or more")
     if "--resume" in others:
         parser.error("--resume is given to every run as it is: leave it out")
-    lists = {name: getattr(chosen, name) or [f"{v:g}" for v in default] for name, default in LISTS.items()}
+    given = {name: getattr(chosen, name) or [f"{v:g}" for v in LISTS.get(name, ())] for name in AXES}
+    lists = {name: values for name, values in given.items() if values}
     members = list(plan(chosen.output_dir, lists, others))
     if members[0].settings.data == "auto":
         parser.error("--data is 'auto', and a curve must be of one data set; expected cifar10 or synthetic")
@@ -126,8 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
         running: dict[Member, subprocess.Popen[bytes]] = {}
         held.callback(stop_all, running)
-        failed = run_all(left, chosen.jobs, running, say)
-        gather(members, chosen.output_dir)
+        failed = run_all(left, chosen.jobs, running, say, lambda: gather(members, lists, chosen.output_dir))
+        gather(members, lists, chosen.output_dir)
         say(f"Files: {chosen.output_dir / CSV}, {chosen.output_dir / PICTURE}")
         if failed:
             say(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
@@ -136,23 +154,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> Iterator[Member]:
-    """Make a member for each combination, then one in full precision for each seed.
+    """Make a member for each combination, then those in full precision.
 
     A bad flag ends the program with status 2.
     """
+    named = [n for n, values in lists.items() if n != "seed" and (len(values) > 1 or n == "sparsity_weight")]
     # Forbid the fallback to the synthetic stand-in: a curve must use one data set. A --data that the user
     # gives comes later on the command line, and the last one counts.
     common = ["--data", "cifar10", *others]
     for values in itertools.product(*lists.values()):
         flags = [text for name, value in zip(lists, values, strict=True) for text in (flag(name), value)]
         settings = parse_settings([*common, *flags])
-        point = ",".join(f"{name}={getattr(settings, name)}" for name in lists if name != "seed")
+        point = ",".join(f"{name}={getattr(settings, name)}" for name in named)
         yield _member(folder, point, settings.seed, [*common, *flags])
-    for seed in lists["seed"]:
+    plain = {name: values for name, values in lists.items() if name not in OF_COMPRESSION}
+    for values in itertools.product(*plain.values()):
+        flags = [text for name, value in zip(plain, values, strict=True) for text in (flag(name), value)]
         # The default beta2 is chosen for training with the penalty, which a full-precision run does not have:
         # take torch's default.
-        arguments = ["--beta2", "0.999", *common, flag("seed"), seed, "--exclude-layers", "."]
-        yield _member(folder, FULL_PRECISION, parse_settings(arguments).seed, arguments)
+        arguments = ["--beta2", "0.999", *common, *flags, "--exclude-layers", "."]
+        settings = parse_settings(arguments)
+        of = [f"{name}={getattr(settings, name)}" for name in named if name in plain]
+        yield _member(folder, ",".join([FULL_PRECISION, *of]), settings.seed, arguments)
 
 
 def _member(folder: Path, point: str, seed: int, arguments: list[str]) -> Member:
@@ -166,12 +189,14 @@ def run_all(
     jobs: int,
     running: dict[Member, subprocess.Popen[bytes]],
     say: Callable[[str], None],
+    collect: Callable[[], None],
 ) -> list[Member]:
-    """Run the members, `jobs` at a time. Returns: those that failed.
+    """Run the members, `jobs` at a time, and `collect` after each. Returns: those that failed.
 
     `running` holds the runs in progress at any moment, so that the caller can stop them after a signal.
     """
-    waiting, failed = list(reversed(members)), []
+    began = time.monotonic()
+    waiting, failed, ended = list(reversed(members)), list[Member](), 0
     while waiting or running:
         while waiting and len(running) < jobs:
             member = waiting.pop()
@@ -187,7 +212,11 @@ def run_all(
             history = member.history()
             if history is None:
                 failed.append(member)
-            say(f"{member.name}: {describe(history) if history else why_failed(member, status)}")
+            ended += 1
+            left = (time.monotonic() - began) / ended * (len(members) - ended)
+            time_left = f"; about {spelled(left)} left" if left and history else ""
+            say(f"{member.name}: {describe(history) if history else why_failed(member, status)}{time_left}")
+            collect()
     return failed
 
 
@@ -243,34 +272,42 @@ def results(history: History) -> dict[str, float]:
     return accuracy | {key: getattr(history.final, key) for key in (*SPARSITIES, *RATIOS)}
 
 
-def gather(members: Sequence[Member], folder: Path) -> None:
+def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder: Path) -> None:
     """Write the table of all runs, and the picture of those that have finished."""
     from experiments import plots
 
-    columns = ("name", "status", *LISTS, "epochs", "data", "accuracy", *SPARSITIES, *RATIOS, "seconds")
+    columns = ("name", "status", *dict.fromkeys([*lists, "epochs"]), "data", "accuracy", *SPARSITIES, *RATIOS,
+               "seconds")  # fmt: skip
     text = io.StringIO()
     table = csv.DictWriter(text, columns, restval="")
     table.writeheader()
-    points: dict[str, list[dict[str, float]]] = {}
+    # By the settings that are not the penalty's weight, and by that weight.
+    series: dict[str, dict[float, list[dict[str, float]]]] = {}
+    full: dict[str, list[dict[str, float]]] = {}
     data = set()
     for member in members:
         history, settings = member.history(), member.settings.to_json()
         row: dict[str, Any] = {"name": member.name, "epochs": settings["epochs"]}
-        # A full-precision run has no penalty and no logits: of the lists, only its seed means anything.
-        row |= {n: settings[n] for n in LISTS if n == "seed" or member.point != FULL_PRECISION}
+        is_full = member.point.startswith(FULL_PRECISION)
+        row |= {n: settings[n] for n in lists if not (is_full and n in OF_COMPRESSION)}
         if history:
             found = results(history)
             seconds = sum(epoch.seconds for epoch in history.epochs)
             row |= found | {"status": "done", "data": history.data.name, "seconds": seconds}
-            points.setdefault(member.point, []).append(found)
+            others = ", ".join(p for p in member.point.split(",") if not p.startswith("sparsity_weight="))
+            if is_full:
+                full.setdefault(others.replace("_", " ").replace(f"{FULL_PRECISION},", ""), []).append(found)
+            else:
+                series.setdefault(others, {}).setdefault(settings["sparsity_weight"], []).append(found)
             data.add(history.data.name)
         table.writerow({"status": "missing"} | row)
     write_whole(folder / CSV, text.getvalue().encode())
-    full = points.pop(FULL_PRECISION, [])
     common = members[0].settings
-    what = f"ResNet-20 on {', '.join(sorted(data)) or 'nothing yet'}, {common.epochs} epochs"
-    title = f"Accuracy over BOPs: {what}\npreset {common.described(but=LISTS)}"
-    plots.save_figure(plots.trade_off_figure(points, full, title), folder / PICTURE)
+    what = (
+        f"{network_name(common.model)} on {', '.join(sorted(data)) or 'nothing yet'}, {common.epochs} epochs"
+    )
+    title = f"Accuracy over BOPs: {what}\npreset {common.described(but=AXES)}"
+    plots.save_figure(plots.trade_off_figure(series, full, title), folder / PICTURE)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def colours(figure: Figure) -> np.ndarray:
     return image.to_rgba(image.get_array())
 
 
-WHITE, BLACK = to_rgba("white"), to_rgba("black")
+SKY, BLACK = to_rgba("#56B4E9"), to_rgba("black")
 
 
 def planted_picture() -> Figure:
@@ -202,19 +202,19 @@ def test_the_picture_has_a_row_a_convolution_in_order_and_the_widest_sets_the_co
     assert names == CONVOLUTIONS
 
 
-def test_the_picture_shows_alive_white_null_black_constant_in_a_colour_and_padding_grey():
+def test_the_picture_shows_alive_blue_null_black_constant_in_a_colour_and_padding_grey():
     figure = planted_picture()
     cells = colours(figure)
     padding = tuple(cells[0, 63])
     assert padding[0] == padding[1] == padding[2]
     assert 0.2 < padding[0] < 0.9
     constant = tuple(cells[CONVOLUTIONS.index("layer1.0.conv1"), 3])
-    assert constant == to_rgba("#d95f02")  # orange
+    assert constant == to_rgba("#E69F00")  # orange
     widths = {"conv1": 16, "layer1": 16, "layer2": 32, "layer3": 64}
     for row, name in enumerate(CONVOLUTIONS):
         width = widths[name.split(".")[0]]
         for column in range(64):
-            expected = WHITE if column < width else padding
+            expected = SKY if column < width else padding
             if (name, column) == ("layer1.0.conv1", 3):
                 expected = constant
             if (name, column) == ("layer2.0.conv1", 6):
@@ -222,17 +222,17 @@ def test_the_picture_shows_alive_white_null_black_constant_in_a_colour_and_paddi
             assert tuple(cells[row, column]) == expected, (name, column)
 
 
-def test_the_picture_of_a_network_with_nothing_left_has_no_white():
+def test_the_picture_of_a_network_with_nothing_left_has_no_blue():
     model = random_network(Deaths(0, whole=("conv1",)))
     cells = colours(Evaluator(model, SMALL).plot_channel_liveness(model))
-    assert not (cells == WHITE).all(2).any()
+    assert not (cells == SKY).all(2).any()
 
 
 def test_the_colours_do_not_depend_on_which_states_there_are():
     figure = planted_picture()
     whole = random_network(Deaths(0))
     alone = colours(Evaluator(whole, SMALL).plot_channel_liveness(whole))
-    assert tuple(alone[0, 0]) == WHITE
+    assert tuple(alone[0, 0]) == SKY
     np.testing.assert_array_equal(alone[0], colours(figure)[0])
 
 

@@ -10,18 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 from programs import DEADLINE, environment, environment_at_start
 
 from experiments import plots, sweep
 from experiments.history import Check
-from experiments.settings import parse_settings
-from experiments.sweep import LISTS, Member, main, plan
+from experiments.settings import Settings, parse_settings
+from experiments.sweep import AXES, LISTS, Member, main, plan
 
 SMALL = ["--preflight", "off",
          "--data", "synthetic", "--limit-train", "64", "--limit-test", "32", "--batch-size", "32",
@@ -110,7 +111,7 @@ def test_print_leaves_out_what_is_done(working_folder, capsys):
 
 
 def one_point() -> dict[str, list[str]]:
-    return {"sparsity_weight": ["0.001"], "bit_decay": ["1"], "deadzone_decay": ["1.2"], "seed": ["0"]}
+    return {"sparsity_weight": ["0.001"], "seed": ["0"]}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def endings(monkeypatch) -> dict[str, str]:
 def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_on(
     working_folder, endings, capsys
 ):
-    lost = "sparsity_weight=0.001,bit_decay=1.0,deadzone_decay=1.2,seed=0"
+    lost = "sparsity_weight=0.001,seed=0"
     endings[lost] = "import sys; print('error: no luck'); sys.exit(2)"
     assert main(ONE_POINT) == 1
     out = capsys.readouterr().out
@@ -215,7 +216,7 @@ def test_what_a_member_left_counts_and_not_its_status(working_folder, endings, c
     left = json.dumps(history(first.settings.to_json(), 0.8, 12.0))
     endings[first.name] = f"open('history.json', 'w').write({left!r}); raise SystemExit(1)"
     endings[second.name] = "pass"
-    assert sweep.run_all(members, 1, {}, print) == [second]
+    assert sweep.run_all(members, 1, {}, print, lambda: None) == [second]
     assert f"{first.name}: 80.00 %" in capsys.readouterr().out
 
 
@@ -242,7 +243,7 @@ def test_no_more_than_jobs_run_at_a_time(working_folder, endings, monkeypatch):
     sleep = time.sleep
     monkeypatch.setattr(sweep.time, "sleep", watch)
     members = list(plan(Path("out"), one_point() | {"seed": ["0", "1", "2"]}, SMALL))
-    assert sweep.run_all(members, 2, running, print) == []
+    assert sweep.run_all(members, 2, running, print, lambda: None) == []
     assert most == 2
     assert not running
 
@@ -266,7 +267,7 @@ def test_when_standard_output_takes_no_more_it_ends_in_one_sentence(tmp_path, ar
 def test_the_table_has_a_row_a_run_with_what_its_history_says(working_folder):
     members = list(plan(Path("out"), one_point(), SMALL))
     finish(members[0], accuracy=0.75, ratio=16.5)
-    sweep.gather(members, Path("out"))
+    sweep.gather(members, one_point(), Path("out"))
     done, missing = rows(Path("out"))
     assert (done["status"], done["sparsity_weight"], done["seed"]) == ("done", "0.001", "0")
     assert (float(done["accuracy"]), float(done["structured_bops_ratio"])) == (0.75, 16.5)
@@ -279,33 +280,57 @@ def test_the_table_has_a_row_a_run_with_what_its_history_says(working_folder):
     assert missing["sparsity_weight"] == ""
 
 
-def test_the_picture_shows_means_and_ranges_over_the_seeds_and_full_precision(monkeypatch):
+def test_the_picture_shows_means_and_ranges_over_the_seeds_and_full_precision():
     def run(accuracy: float, structured: float, unstructured: float) -> dict[str, float]:
         return {"accuracy": accuracy, "structured_bops_ratio": structured,
                 "unstructured_bops_ratio": unstructured}  # fmt: skip
 
-    points = {"a": [run(0.80, 10, 20), run(0.84, 14, 30)], "b": [run(0.70, 40, 80)]}
-    figure = plots.trade_off_figure(points, [run(0.86, 1, 1), run(0.88, 1, 1)], "a title")
-    (axes,) = figure.axes
-    structured, unstructured, full = (container.lines for container in axes.containers)
-    for (x, y), (wanted_x, wanted_y) in zip(structured[0].get_xydata(), [(12, 82), (40, 70)], strict=True):
-        assert (x, y) == pytest.approx((wanted_x, wanted_y))
-    for (x, y), (wanted_x, wanted_y) in zip(unstructured[0].get_xydata(), [(25, 82), (80, 70)], strict=True):
-        assert (x, y) == pytest.approx((wanted_x, wanted_y))
-    assert full[0].get_xydata().tolist() == [[1, pytest.approx(87)]]
-    across, upright = (bars.get_segments() for bars in structured[2])
+    series = {"": {0.004: [run(0.70, 40, 80)], 0.001: [run(0.80, 10, 20), run(0.84, 14, 30)]}}
+    figure = plots.trade_off_figure(series, {"full": [run(0.86, 1, 1), run(0.88, 1, 1)]}, "a title")
+    for axes, wanted in zip(figure.axes, ([(12, 82), (40, 70)], [(25, 82), (80, 70)]), strict=True):
+        line, full = (container.lines for container in axes.containers)
+        # One line, in the order of the weights, each with its weight beside it.
+        assert line[0].get_xydata() == pytest.approx(np.array(wanted)) and line[0].get_linestyle() == "-"
+        assert [text.get_text() for text in axes.texts] == ["0.001", "0.004"]
+        assert full[0].get_xydata().tolist() == [[1, pytest.approx(87)]]
+        low, high = axes.get_xlim()
+        assert low < 1 < 80 < high
+    across, upright = (bars.get_segments() for bars in figure.axes[0].containers[0].lines[2])
     assert [list(segment[:, 0]) for segment in across] == [[10, 14], [40, 40]]
     assert upright[0][:, 1] == pytest.approx([80, 84])
-    assert "a title" in axes.get_title()
-    assert "2 seeds" in axes.get_title()
-    low, high = axes.get_xlim()
-    assert low < 1 < 80 < high
+    assert "a title" in figure.get_suptitle() and "2 seeds" in figure.get_suptitle()
+
+
+def test_every_number_preset_and_network_is_an_axis_and_full_precision_follows_those_that_matter(
+    working_folder,
+):
+    chosen = {"model": ["resnet20", "resnet32"], "fixed_bits": ["2", "4"], "epochs": ["3"],
+              "sparsity_weight": ["0.001"], "seed": ["0"]}  # fmt: skip
+    members = list(plan(Path("out"), chosen, ["--data", "synthetic"]))
+    names = [m.name for m in members]
+    assert names[0] == "model=resnet20,fixed_bits=2,sparsity_weight=0.001,seed=0" and len(names) == 6
+    assert names[4:] == ["full_precision,model=resnet20,seed=0", "full_precision,model=resnet32,seed=0"]
+    assert {m.settings.epochs for m in members} == {3}
+    assert [m.settings.fixed_bits for m in members] == [2, 4, 2, 4, None, None]
+    numbers = {f.name for f in fields(Settings) if f.type in (int, float, int | None)}
+    assert {*AXES} == numbers | {"preset", "model"}
+
+
+def test_table_and_picture_are_there_after_every_member_with_the_time_left(
+    working_folder, endings, capsys, monkeypatch
+):
+    seen, gather = [], sweep.gather
+    monkeypatch.setattr(sweep, "gather", lambda *args: (gather(*args), seen.append(rows(args[2]))))
+    assert main([*SMALL, "--sparsity-weight", "1e-3", "2e-3", "--seed", "0"]) == 0
+    assert [[row["status"] for row in table].count("done") for table in seen] == [1, 2, 3, 3]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "80.00 %" in line]
+    assert ["left" in line for line in lines] == [True, True, False]
 
 
 def test_a_sweep_of_which_nothing_is_done_still_gives_table_and_picture(working_folder):
     members = list(plan(Path("out"), one_point(), SMALL))
     Path("out").mkdir()
-    sweep.gather(members, Path("out"))
+    sweep.gather(members, one_point(), Path("out"))
     assert (working_folder / "out" / "accuracy_over_bops.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -324,7 +349,7 @@ if "experiments.debug_run" in sys.orig_argv:
     from experiments import compressed, data
 
     data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST = 64, 32
-    compressed.exported = lambda network: b"an exported network"
+    compressed.exported = lambda network, claims: b"an exported network"
     compressed.read_back = lambda path, network, images: (sum(p.numel() for p in network.parameters()), 0.0)
     compressed.measure_latency = lambda networks, images: {}
 """
@@ -349,7 +374,7 @@ def test_a_killed_member_and_a_stopped_sweep_are_made_good_by_the_same_command(t
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout
-    started = "sparsity_weight=0.001,bit_decay=1.0,deadzone_decay=1.2,seed=0: started\n"
+    started = "sparsity_weight=0.001,seed=0: started\n"
     try:
         assert started in iter(process.stdout.readline, "")
         (member,) = children(process.pid)
