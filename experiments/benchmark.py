@@ -9,17 +9,21 @@ lasso as a loop over channels, a plainly written quantizer evaluated at every ac
 layout and allocator, the loss read at each step.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # python experiments/benchmark.py, without -m
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import argparse
 import functools
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,7 +130,8 @@ class Bench:
         """Time an epoch's metrics, record and checkpoint as a share of its training steps and test pass."""
         model = quantized_model(resnet20(), self.device)
         evaluator = Evaluator(model)
-        history = new_history(self.settings, self.dataset, self.device, ALONE, model, list(quantizers(model)))
+        quantized, dense = list(quantizers(model)), evaluator.dense
+        history = new_history(self.settings, self.dataset, self.device, ALONE, model, quantized, dense)
         penalty = coupled_group_lasso(model, self.settings.penalty_on, self.settings.group_weights)
         optimizer = make_optimizer(model, self.settings, STEPS_AN_EPOCH)
         step = TrainingStep(model, optimizer, penalty)

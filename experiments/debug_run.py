@@ -17,6 +17,11 @@ itself ends with 1 in all these cases but 0.
 """
 
 import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # python experiments/debug_run.py, without -m
+    sys.path[0] = str(Path(__file__).parents[1])
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until `main` takes over, Ctrl-C just ends the program: a traceback out of `import torch` helps nobody.
@@ -24,12 +29,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import copy
-import sys
 import time
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from experiments import report
 from experiments.checkpoint import (
@@ -52,7 +55,7 @@ from experiments.distributed import (
 from experiments.evaluator import Compression, Evaluator
 from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.expect import Subject
-from experiments.files import OutputError, archive_files, lock_folder
+from experiments.files import OutputError, archive_files, lock_folder, write_whole
 from experiments.finish import write_report
 from experiments.history import (
     EpochRecord,
@@ -61,7 +64,8 @@ from experiments.history import (
     new_history,
 )
 from experiments.ledger import check_epoch
-from experiments.live import LiveLine, Stopped, ignore_sigterm
+from experiments.live import EpochProgress, LiveLine, Stopped, ignore_sigterm
+from experiments.network import excluded_layers, make_network
 from experiments.preflight import preflight
 from experiments.quantizer_class import find_quantizer
 from experiments.rehearsal import rehearse_resuming
@@ -71,7 +75,6 @@ from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import (
     NotFiniteError,
     Pipeline,
-    Progress,
     TrainingStep,
     make_optimizer,
     measure_accuracy,
@@ -81,10 +84,10 @@ from experiments.training import (
 )
 from experiments.verdict import FAIL, new_warnings
 from experiments.watch import EpochWatch
-from resnet import resnet20
 from utils_quantization import attach_weight_quantizers
 
-RESULTS = (*report.PICTURES, "history.json", PACKED, SLIM)  # and checkpoints
+PICTURES = [name.replace(".png", end) for name in report.PICTURES for end in (".png", ".pdf")]
+RESULTS = (*PICTURES, "history.json", report.CSV, report.PAGE, PACKED, SLIM)  # and checkpoints
 HOW_TO_GO_ON = "--resume goes on from the last checkpoint"
 
 
@@ -104,9 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
         make_quantizer = find_quantizer(settings)
 
         torch.manual_seed(settings.seed)
-        model: nn.Module = resnet20().to(device)
+        model = make_network(settings.model).to(device)
         evaluator = Evaluator(model)
-        quantized = attach_weight_quantizers(model, settings.exclude_layers, make_quantizer, {})
+        excluded = excluded_layers(settings, model, evaluator.dense)
+        quantized = attach_weight_quantizers(model, excluded, make_quantizer, {})
         if device.type != "mps":  # where channels_last has given wrong batch-norm gradients
             model.to(memory_format=torch.channels_last)
         if processes.count > 1:
@@ -132,7 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         # Made before anything is trained, so that it learns of the run by the checkpoint alone.
         spare = replace(pipeline, step=copy.deepcopy(step)) if settings.rehearse else None
-        history = new_history(settings, dataset, device, processes, model, quantized)
+        history = new_history(
+            settings, dataset, device, processes, model, quantized, evaluator.dense, arguments
+        )
         notes = resume(checkpoint, history, model, optimizer) if checkpoint else []
         end.inputs_are_good()
         notes += report.left_out_lines(evaluator.dense, history.full_precision)
@@ -153,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         try:
             for epoch in range(len(history.epochs), settings.epochs):
-                record, compression = one_epoch(pipeline, epoch, live.steps(epoch))
+                record, compression = one_epoch(pipeline, epoch, live.epoch(epoch, settings.epochs))
                 if spare and epoch == settings.epochs // 2:
                     check, record, compression = rehearse_resuming(
                         pipeline, spare, record, one_epoch, live.say
@@ -174,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def one_epoch(
-    pipeline: Pipeline, epoch: int, progress: Progress | None = None
+    pipeline: Pipeline, epoch: int, progress: EpochProgress | None = None
 ) -> tuple[EpochRecord, Compression]:
     """Train, test and count once; the epoch's record and its network's counts. Epochs count from 0."""
     began, settings, step, model = time.perf_counter(), pipeline.settings, pipeline.step, pipeline.model
@@ -188,6 +194,8 @@ def one_epoch(
                 model, pipeline.train_batches, epoch, settings.batch_norm_batches, settings.precision
             )
         watch.renewed()
+        if progress:
+            progress.phase("testing and counting")
         accuracy = measure_accuracy(model, pipeline.test_batches, settings.precision, step.processes)
         with torch.no_grad():
             penalty = step.penalty(model).item()
@@ -246,12 +254,16 @@ def show_epoch(live: LiveLine, history: History, epoch: int) -> None:
 
 
 def save(history: History, pipeline: Pipeline, live: LiveLine) -> None:
-    """Leave a checkpoint. If it cannot be written that is said, and the run goes on: the next one may be."""
+    """Leave a checkpoint and metrics.csv. If one cannot be written that is said, and the run goes on."""
+    folder, epoch = pipeline.settings.output_dir, len(history.epochs)
     try:
-        checkpoint = take_checkpoint(history, pipeline.model, pipeline.step.optimizer)
-        save_checkpoint(pipeline.settings.output_dir, checkpoint)
+        save_checkpoint(folder, take_checkpoint(history, pipeline.model, pipeline.step.optimizer))
     except OutputError as error:
-        live.say(f"      ! no checkpoint of epoch {len(history.epochs)}: {error}")
+        live.say(f"      ! no checkpoint of epoch {epoch}: {error}")
+    try:
+        write_whole(folder / report.CSV, report.metrics_csv(history).encode())
+    except OutputError as error:
+        live.say(f"      ! no row of epoch {epoch} in {report.CSV}: {error}")
 
 
 def stop(history: History, reason: Stopped | NotFiniteError | LostProcessError, live: LiveLine) -> int:

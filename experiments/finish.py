@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +16,10 @@ from experiments.data import Dataset, TestBatches
 from experiments.distributed import use_local_batch_norms
 from experiments.evaluator import Compression
 from experiments.exit_status import EXIT_FAILED
-from experiments.files import write_json
+from experiments.files import OutputError, write_json, write_whole
 from experiments.history import Check, CompressedRecord, History, final_counts
 from experiments.live import LiveLine
+from experiments.page import report_page
 from experiments.rehearsal import rehearse_verifying
 from experiments.retest import retest
 from experiments.settings import Settings
@@ -33,37 +36,63 @@ def write_report(
     live: LiveLine,
 ) -> int:
     """The final metrics, the pictures, the compressed network, the verdict, history.json; the exit status."""
-    path = settings.output_dir / "history.json"
+    path, errors = settings.output_dir / "history.json", list[OutputError]()
     if not history.epochs:
         write_json(path, history.to_json())
         live.say("no epoch was finished, so there is nothing to draw")
         return 0
     history.final = final_counts(compression)
     live.say(report.metrics_lines(history.final))
-    write_json(path, history.to_json())  # Write the history now: drawing or exporting may still fail.
-    from experiments.plots import draw  # not before it is needed: matplotlib takes half a second to import
-
-    pictures = draw(history, report.picture_title(history, settings), settings.output_dir)
+    # What is smallest and dearest is written first, and a file that cannot be written ends nothing.
+    keep(errors, write_json, path, history.to_json())
     # A stopped run holds the weights of a half-finished epoch: do not test or export those.
     if not history.stopped:
         use_local_batch_norms(model)
         live.progress("testing once more")
         history.retest = retest(model, dataset, settings.precision)
-    compressed = None if history.stopped else compress(settings, history, model, dataset, live)
+    compressed = None if history.stopped else compress(settings, history, model, dataset, live, errors)
     if settings.rehearse and history.compressed:
         live.say("\n--- The Packed File, as experiments.verify Sees It ---")
         history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))
+    from experiments.plots import figures, rendered, save_figure  # matplotlib takes half a second to import
+
+    live.progress("drawing the pictures")
+    drawn = figures(history, report.picture_title(history, settings))
+    pictures = [(settings.output_dir / n).with_suffix(f".{settings.figure_format}") for n in drawn]
+    for picture, figure in zip(pictures, drawn.values(), strict=True):
+        keep(errors, save_figure, figure, picture)
     history.verdict = [
         *verdict(history, compression.count, model, pictures, compressed),
         *([] if history.stopped else [checkpoint_is_the_runs(settings.output_dir, history, model)]),
         *history.rehearsal,
     ]
-    write_json(path, history.to_json())
+    keep(errors, write_json, path, history.to_json())
     checks = [*history.verdict, history_is_kept(path, history)]
-    live.say(report.verdict_lines(checks, colour=live.on_terminal and "NO_COLOR" not in os.environ))
+    colour = live.on_terminal and "NO_COLOR" not in os.environ
+    title, line = report.picture_title(history, settings), report.run_line(history, checks)
+    page, table = settings.output_dir / report.PAGE, settings.output_dir / report.CSV
+    shown = {name: rendered(figure) for name, figure in drawn.items()}
+    keep(
+        errors,
+        write_whole,
+        page,
+        report_page(history, title, line, checks, shown).encode(errors="backslashreplace"),  # of paths
+    )
+    live.say(report.verdict_lines(checks, colour))
     made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
-    live.say("\nFiles: " + ", ".join(str(p) for p in (*pictures, path, *made)))
+    live.say(report.file_lines([p for p in (*pictures, path, table, page, *made) if p.exists()]))
+    live.say("\n".join(["", *report.failed_lines(checks, colour), line]))
+    if errors:
+        raise OutputError("; ".join(map(str, errors)))
     return EXIT_FAILED if any(check.status == FAIL for check in checks) else 0
+
+
+def keep(errors: list[OutputError], write: Callable[..., object], *arguments: Any) -> None:
+    """Write a file; if that cannot be done, add the error to the list."""
+    try:
+        write(*arguments)
+    except OutputError as error:
+        errors.append(error)
 
 
 def history_is_kept(path: Path, history: History) -> Check:
@@ -93,7 +122,12 @@ def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> 
 
 
 def compress(
-    settings: Settings, history: History, model: nn.Module, dataset: Dataset, live: LiveLine
+    settings: Settings,
+    history: History,
+    model: nn.Module,
+    dataset: Dataset,
+    live: LiveLine,
+    errors: list[OutputError],
 ) -> CompressedRecord | PackingError:
     """The smaller network and the packed file, and what they give; the error if there can be none."""
     assert history.final
@@ -101,7 +135,13 @@ def compress(
     whole_test_set = TestBatches(dataset, next(model.parameters()).device)
     try:
         history.compressed = make_compressed(
-            model, history.final.count, whole_test_set, settings.output_dir, history.settings
+            model,
+            history.final.count,
+            whole_test_set,
+            settings.output_dir,
+            history.settings,
+            history.data.name,
+            errors,
         )
     except PackingError as error:
         live.say(f"\nNo smaller network and no packed file: {error}")

@@ -6,11 +6,14 @@ others, so that what is printed, drawn, judged and resumed cannot disagree. The 
 
 import dataclasses
 import platform
+import subprocess
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
 from utils_quantization import has_codes, parameter_groups, quantizers, weight_bits
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "numpy", "matplotlib")
 
 
@@ -150,8 +154,8 @@ class FileLayer:
     zero_weights: int
     filters: int
     zero_filters: int
-    structured_macs: int
-    unstructured_macs: int
+    structured_macs: int | None  # None where the file does not tell the network's wiring
+    unstructured_macs: int | None
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,15 @@ class CompressedRecord:
     file: dict[str, FileLayer] = field(default_factory=dict)  # by layer
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a run comes from."""
+
+    date: str = ""  # of its start, UTC
+    command: list[str] = field(default_factory=list)  # the arguments as they were typed
+    commit: str | None = None  # of this program, with -dirty where files differ from it; None if it has none
+
+
 @dataclass
 class History:
     """A run, from its settings to its verdict: the content of history.json."""
@@ -198,6 +211,8 @@ class History:
     start: dict[str, LayerStart]
     parameter_groups: dict[str, str]  # the optimizer's group of each parameter that quantizers train, by name
     without_codes: list[str]  # quantized layers that are packed as float32: their quantizer gives no integers
+    origin: Origin = field(default_factory=Origin)
+    barriers: list[str] = field(default_factory=list)  # operations that no channel is followed through
     preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
     resumed: list[Resumption] = field(default_factory=list)
@@ -225,8 +240,10 @@ def new_history(
     processes: Processes,
     model: nn.Module,
     quantized: list[str],
+    dense: NetworkCount,
+    command: Sequence[str] = (),
 ) -> History:
-    """The history of a run before its first epoch."""
+    """The history of a run before its first epoch, with the counts of its dense network."""
     where = describe_device(device) + (f", {processes.count} processes" if processes.count > 1 else "")
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     return History(
@@ -246,7 +263,21 @@ def new_history(
         },
         parameter_groups={n: g for q in quantizers(model).values() for n, g in parameter_groups(q).items()},
         without_codes=[name for name, quantizer in quantizers(model).items() if not has_codes(quantizer)],
+        origin=Origin(datetime.now(UTC).isoformat(timespec="seconds"), list(command), _commit()),
+        barriers=list(dense.barriers),
     )  # fmt: skip
+
+
+def _commit() -> str | None:
+    """The commit of this program, as git says it."""
+    try:
+        said = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):  # no git here, or no repository
+        return None
+    return said.stdout.strip() if (ROOT / ".git").exists() else None
 
 
 def epoch_record(

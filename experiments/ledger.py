@@ -591,7 +591,7 @@ class Ledger:
         return reference.learning_rate(self.epoch, self.settings.epochs, self.settings.rate_warmup)
 
     def _pace(self) -> float:
-        """Longer runs have slower logits and less decay; a part of the batches tells nothing of the whole run's length."""
+        """Longer runs are slower; a part of the batches tells nothing of the whole run's length."""
         if not self.our_batches:
             group = next((g for g in self.step.optimizer.param_groups if g.get("name") == "bit"), {})
             return group.get("peak_lr", 0.0) / self.settings.bit_lr if self.settings.bit_lr else 1.0

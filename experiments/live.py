@@ -8,11 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 EXIT_BAD_INPUT = 2
+SILENCE = 60.0  # seconds without a line, after which a log gets one
+ENOUGH_SECONDS = 5.0  # of steps, after which the run's length can be told
+ESTIMATED_REST = 1.1  # an epoch over its training steps: test pass, counts, checkpoint
 # The signals that stop a run, by the names in its messages.
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -71,15 +74,23 @@ class StopSignals:
             raise self.pending
 
 
+def printable(text: object) -> str:
+    r"""A text in one line, in which a line break or another control character is an escape.
+
+    >>> print(printable("a\x1b[2J\nb"))
+    a\x1b[2J\nb
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def refuse(sentence: str) -> int:
     """Print the sentence on standard error, in one line. Returns: the exit status of bad input.
 
-    A line break or another control character, which may come from a flag's value, is printed as an escape.
+    A line break or another control character may come from a flag's value or a file's name.
     """
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
     if sys.stderr is not None:  # Python sets None if standard error was closed before the start (2>&-)
         with contextlib.suppress(OSError):  # standard error may be a full disk: the exit status still says it
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 
@@ -98,7 +109,9 @@ class LiveLine:
         self.on_terminal = sys.stdout.isatty()
         self.silent = False  # True on every rank but 0
         self.shown = False  # whether the live line is on the screen now
-        self.last = 0.0  # when `steps` last showed progress, by time.monotonic()
+        self.last = 0.0  # when an epoch last showed progress, by time.monotonic()
+        self.printed = time.monotonic()  # when something was last printed
+        self.epoch_seconds: float | None = None  # what an epoch takes, once that is known
         # A path may have letters that the terminal's encoding lacks: print escapes instead of failing.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -110,7 +123,12 @@ class LiveLine:
             self._print(text + "\n")
 
     def progress(self, text: str) -> None:
-        """Show `text` as the live line, cut to the terminal's width; off a terminal nothing is printed."""
+        """Show `text` as the live line, cut to the terminal's width.
+
+        Off a terminal it is printed as a line, but only where nothing else was for a minute.
+        """
+        if not self.on_terminal and time.monotonic() - self.printed >= SILENCE:
+            self.say(text)
         if self.on_terminal and not self.silent:
             width = shutil.get_terminal_size().columns - 1
             self._print(f"\r\x1b[K{text[:width]}")
@@ -127,29 +145,59 @@ class LiveLine:
             self.shown = False
             self._print("\r\x1b[K")
 
-    @staticmethod
-    def _print(text: str) -> None:
+    def _print(self, text: str) -> None:
+        self.printed = time.monotonic()
         try:
             print(text, end="", flush=True)
         except OSError as error:
             raise ClosedOutputError(f"standard output takes no more ({error.strerror})") from None
 
-    def steps(self, epoch: int) -> Callable[[int, int, float], None] | None:
-        """Make the function that shows an epoch's progress (epoch from 0), at most ten times a second.
+    def epoch(self, epoch: int, epochs: int) -> "EpochProgress | None":
+        """What shows the progress of an epoch (from 0) of a run; None where nothing is ever printed."""
+        return None if self.silent else EpochProgress(self, epoch, epochs)
 
-        It is called after each training step with the steps done, the steps in all and the seconds so far.
-        Returns: None off a terminal, so that training computes nothing for it.
-        """
-        if not self.on_terminal:
-            return None
 
-        def show(done: int, total: int, seconds: float) -> None:
-            now = time.monotonic()
-            if now - self.last > 0.1 or done == total:
-                self.last = now
-                left = seconds / done * (total - done)
-                self.progress(
-                    f"epoch {epoch + 1}: step {done}/{total}, {done / seconds:.1f} steps/s, {left:.0f} s left"
-                )
+class EpochProgress:
+    """Shows how far an epoch is, and how long the run will still take, at most ten times a second.
 
-        return show
+    It is called after each training step with the steps done, the steps in all and the seconds so far. In
+    the first epoch of a process it says once how long the whole run takes.
+    """
+
+    def __init__(self, live: LiveLine, epoch: int, epochs: int) -> None:
+        self.live, self.epoch, self.epochs = live, epoch, epochs
+
+    def __call__(self, done: int, total: int, seconds: float) -> None:
+        now = time.monotonic()
+        if self.live.epoch_seconds is None and (seconds >= ENOUGH_SECONDS or done == total):
+            whole = ESTIMATED_REST * seconds / done * total
+            self.live.epoch_seconds = whole
+            self.live.say(f"      ~ about {spelled((self.epochs - self.epoch) * whole)} for {self._epochs()}")
+        if now - self.live.last > 0.1 or done == total:
+            self.live.last = now
+            left = seconds / done * (total - done)
+            left += (self.epochs - self.epoch - 1) * (
+                self.live.epoch_seconds or ESTIMATED_REST * seconds / done * total
+            )
+            self.live.progress(
+                f"epoch {self.epoch + 1} of {self.epochs}: step {done}/{total}, "
+                f"{done / seconds:.1f} steps/s, {spelled(left)} left"
+            )
+
+    def phase(self, what: str) -> None:
+        """Show what the epoch does after its steps."""
+        self.live.progress(f"epoch {self.epoch + 1} of {self.epochs}: {what}")
+
+    def _epochs(self) -> str:
+        left = self.epochs - self.epoch
+        return f"{left} epochs" if left != 1 else "1 epoch"
+
+
+def spelled(seconds: float) -> str:
+    """
+    >>> spelled(42), spelled(95), spelled(1140), spelled(7200)
+    ('42 s', '2 min', '19 min', '2.0 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,15 +1,29 @@
 """What a run tells a person, as text made from its history. Prints nothing."""
 
+import csv
+import io
 import textwrap
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 
-from experiments.history import Check, CompressedRecord, DataRecord, EpochRecord, FinalCounts, History
+from experiments.history import (
+    Check,
+    CompressedRecord,
+    DataRecord,
+    EpochRecord,
+    FinalCounts,
+    History,
+)
+from experiments.network import network_name
 from experiments.settings import Settings
-from metrics import NetworkCount, format_ratio, ratio
+from experiments.verdict import FAIL, PASS, SKIP
+from metrics import LayerCount, NetworkCount, format_ratio, ratio
 
 MUCH_LEFT_OUT = 0.1  # share of the MACs; the stem and the classifier are 1.1 %
 COLOURS = {"PASS": "32", "FAIL": "1;31", "SKIP": "33"}  # green, bold red, yellow
 
+CSV, PAGE = "metrics.csv", "report.html"
 PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png",
             "channels_over_time.png")  # fmt: skip
 
@@ -19,12 +33,13 @@ def first_lines(history: History, settings: Settings, notes: Sequence[str] = ())
     data, auto_cpu = history.data, settings.device == "auto" and history.device.startswith("cpu")
     layers = len(history.quantized) + len(history.full_precision)
     stand_in = f"*** NOT CIFAR-10: this run uses the {data.name}. {data.source} ***"
-    return "\n".join([
+    lines = [
         *([stand_in] if data.synthetic else []),
         f"Versions:  {', '.join(f'{k} {v}' for k, v in history.versions.items())}",
         f"Device:    {history.device}, {history.precision}"
         + (" (auto: no CUDA or MPS here)" if auto_cpu else ""),
         f"Preset:    {settings.described()}",
+        *([f"Network:   {settings.model}"] if settings.model != Settings.model else []),
         f"Training:  {settings.epochs} epochs of batches of {settings.batch_size}, seed {settings.seed}",
         f"Data:      {data.name}: {data.train_images:,} training and {data.test_images:,} test images "
         f"({data.source})",
@@ -33,8 +48,11 @@ def first_lines(history: History, settings: Settings, notes: Sequence[str] = ())
         *([f"Quantizer: {settings.quantizer}"] if settings.quantizer != Settings.quantizer else []),
         *([f"Packed:    as float32 in {len(history.without_codes)} quantized layers, since their quantizer "
            f"gives no codes"] if history.without_codes else []),
+        *([f"Barriers:  no channel is followed through {', '.join(history.barriers)}"]
+          if history.barriers else []),
         *notes,
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return "\n".join(line for each in lines for line in _wrapped(each, 80, 11))
 
 
 def check_lines(check: Check, colour: bool = False, width: int = 80) -> list[str]:
@@ -53,9 +71,10 @@ def check_lines(check: Check, colour: bool = False, width: int = 80) -> list[str
     return lines
 
 
-def _wrapped(line: str, width: int) -> list[str]:
+def _wrapped(line: str, width: int, indent: int = 6) -> list[str]:
+    """The line as several, broken between words alone."""
     return textwrap.wrap(
-        line, width, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -64,10 +83,12 @@ def preflight_lines(checks: Sequence[Check], seconds: float, whole: bool = False
     failed, skipped = ([c for c in checks if c.status == status] for status in ("FAIL", "SKIP"))
     lines = [line for c in checks if whole or c.status == "FAIL" for line in check_lines(c)]
     left_out = f" (skipped: {', '.join(c.name for c in skipped)})" if skipped else ""
-    if failed:
-        lines.append(f"Preflight: {len(failed)} of {len(checks)} checks FAIL, {seconds:.0f} s{left_out}")
-    else:
-        lines.append(f"Preflight: {len(checks) - len(skipped)} checks hold, {seconds:.0f} s{left_out}")
+    said = (
+        f"{len(failed)} of {len(checks)} checks FAIL"
+        if failed
+        else f"{len(checks) - len(skipped)} checks hold"
+    )
+    lines += _wrapped(f"Preflight: {said}, {seconds:.0f} s{left_out}", 80, 11)
     return "\n".join(lines)
 
 
@@ -85,9 +106,9 @@ def left_out_lines(dense: NetworkCount, full_precision: Sequence[str]) -> list[s
 
 def table_header(data: DataRecord) -> str:
     """The head of the table; it names the stand-in where the images are not CIFAR-10's."""
-    mark = f"  [{data.name}]" if data.synthetic else ""
+    mark = f"[{data.name}]\n" if data.synthetic else ""
     return (
-        "\nEpoch |     Loss |    Acc |  Unstr | Struct |  Bits |   Time" + mark + "\n"
+        f"\n{mark}Epoch |     Loss |    Acc |  Unstr | Struct |  Bits |   Time\n"
         "      | CE + pen |      % |      % |      % |  mean |      s\n"
         "------+----------+--------+--------+--------+-------+-------"
     )
@@ -113,8 +134,10 @@ def metrics_lines(final: FinalCounts) -> str:
         f"Structured MACs compression:   {format_ratio(final.structured_mac_ratio)}",
         f"Unstructured MACs compression: {format_ratio(final.unstructured_mac_ratio)}",
         f"Ceiling: {format_ratio(final.structured_ceiling)} structured, "
-        f"{format_ratio(final.unstructured_ceiling)} unstructured, if the {quantized} quantized layers "
-        f"cost nothing (of {final.totals['dense_macs']:,} MACs)",
+        f"{format_ratio(final.unstructured_ceiling)} unstructured, if the {quantized} quantized layers\n"
+        f"         cost nothing (of {final.totals['dense_macs']:,} MACs)",
+        "",
+        layer_table(final.count),
     ])  # fmt: skip
 
 
@@ -128,18 +151,20 @@ def compressed_lines(found: CompressedRecord) -> str:
     return "\n".join([
         "",
         "--- The Compressed Network ---",
-        f"Smaller network: {found.slim_parameters:,} of {found.dense_parameters:,} parameters, "
-        f"{found.slim_macs:,} of {found.dense_macs:,} MACs ({smaller}), counted on the network itself",
-        f"  against the quantized network on {found.images:,} test images: largest difference "
-        f"{found.largest_difference:.2g} of logits up to {found.largest_logit:.3g}, "
-        f"{100 * found.agreement:.2f} % equal predictions",
+        f"Smaller network: {found.slim_parameters:,} of {found.dense_parameters:,} parameters,",
+        f"  {found.slim_macs:,} of {found.dense_macs:,} MACs ({smaller}), counted on the network itself",
+        f"  against the quantized network on {found.images:,} test images:",
+        f"  largest difference {found.largest_difference:.2g} of logits up to {found.largest_logit:.3g}, "
+        f"{100 * found.agreement:.2f} % equal predictions,",
         f"  accuracy {100 * found.slim_accuracy:.2f} % against {100 * found.quantized_accuracy:.2f} %",
-        f"Packed file: {found.packed_bytes:,} bytes, {found.float32_bytes / found.packed_bytes:.1f} times "
-        f"smaller than the float32 state_dict's {found.float32_bytes:,}",
+        f"Packed file: {found.packed_bytes:,} bytes,",
+        f"  {found.float32_bytes / found.packed_bytes:.1f} times smaller than the float32 state_dict's "
+        f"{found.float32_bytes:,}",
         f"  read back: {found.packed_differs} logits differ, accuracy {100 * found.packed_accuracy:.2f} %",
         "Latency, median (spread):",
         *rows,
-        "  Zero weights and low bits give no speed-up in this runtime; only channels that are gone do.",
+        "  Zero weights and low bits give no speed-up in this runtime;",
+        "  only channels that are gone do.",
     ])  # fmt: skip
 
 
@@ -150,31 +175,90 @@ def verdict_lines(checks: Sequence[Check], colour: bool = False) -> str:
     )
 
 
+def file_lines(paths: Sequence[Path]) -> str:
+    """The files that a run leaves, by their folder: the pictures, the history, the compressed network."""
+    folders = dict.fromkeys(path.parent for path in paths)
+    return "\n".join(
+        line
+        for folder in folders
+        for line in (
+            f"\nFiles in {folder}:",
+            *textwrap.wrap(
+                ", ".join(p.name for p in paths if p.parent == folder),
+                78,
+                initial_indent="  ",
+                subsequent_indent="  ",
+            ),
+        )
+    )
+
+
 def picture_title(history: History, settings: Settings) -> str:
     """What every picture's title says: network, data set, settings, epoch."""
     data = history.data
     name = f"{data.name.upper()}, NOT CIFAR-10" if data.synthetic else data.name
-    depth = len(history.quantized) + len(history.full_precision)
-    return f"ResNet-{depth} on {name}, preset {settings.described()}, epoch {history.epochs[-1].epoch}"
+    network, preset = network_name(settings.model), settings.described(but=("model",))
+    return f"{network} on {name}, preset {preset}, epoch {history.epochs[-1].epoch}"
 
 
 def layer_table(count: NetworkCount) -> str:
-    """The counts of each layer, a row a layer, and the totals below."""
-    header = (
-        f"{'Layer':<16} {'Bits':>4} {'Zero weights':>15} {'Zero filters':>12} "
-        f"{'Alive/Const/Null':>16} {'Dense MACs':>12} {'Struct MACs':>12} {'Unstr MACs':>12}"
+    """The counts of each layer, a row a layer of at most 80 columns, and the totals below.
+
+    Channels are those alive, those that leave a constant, and those that leave nothing.
+    """
+    longest = max(len(layer.name) for layer in count.layers)
+    width = min(max(longest, 5), 20)
+    heads = (
+        (f"{'Layer':<{width}}", "Bits", "Zeros", "Filters", "Channels", "MACs left", "of"),
+        (" " * width, "", "%", "zero/all", "alive/c/null", "structured", "dense"),
     )
-    rows = [
-        f"{x.name:<16} {x.bits:>4} {x.zero_weights:>7}/{x.weights:<7} {x.zero_filters:>7}/{x.filters:<4} "
-        f"{f'{x.alive_channels}/{x.constant_channels}/{x.null_channels}':>16} "
-        f"{x.dense_macs:>12,} {x.structured_macs:>12,} {x.unstructured_macs:>12,}"
-        for x in count.layers
-    ]
-    total = count.total
-    rows.append(
-        f"{'Total':<16} {'':>4} {total('zero_weights'):>7}/{total('weights'):<7} "
-        f"{total('zero_filters'):>7}/{total('filters'):<4} "
-        f"{'/'.join(str(total(f'{s}_channels')) for s in ('alive', 'constant', 'null')):>16} "
-        f"{total('dense_macs'):>12,} {total('structured_macs'):>12,} {total('unstructured_macs'):>12,}"
+    header = "\n".join("{} {:>4} {:>6} {:>9} {:>13} {:>11} {:>11}".format(*words) for words in heads)
+    rows = [_layer_row(_shortened(x.name, width), width, str(x.bits), x) for x in count.layers]
+    return "\n".join([header, *rows, _layer_row("Total", width, "", count)])
+
+
+def _layer_row(name: str, width: int, bits: str, counts: LayerCount | NetworkCount) -> str:
+    of = counts.total if isinstance(counts, NetworkCount) else lambda name: getattr(counts, name)
+    filters = f"{of('zero_filters')}/{of('filters')}"
+    states = "/".join(str(of(f"{state}_channels")) for state in ("alive", "constant", "null"))
+    return (
+        f"{name:<{width}} {bits:>4} {100 * of('zero_weights') / of('weights'):6.2f} {filters:>9} "
+        f"{states:>13} {of('structured_macs'):>11,} {of('dense_macs'):>11,}"
     )
-    return "\n".join([header, *rows])
+
+
+def _shortened(name: str, width: int) -> str:
+    """The end of a name says more than its beginning."""
+    return name if len(name) <= width else ".." + name[2 - width :]
+
+
+def metrics_csv(history: History) -> str:
+    """The table's numbers and more, a row an epoch, for other programs: shares are of 1."""
+    columns = [f.name for f in fields(EpochRecord) if f.type in (int, float)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows([getattr(record, name) for name in columns] for record in history.epochs)
+    return text.getvalue()
+
+
+def failed_lines(checks: Sequence[Check], colour: bool = False) -> list[str]:
+    """What fails, said once more at the end, where it is seen."""
+    return [line for c in checks if c.status == FAIL for line in check_lines(c, colour)]
+
+
+def run_line(history: History, checks: Sequence[Check]) -> str:
+    """The run in one line, to be pasted elsewhere."""
+    counted = [c for c in checks if c.status != SKIP]
+    held = sum(c.status == PASS for c in counted)
+    final, last, commit = history.final, history.epochs[-1], history.origin.commit
+    packed = f"{history.compressed.packed_bytes:,} bytes" if history.compressed else "not packed"
+    assert final
+    code = "no commit" if commit is None else commit[:7] + ("+" if commit.endswith("-dirty") else "")
+    return (
+        f"{history.settings['preset']}, seed {history.settings['seed']}, {code}: "
+        f"{100 * last.accuracy:.2f} % accuracy, {100 * last.unstructured_sparsity:.1f} % zeros, "
+        f"{100 * last.structured_sparsity:.1f} % filters, {last.learned_bits:.2f} bits, BOPs "
+        f"{format_ratio(final.structured_bops_ratio)} / {format_ratio(final.unstructured_bops_ratio)}, "
+        f"{packed}, {held} of {len(counted)} checks"
+    )

@@ -45,6 +45,7 @@ class Settings:
     data: str = _setting("auto", "auto: CIFAR-10 if it can be had, else the built-in stand-in", DATA)
     data_dir: Path = _setting(Path("data"), "folder that holds, or will hold, cifar-10-batches-py")
     output_dir: Path = _setting(Path("debug_output"), "folder for the pictures, history.json, checkpoints")
+    figure_format: str = _setting("png", "of the pictures; pdf is for papers", ("png", "pdf"))
     preflight: str = _setting(
         "stop",
         "check the pipeline before the first epoch; a check that fails stops the run, or only warns; "
@@ -57,9 +58,14 @@ class Settings:
     )
     limit_train: int | None = _setting(None, "use only the first so many training images")
     limit_test: int | None = _setting(None, "use only the first so many test images")
-    exclude_layers: tuple[str, ...] = _setting(
-        ("^conv1$", "^linear$"),
-        "layers left in full precision: regular expressions looked for in their names",
+    model: str = _setting(
+        "resnet20",
+        "resnet20, 32, 44, 56 or 110, or someone's own: module:callable, such as torchvision.models:vgg11_bn",
+    )
+    exclude_layers: tuple[str, ...] | None = _setting(
+        None,
+        "layers left in full precision: regular expressions looked for in their names; without it, the "
+        "layer that the image enters and the one that gives the logits",
     )
     quantizer: str = _setting(
         "src.quantizer:DeadZoneLDZCompander", "module:Class; utils_quantization.Quantizer says what it needs"
@@ -87,18 +93,18 @@ class Settings:
     )
     rate_warmup: float = _setting(2.0, "first epochs, in which the learning rates climb to their schedule")
     weights_lr: float = _setting(8e-3, "AdamW's learning rate for weights, biases and batch norms")
-    bit_lr: float = _setting(1e-2, "AdamW's learning rate for the bit-width logits")
-    deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone logits")
+    bit_lr: float = _setting(1e-2, "AdamW's learning rate for the bit parameters")
+    deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone parameters")
     weights_decay: float = _setting(0.3, "AdamW's weight decay for weights, biases and batch norms")
-    bit_decay: float = _setting(1.0, "AdamW's weight decay for the bit-width logits")
-    deadzone_decay: float = _setting(1.2, "AdamW's weight decay for the dead-zone logits")
+    bit_decay: float = _setting(1.0, "AdamW's weight decay for the bit parameters")
+    deadzone_decay: float = _setting(1.2, "AdamW's weight decay for the dead-zone parameters")
     beta2: float = _setting(
         0.99, "AdamW's beta2: it remembers squared gradients for about 1 / (1 - beta2) steps"
     )
     pace_steps: int = _setting(
         1960,
-        "optimizer steps that the quantizers' rates and the weights' decay are meant for: a longer run lowers "
-        "them in proportion; 0: never",
+        "optimizer steps that the quantizers' rates and the weights' decay are meant for: a longer run "
+        "lowers them in proportion; 0: never",
     )
 
     def __post_init__(self) -> None:
@@ -183,11 +189,13 @@ NOT_OF_THE_METHOD = (
     "data",
     "data_dir",
     "output_dir",
+    "figure_format",
     "preflight",
     "resume",
     "rehearse",
 )
 
+FOLDERS = ("data_dir", "output_dir")  # what a file that goes to others leaves out
 NOT_NEGATIVE = ("batch_norm_batches", "pace_steps")
 MAX_EPOCHS = 1_000_000
 MAX_BITS = 32
@@ -229,6 +237,11 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_BITS}")
     if item.name == "quantizer" and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
         raise ValueError(f"{name} is {value!r}; expected module:Class, such as {Settings.quantizer}")
+    if item.name == "model" and not re.fullmatch(r"resnet(20|32|44|56|110)|\w+(\.\w+)*:\w+", value):
+        raise ValueError(
+            f"{name} is {value!r}; expected resnet20, 32, 44, 56 or 110, or module:callable, such as "
+            f"torchvision.models:vgg11_bn"
+        )
     if item.name == "epochs" and value > MAX_EPOCHS:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_EPOCHS}")
     if item.name == "seed" and not 0 <= value <= MAX_SEED:
@@ -253,7 +266,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line: the preset's, then what the flags say. Exits with 2 for a bad one."""
     parser = Parser(
         prog="python -m experiments.debug_run",
-        description="Train a ResNet-20 on CIFAR-10 with CoDeQ quantizers and watch the whole pipeline work.",
+        description="Train a network on CIFAR-10 with CoDeQ quantizers and watch the whole pipeline work.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
     )

@@ -41,16 +41,16 @@ class EpochLosses:
 def pace(pace_steps: int, steps: int) -> float:
     """What the quantizers' learning rates and the weights' decay are multiplied by in a run of `steps` steps.
 
-    AdamW moves a logit by about its learning rate a step, whatever the gradient's size, and decays it by rate
-    times decay. So in a run of more than `pace_steps` steps (0: of any length) both logits' rates shrink in
-    proportion: the logits travel the same way, only slower. The weights' rate stays, and their decay shrinks,
-    so that they forget what they were over the same share of the run.
+    AdamW moves a quantizer's parameter by about its learning rate a step, whatever the gradient's size, and
+    decays it by rate times decay. So in a run of more than `pace_steps` steps (0: of any length) the rates of
+    both parameters shrink in proportion: they travel the same way, only slower. The weights' rate stays, and
+    their decay shrinks, so that they forget what they were over the same share of the run.
     """
     return pace_steps / steps if 0 < pace_steps < steps else 1.0
 
 
 def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torch.optim.AdamW:
-    """AdamW in three groups: weights (with biases and batch norms), bit logits, dead-zone logits.
+    """AdamW in three groups: weights (with biases and batch norms), bit parameters, dead-zone parameters.
 
     A quantizer says in which group each of its parameters is (see `utils_quantization.Quantizer`).
     `steps` is the number of optimizer steps in the whole run, on which the pace depends.
@@ -69,7 +69,9 @@ def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torc
     groups: list[dict[str, Any]] = [
         _group("weights", params["weights"], settings.weights_lr, slower * settings.weights_decay, device),
         _group("bit", params["bit"], slower * settings.bit_lr, settings.bit_decay, device),
-        _group("deadzone", params["deadzone"], slower * settings.deadzone_lr, settings.deadzone_decay, device),
+        _group(
+            "deadzone", params["deadzone"], slower * settings.deadzone_lr, settings.deadzone_decay, device
+        ),
     ]
     betas = (0.9, settings.beta2)
     return torch.optim.AdamW(groups, betas=betas, fused=True, capturable=device.type == "cuda")
@@ -178,10 +180,11 @@ class TrainingStep:
     def _quantize_side_by_side(self) -> None:
         """Fill the open `parametrize.cached()` with every quantized weight, in the graph that is captured.
 
-        A quantizer is some sixty kernels on few numbers, each of which leaves most of a GPU idle. On streams of
-        their own the quantizers run beside each other, and autograd runs each one's backward pass on its stream.
+        A quantizer is some sixty kernels on few numbers, each of which leaves most of a GPU idle. On streams
+        of their own the quantizers run beside each other, and autograd runs the backward pass of each on its
+        stream.
         """
-        weights: list[tuple[Tensor, torch.cuda.Stream]] = []
+        weights: list[tuple[Any, torch.cuda.Stream]] = []
         here = torch.cuda.current_stream()
         for layer in quantized_layers(self.model).values():
             stream = torch.cuda.Stream(self.device)

@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+from experiments.files import write_whole
+
 # The workers of pytest-xdist ignore SIGTERM, and so would the programs that tests start.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -22,10 +24,10 @@ def small_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process end in no time: nothing is exported, timed or drawn as a picture."""
-    monkeypatch.setattr("experiments.compressed.exported", lambda network: b"an exported network")
+    monkeypatch.setattr("experiments.compressed.exported", lambda network, claims: b"an exported network")
     monkeypatch.setattr(
         "experiments.compressed.read_back",
-        lambda path, network, images: (sum(p.numel() for p in network.parameters()), 0.0),
+        lambda content, network, images: (sum(p.numel() for p in network.parameters()), 0.0),
     )
     monkeypatch.setattr("experiments.compressed.measure_latency", lambda networks, images: {})
-    monkeypatch.setattr("experiments.plots.save_figure", lambda figure, path: path.write_bytes(b"a picture"))
+    monkeypatch.setattr("experiments.plots.save_figure", lambda figure, path: write_whole(path, b"a picture"))

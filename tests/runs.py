@@ -14,6 +14,7 @@ from experiments.history import (
     History,
     LayerRecord,
     LayerStart,
+    Origin,
     Retest,
 )
 from experiments.settings import Settings
@@ -80,6 +81,7 @@ def good_run(epochs: int = EPOCHS, **settings: Any) -> History:
         start={name: LayerStart({"logit_bit": 3.0, "logit_dz": 3.0}, 8.0) for name in LAYERS},
         parameter_groups={"logit_bit": "bit", "logit_dz": "deadzone"},
         without_codes=[],
+        origin=Origin("2026-01-02T03:04:05+00:00", ["--seed", "0"], "0123456789abcdef"),
         epochs=[epoch_record(epoch) for epoch in range(1, epochs + 1)],
     )
 
@@ -192,7 +194,7 @@ def compressed(**changes: Any) -> CompressedRecord:
             for network in ("dense", "fake-quantized", "smaller")
         },
         "packed_settings": {},
-        "packed_metrics": {"structured_macs": 20_275_520},
+        "packed_metrics": {"structured_macs": 20_275_520, "accuracy": 0.8125},
         "file": recounted(COUNT),
     }
     return CompressedRecord(**(values | changes))
@@ -251,7 +253,7 @@ def finished(history: History, count: NetworkCount = COUNT) -> History:
         compressed=compressed(
             file=recounted(count),
             packed_settings=json.loads(json.dumps(history.settings)),
-            packed_metrics={"structured_macs": 20_275_520},
+            packed_metrics={"structured_macs": 20_275_520, "accuracy": accuracy},
             **accuracies,
         ),
     )

@@ -12,6 +12,7 @@ import sys
 import termios
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ COLUMNS = (
 def files_after(epochs: int, stopped: bool = False) -> list[str]:
     """What a run leaves; a network that was stopped in an epoch is not packed."""
     checkpoints = [f"checkpoint_{epoch:04d}.pt" for epoch in (epochs - 1, epochs) if epoch > 0]
-    return sorted([*PICTURES, "history.json", *checkpoints, *([] if stopped else PROOFS)])
+    texts = ["history.json", "metrics.csv", "report.html"]
+    return sorted([*PICTURES, *texts, *checkpoints, *([] if stopped else PROOFS)])
 
 
 # Real runs, each in a process and a folder of its own. Those that need no watching go side by side.
@@ -186,7 +188,8 @@ def test_it_first_says_what_runs(log):
 
 def test_the_parts_come_in_the_order_of_the_plan(log):
     parts = ["Versions:", "Device:", "Data:", "Quantized:", "\nEpoch |", "\n    1 |", "\n    2 |",
-             "\n--- Final Compression Metrics ---\n", "\n--- Verdict ---\n", "\nFiles: "]  # fmt: skip
+             "\n--- Final Compression Metrics ---\n", "\nLayer ", "\n--- Verdict ---\n",
+             "\nFiles in "]  # fmt: skip
     places = [log.out.find(part) for part in parts]
     assert -1 not in places and places == sorted(places)
 
@@ -267,17 +270,37 @@ def test_a_history_file_that_is_not_what_was_printed_is_told(tmp_path, log):
     assert history_is_kept(path, history).status == "FAIL"
 
 
-def test_the_last_line_names_the_files_where_they_are(log):
-    named = log.lines[-1].removeprefix("Files: ").split(", ")
-    assert sorted(Path(name).name for name in named) == sorted([*PICTURES, "history.json", *PROOFS])
-    assert all((log.folder / name).is_file() for name in named)
+def test_at_the_end_stand_the_files_where_they_are_and_the_run_in_one_line(log):
+    named = log.out[log.out.index("\nFiles in ") :]
+    folder, names = named.strip().partition("\n\n")[0].removeprefix("Files in ").split(":", 1)
+    files = [name.strip() for name in names.replace("\n", " ").split(",")]
+    assert sorted(files) == [name for name in files_after(2) if not name.startswith("checkpoint")]
+    assert all((log.folder / folder / name).is_file() for name in files)
+    assert re.fullmatch(r"debug, seed 0, \S+: .* checks", log.lines[-1].replace("no commit", "none"))
+    assert all(len(line) <= 80 for line in log.lines[:-1])
+
+
+def test_the_history_tells_where_the_run_comes_from(log):
+    origin = log.history["origin"]
+    assert datetime.fromisoformat(origin["date"]).utcoffset() == timedelta(0)
+    assert "--limit-train" in origin["command"]
+    assert origin["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", origin["commit"])
 
 
 def test_the_history_tells_the_whole_run(log):
     history = log.history
-    assert history["settings"] == Settings(
-        data="synthetic", limit_train=256, limit_test=128, threads=1, preflight="off", epochs=2, batch_size=64
-    ).to_json() | {"exclude_layers": ["^conv1$", "^linear$"]}
+    assert (
+        history["settings"]
+        == Settings(
+            data="synthetic",
+            limit_train=256,
+            limit_test=128,
+            threads=1,
+            preflight="off",
+            epochs=2,
+            batch_size=64,
+        ).to_json()
+    )
     assert set(history["versions"]) == {"python", "torch", "numpy", "matplotlib"}
     assert history["data"]["train_images"] == 256 and history["data"]["test_images"] == 128
     assert history["stopped"] is None and history["resumed"] == []
@@ -315,7 +338,7 @@ def test_the_history_has_both_logits_of_every_quantized_layer_at_the_start_and_i
 def test_nobody_can_mistake_the_stand_in_for_cifar10(log):
     assert log.lines[0].startswith("*** NOT CIFAR-10")
     assert "synthetic stand-in" in log.lines[0]
-    assert any(line.startswith("Epoch |") and "synthetic stand-in" in line for line in log.lines)
+    assert "\n[synthetic stand-in]\nEpoch |" in log.out
     told = log.history["data"]
     assert told["synthetic"] is True and told["name"] == "synthetic stand-in"
 
@@ -325,6 +348,7 @@ def test_nobody_can_mistake_the_stand_in_for_cifar10(log):
 
 def without_seconds(lines: list[str]) -> list[str]:
     lines = [re.sub(r"\| +[\d.]+$", "| s", line) if ROW.match(line) else line for line in lines]
+    lines = [re.sub("about .* for", "about s for", line) for line in lines]
     return [line.partition(" ms (")[0][:30] if " ms (" in line else line for line in lines]
 
 
@@ -343,7 +367,7 @@ def test_the_same_settings_give_the_same_history_and_pictures_save_the_seconds(l
     for history in histories:
         for record in history["epochs"]:
             assert record.pop("seconds") > 0
-        assert history["compressed"].pop("latency_seconds")
+        assert history["compressed"].pop("latency_seconds") and history.pop("origin")
     assert histories[0] == histories[1]
     trees = [tree(run.output) for run in (log, terminal)]
     assert [trees[0][picture] for picture in PICTURES] == [trees[1][picture] for picture in PICTURES]
@@ -360,10 +384,10 @@ def test_a_log_has_no_live_line_and_no_control_character(log):
 def test_a_terminal_has_one_live_line_with_step_speed_and_time_left(terminal):
     shown = re.findall(r"\r\x1b\[K([^\r\n]+)", terminal.out)
     live = [text for text in shown if text.startswith("epoch")]
-    pattern = re.compile(r"^epoch [12]: step \d/4, [\d.]+ steps/s, \d+ s left$")
+    pattern = re.compile(r"^epoch [12] of 2: (step \d/4, [\d.]+ steps/s, \d+ s left|testing and counting)$")
     assert live and all(pattern.match(text) for text in live), live
     for epoch in (1, 2):
-        assert any(text.startswith(f"epoch {epoch}: step 4/4") for text in live), (
+        assert any(text.startswith(f"epoch {epoch} of 2: step 4/4") for text in live), (
             "the last step is always shown"
         )
 
@@ -384,7 +408,7 @@ def test_ctrl_c_ends_with_the_files_of_the_finished_epochs_and_status_130(interr
 
 
 def test_ctrl_c_is_status_130_whatever_the_verdict_says(interrupted):
-    assert any(line.startswith("FAIL  bit logits learn") for line in interrupted.lines)
+    assert any(line.startswith("FAIL  bit parameters learn") for line in interrupted.lines)
     assert interrupted.status == 130
 
 
@@ -407,8 +431,8 @@ def test_a_loss_that_is_not_finite_leaves_the_files_of_the_finished_epochs(diver
 
 
 def test_a_loss_that_is_not_finite_fails_the_verdicts_line_about_it(diverging):
-    (line,) = [line for line in diverging.lines if "loss is finite" in line]
-    assert line.startswith("FAIL")
+    once, again = [line for line in diverging.lines if "loss is finite" in line]
+    assert once.startswith("FAIL") and again == once
 
 
 # Runs inside this process, on a handful of images: quick, and with faults planted where no flag reaches.
@@ -474,10 +498,10 @@ def test_a_run_on_cifar10_bears_no_mark_of_the_stand_in(here):
 def test_the_plan_preset_quantizes_the_nine_conv2_and_names_the_eleven_others(here):
     run = here("--preset", "plan", "--epochs", "1")
     others = ["conv1", *[f"{block}.conv1" for block in BLOCKS], "linear"]
-    assert f"Quantized: 9 of 20 layers; not: {', '.join(others)}" in run.lines
+    assert f"Quantized: 9 of 20 layers; not: {', '.join(others)}" in " ".join(run.out.split())
     assert run.history["quantized"] == [f"{block}.conv2" for block in BLOCKS]
     assert run.history["full_precision"] == others
-    assert "the 9 quantized layers cost nothing" in run.out
+    assert "the 9 quantized layers cost nothing" in " ".join(run.out.split())
 
 
 def test_patterns_that_exclude_every_layer_give_a_plain_network_and_fail_no_line_about_quantizers(here):
@@ -551,19 +575,14 @@ def test_a_warning_is_said_once_under_the_row_of_its_epoch(here):
 
 
 @pytest.mark.parametrize("synthetic", [True, False])
-def test_every_title_says_what_the_run_was_on_and_marks_the_stand_in(monkeypatch, tmp_path, log, synthetic):
-    drawn: dict[str, str] = {}
-
-    def keep(figure: Any, path: Path) -> None:
-        drawn[path.name] = " ".join([axes.get_title() for axes in figure.axes])
-
-    monkeypatch.setattr(plots, "save_figure", keep)
+def test_every_title_says_what_the_run_was_on_and_marks_the_stand_in(tmp_path, log, synthetic):
     history = History.from_json(log.history)
     name = "synthetic stand-in" if synthetic else "CIFAR-10"
     history.data = replace(history.data, name=name, synthetic=synthetic)
     settings = Settings(output_dir=tmp_path, preset="plan")
-    paths = plots.draw(history, report.picture_title(history, settings), tmp_path)
-    assert sorted(drawn) == sorted(path.name for path in paths) == PICTURES
+    figures = plots.figures(history, report.picture_title(history, settings))
+    drawn = {name: " ".join(axes.get_title() for axes in f.axes) for name, f in figures.items()}
+    assert sorted(drawn) == PICTURES
     for title in drawn.values():
         assert "ResNet-20" in title and "preset plan" in title and "epoch 2" in title
         assert ("NOT CIFAR-10" in title) == ("SYNTHETIC STAND-IN" in title) == synthetic
@@ -582,7 +601,7 @@ def test_auto_without_a_source_goes_on_with_the_stand_in_and_says_so_loudly(here
     head = run.out.partition("Versions:")[0]
     assert "NO CIFAR-10" in head and "Connection refused" in head
     assert "*** NOT CIFAR-10" in head and "synthetic stand-in" in head
-    assert any(line.startswith("Epoch |") and "synthetic stand-in" in line for line in run.lines)
+    assert "\n[synthetic stand-in]\nEpoch |" in run.out
     assert run.history["data"]["synthetic"] is True
     assert "Connection refused" in run.history["data"]["source"]
 
@@ -717,3 +736,13 @@ def test_the_users_own_script_runs_on_the_fixed_names_unchanged(tmp_path, monkey
     assert results.structured_bops_ratio == pytest.approx(at_8_bits, rel=1e-3)
     assert 1 <= results.structured_mac_ratio <= results.unstructured_mac_ratio < 1.1
     assert (tmp_path / "channel_liveness.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Started otherwise
+
+
+@pytest.mark.parametrize("name", ["debug_run", "sweep", "verify", "benchmark"])
+def test_a_command_runs_as_a_file_too_from_any_folder(name, tmp_path):
+    command = [sys.executable, str(Path(debug_run.__file__).with_name(f"{name}.py")), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (0, "") and "usage" in done.stdout

@@ -44,8 +44,24 @@ def test_off_a_terminal_the_live_line_is_never_shown(capsys):
     live.progress("working")
     live.clear()
     live.say("done")
-    assert live.steps(0) is None
     assert capsys.readouterr().out == "done\n"
+
+
+def test_off_a_terminal_a_minute_of_silence_ends_with_a_line(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    live = LiveLine()
+    show = live.epoch(0, 2)
+    assert show
+    for second in range(1, 200):
+        now += 1
+        show(second, 200, float(second))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "~ about 7 min for 2 epochs"
+    assert [line.partition(",")[0] for line in lines[1:]] == [
+        f"epoch 1 of 2: step {second}/200" for second in (65, 125, 185)
+    ]
+    assert lines[1].endswith("6 min left")
 
 
 def test_all_processes_but_the_first_are_silent(live, capsys):
@@ -58,15 +74,24 @@ def test_all_processes_but_the_first_are_silent(live, capsys):
 def test_steps_are_shown_ten_times_a_second_at_most_and_the_last_one_always(live, monkeypatch, capsys):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    show = live.steps(6)
+    live.epoch_seconds = 2.0
+    show = live.epoch(6, 10)
     for done in range(1, 101):  # 128 steps a second, and the line may change every 0.1 s: at each 13th step.
         now += 1 / 128
         show(done, 100, done / 128)
     shown = capsys.readouterr().out.split("\r\x1b[K")[1:]
     assert [text.partition(",")[0] for text in shown] == [
-        f"epoch 7: step {done}/100" for done in (*range(1, 101, 13), 100)
+        f"epoch 7 of 10: step {done}/100" for done in (*range(1, 101, 13), 100)
     ]
-    assert shown[0].startswith("epoch 7: step 1/100, 128.0 steps/s")
+    assert shown[0].startswith("epoch 7 of 10: step 1/100, 128.0 steps/")  # 40 columns
+
+
+def test_an_epochs_last_phases_are_shown_too_and_silent_ranks_show_nothing(live, capsys):
+    show = live.epoch(1, 3)
+    show.phase("testing")
+    assert capsys.readouterr().out == "\r\x1b[Kepoch 2 of 3: testing"
+    live.silent = True
+    assert live.epoch(1, 3) is None
 
 
 def test_letters_that_a_terminal_lacks_are_shown_as_escapes(monkeypatch):

@@ -166,7 +166,7 @@ def test_lsq_runs_to_its_packed_file_and_its_step_sizes_are_judged(tmp_path, cap
     for record in history.epochs[-1].layers.values():
         assert record.bits == record.learned_bits == 3 and record.gradients["step_size"]
     assert line(history, "step_size parameters learn").status == "PASS"
-    for name in ("bit logits learn", "deadzone logits learn", "bits fall"):
+    for name in ("bit parameters learn", "dead-zone parameters learn", "bits fall"):
         assert line(history, name).status == "SKIP"
     assert line(history, "packed file gives the same logits").status == "PASS"
     header = read_header((tmp_path / "compressed.codeq").read_bytes())
@@ -178,7 +178,7 @@ def test_a_quantizer_without_codes_is_packed_as_float32_and_that_is_said(tmp_pat
     history, _ = short_run(tmp_path, "--quantizer", f"{HERE}:Ternary")
     assert "as float32 in 18 quantized layers" in capsys.readouterr().out
     assert history.without_codes == history.quantized and len(history.without_codes) == 18
-    for name in ("bit logits learn", "deadzone logits learn", "bits fall"):
+    for name in ("bit parameters learn", "dead-zone parameters learn", "bits fall"):
         assert line(history, name).status == "SKIP"
     assert line(history, "packed file gives the same logits").status == "PASS"
     assert read_header((tmp_path / "compressed.codeq").read_bytes()).bits == {}
@@ -196,7 +196,7 @@ def test_a_parameter_of_several_numbers_is_recorded_by_its_mean_and_the_norm_of_
 def test_fixed_bits_are_no_fault(tmp_path):
     history, _ = short_run(tmp_path, "--fixed-bits", "4")
     assert history.parameter_groups == {"logit_dz": "deadzone"}
-    assert line(history, "bit logits learn").status == line(history, "bits fall").status == "SKIP"
+    assert line(history, "bit parameters learn").status == line(history, "bits fall").status == "SKIP"
     assert {r.bits for r in history.epochs[-1].layers.values()} == {4}
 
 

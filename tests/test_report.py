@@ -1,7 +1,12 @@
 """What a run tells a person: each text against the history that it is made from, and in its columns."""
 
+import base64
+import csv
+import html.parser
+import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import runs
@@ -10,16 +15,21 @@ from hypothesis import strategies as st
 from runs import ALIVE, CONSTANT, NULL, good_run, layer_count
 
 import resnet
-from experiments.history import Check, DataRecord, History
+from experiments.history import Check, DataRecord, History, Origin
+from experiments.page import report_page
 from experiments.report import (
     check_lines,
     compressed_lines,
+    failed_lines,
+    file_lines,
     first_lines,
     layer_table,
     left_out_lines,
+    metrics_csv,
     metrics_lines,
     picture_title,
     preflight_lines,
+    run_line,
     table_header,
     table_row,
     verdict_lines,
@@ -34,7 +44,8 @@ OVERRIDDEN = Settings(sparsity_weight=1.0, weights_lr=1e-3)
 
 def by_label(text: str) -> dict[str, str]:
     """The first lines by their label, such as "Device"."""
-    return {line.partition(":")[0]: line.partition(":")[2].strip() for line in text.splitlines()}
+    whole = re.sub(r"\n {11}", " ", text)
+    return {line.partition(":")[0]: line.partition(":")[2].strip() for line in whole.splitlines()}
 
 
 def on_stand_in(history: History) -> History:
@@ -66,8 +77,7 @@ def test_the_first_lines_say_what_runs_on_what_with_which_data():
 )
 def test_a_preset_that_flags_override_is_said_with_them_in_lines_and_titles(chosen, described):
     assert by_label(first_lines(good_run(), chosen))["Preset"] == described
-    # The network of `good_run` has six layers.
-    assert picture_title(good_run(7), chosen) == f"ResNet-6 on CIFAR-10, preset {described}, epoch 7"
+    assert picture_title(good_run(7), chosen) == f"ResNet-20 on CIFAR-10, preset {described}, epoch 7"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +101,7 @@ def test_a_network_that_is_quantized_throughout_has_no_layer_named_as_not():
 
 def test_the_stand_in_is_told_loudly_in_the_very_first_line_with_the_reason_and_over_the_table():
     history = on_stand_in(good_run())
-    first, *others = first_lines(history, Settings()).splitlines()
+    first, *others = re.sub(r"\n {11}", " ", first_lines(history, Settings())).splitlines()
     assert first.startswith("*** NOT CIFAR-10") and STAND_IN.name in first and STAND_IN.source in first
     assert [line for line in others if line.startswith("***")] == []
     assert f"[{STAND_IN.name}]" in table_header(STAND_IN)
@@ -111,7 +121,9 @@ def test_notes_come_last_in_their_order():
 
 
 def test_every_first_line_has_its_words_in_the_same_column():
-    for line in first_lines(good_run(), OVERRIDDEN).splitlines():
+    lines = first_lines(good_run(), OVERRIDDEN).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    for line in re.sub(r"\n {11}", " ", "\n".join(lines)).splitlines():
         assert re.fullmatch(r"[A-Z][a-z]+: +", line[:11]) and line[11] != " ", line
 
 
@@ -132,7 +144,7 @@ def test_a_row_shows_shares_in_percent_and_each_number_in_its_column():
 
 @pytest.mark.parametrize("data", [good_run(1).data, STAND_IN], ids=["CIFAR-10", "stand-in"])
 def test_the_header_names_each_column_and_its_unit_above_it(data):
-    blank, names, units, rule = table_header(data).split("\n")
+    blank, *_, names, units, rule = table_header(data).split("\n")
     assert blank == "" and set(rule) == {"-", "+"}
     columns = zip(*(map(str.strip, line.split("  [")[0].split("|")) for line in (names, units)), strict=True)
     assert list(columns) == [
@@ -169,15 +181,17 @@ def test_whatever_the_numbers_a_row_keeps_its_columns(numbers):
 
 
 def test_the_final_metrics_are_the_four_ratios_and_the_ceiling():
-    assert metrics_lines(runs.final()).splitlines() == [
+    lines = metrics_lines(runs.final()).splitlines()
+    assert lines[8:] == ["", *layer_table(runs.final().count).splitlines()]
+    assert lines[:8] == [
         "",
         "--- Final Compression Metrics ---",
         "Structured BOPs compression:   7.12x",
         "Unstructured BOPs compression: 20.50x",
         "Structured MACs compression:   1.50x",
         "Unstructured MACs compression: 4.25x",
-        "Ceiling: 91.62x structured, 91.50x unstructured, if the 2 quantized layers cost nothing "
-        f"(of {18 + 36 + 27 + 90} MACs)",
+        "Ceiling: 91.62x structured, 91.50x unstructured, if the 2 quantized layers",
+        f"         cost nothing (of {18 + 36 + 27 + 90} MACs)",
     ]
 
 
@@ -195,15 +209,18 @@ def test_the_compressed_network_is_told_with_all_its_numbers():
     text = compressed_lines(runs.compressed(slim_accuracy=0.8124, agreement=0.99985, packed_differs=3))
     lines = text.splitlines()
     assert lines[1] == "--- The Compressed Network ---"
-    assert lines[2] == (
+    assert all(len(line) <= 80 for line in lines)
+    whole = " ".join(text.split())
+    for words in (
         "Smaller network: 101,234 of 269,722 parameters, 20,275,520 of 40,551,040 MACs (2.00x), "
-        "counted on the network itself"
-    )
-    assert "10,000 test images: largest difference 1e-05 of logits up to 12.5, 99.98 % equal" in lines[3]
-    assert lines[4].strip() == "accuracy 81.24 % against 81.25 %"
-    assert lines[5] == "Packed file: 54,321 bytes, 20.0 times smaller than the float32 state_dict's 1,086,420"
-    assert lines[6].strip() == "read back: 3 logits differ, accuracy 81.25 %"
-    assert "no speed-up in this runtime" in lines[-1]
+        "counted on the network itself",
+        "10,000 test images: largest difference 1e-05 of logits up to 12.5, 99.98 % equal",
+        "accuracy 81.24 % against 81.25 %",
+        "Packed file: 54,321 bytes, 20.0 times smaller than the float32 state_dict's 1,086,420",
+        "read back: 3 logits differ, accuracy 81.25 %",
+        "no speed-up in this runtime",
+    ):
+        assert words in whole
 
 
 def test_each_latency_is_told_in_milliseconds_with_its_spread():
@@ -283,18 +300,78 @@ def test_the_table_of_layers_has_a_row_a_layer_and_the_totals():
         layer_count("layer1.0.conv1", [ALIVE, NULL, CONSTANT, NULL], bits=5, zero_weights=20, zero_filters=2,
                     dense_macs=3000, structured_macs=1000, unstructured_macs=1500),
         layer_count("linear", [ALIVE] * 10, bits=32, quantized=False))  # fmt: skip
-    header, *rows, total = [line.split() for line in layer_table(NetworkCount(layers)).splitlines()]
+    header, _, *rows, total = [line.split() for line in layer_table(NetworkCount(layers)).splitlines()]
     assert header[0] == "Layer"
     assert rows == [
-        ["conv1", "32", "0/27", "0/3", "3/0/0", "1,234,567", "27", "27"],
-        ["layer1.0.conv1", "5", "20/36", "2/4", "1/1/2", "3,000", "1,000", "1,500"],
-        ["linear", "32", "0/90", "0/10", "10/0/0", "90", "90", "90"],
+        ["conv1", "32", "0.00", "0/3", "3/0/0", "27", "1,234,567"],
+        ["layer1.0.conv1", "5", "55.56", "2/4", "1/1/2", "1,000", "3,000"],
+        ["linear", "32", "0.00", "0/10", "10/0/0", "90", "90"],
     ]
-    assert total == ["Total", "20/153", "2/17", "14/1/2", "1,237,657", "1,117", "1,617"]
+    assert total == ["Total", "13.07", "2/17", "14/1/2", "1,117", "1,237,657"]
 
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
 def test_the_columns_of_the_table_of_layers_line_up(depth):
     lines = layer_table(count_network(getattr(resnet, f"resnet{depth}")())).splitlines()
-    assert len(lines) == depth + 2
-    assert {len(line) for line in lines} == {len(lines[0])}
+    assert len(lines) == depth + 3
+    assert len({len(line) for line in lines[2:]}) == 1 and all(len(line) <= 80 for line in lines)
+
+
+def test_a_long_name_of_a_layer_keeps_its_end_and_the_table_its_width():
+    name = "features.denseblock4.denselayer16.conv2"
+    table = layer_table(NetworkCount((layer_count(name, [ALIVE] * 3), layer_count("x", [NULL]))))
+    assert ".." + name[-18:] in table
+    assert all(len(line) <= 80 for line in table.splitlines())
+
+
+# What stands at the end
+
+
+def finished(**changes: object) -> History:
+    history = runs.good_run(3)
+    history.final = runs.final(structured_bops_ratio=30.25, unstructured_bops_ratio=66.5)
+    history.compressed = runs.compressed()
+    return replace(history, **changes)
+
+
+def test_a_run_is_said_in_one_line_to_be_pasted():
+    checks = [Check("PASS", "a", ""), Check("SKIP", "b", ""), Check("FAIL", "c", "1. Likely cause: d")]
+    assert run_line(finished(), checks) == (
+        "debug, seed 0, 0123456: 36.00 % accuracy, 9.0 % zeros, 0.0 % filters, 7.40 bits, "
+        "BOPs 30.25x / 66.50x, 54,321 bytes, 1 of 2 checks"
+    )
+    dirty = finished(origin=Origin(commit="0123456789-dirty"), compressed=None)
+    assert "0123456+: " in run_line(dirty, checks) and "not packed" in run_line(dirty, checks)
+    assert "no commit: " in run_line(finished(origin=Origin()), checks)
+    assert failed_lines(checks) == ["FAIL  c: 1", "      Likely cause: d"]
+
+
+def test_the_table_as_a_file_has_every_epoch_and_reads_back():
+    rows = list(csv.DictReader(io.StringIO(metrics_csv(finished()))))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    for row, record in zip(rows, finished().epochs, strict=True):
+        assert float(row["accuracy"]) == record.accuracy and float(row["loss"]) == record.loss
+        assert float(row["learned_bits"]) == record.learned_bits
+    assert "layers" not in rows[0] and "cross_entropy" in rows[0]
+
+
+def test_the_files_are_listed_by_their_folder_in_lines_of_80_columns():
+    paths = [Path("a/b") / f"picture_{i}.png" for i in range(12)]
+    lines = file_lines([*paths, Path("c/history.json")]).splitlines()
+    assert lines[:2] == ["", "Files in a/b:"] and lines[-2:] == ["Files in c:", "  history.json"]
+    assert all(len(line) <= 80 for line in lines)
+    assert [p.name for p in paths] == " ".join(lines[2:-3]).replace(",", "").split()
+
+
+def test_the_page_holds_verdict_tables_and_pictures_and_needs_nothing_outside_it():
+    checks = [Check("PASS", "loss", "2.0 -> 1.0"), Check("FAIL", "bits <fall>", "8 & 8. Likely cause: x")]
+    page = report_page(finished(), "ResNet-20 on CIFAR-10", "the line", checks, {"a.png": b"\x89PNG"})
+    reader = html.parser.HTMLParser()
+    found: dict[str, list] = {"img": [], "td": []}
+    reader.handle_starttag = lambda tag, attrs: found.setdefault(tag, []).append(dict(attrs))  # type: ignore[method-assign]
+    reader.feed(page)
+    (image,) = found["img"]
+    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == b"\x89PNG"
+    assert {attrs.get("class") for attrs in found["td"]} >= {"PASS", "FAIL"}
+    assert "bits &lt;fall&gt;" in page and "8 &amp; 8" in page and "the line" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page

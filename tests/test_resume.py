@@ -35,7 +35,7 @@ TINY = ["--preflight", "off",
 ONE_STEP = [*TINY, "--limit-train", "64", "--limit-test", "16"]  # One step an epoch.
 ROW = re.compile(r"^ *\d+ \|")
 RESULTS = sorted([*PICTURES, "checkpoint_0002.pt", "checkpoint_0003.pt", "compressed.codeq", "history.json",
-                  "slim.pt2"])  # fmt: skip
+                  "metrics.csv", "report.html", "slim.pt2"])  # fmt: skip
 
 # Importing torch takes longer than a tiny run, so one process imports it and forks for every run. The runs
 # make no more of the stand-in than they use, and time the networks once: neither is what is tested here.
@@ -146,7 +146,7 @@ def undisturbed(fork_servers, tmp_path_factory) -> ForkedRun:
 
 def without_time(history: dict[str, Any]) -> dict[str, Any]:
     kept = copy.deepcopy(history)
-    del kept["resumed"]
+    del kept["resumed"], kept["origin"]
     for record in kept["epochs"]:
         assert record.pop("seconds") > 0
     assert kept["compressed"].pop("latency_seconds")
@@ -214,7 +214,8 @@ def killing(undisturbed, tmp_path_factory) -> Iterator[Future[int]]:
 
 
 # The process sends itself a signal just before a file's bytes are forced to the disk, or before the file gets
-# its name. Files are written in this order: three checkpoints, then the pictures, history.json and networks.
+# its name. Files are written in this order: three checkpoints, each with
+# metrics.csv, then history.json, the networks, the pictures and report.html.
 AT_CALL = """
 import itertools, pathlib
 calls, real = itertools.count(1), {owner}.{name}
@@ -239,7 +240,7 @@ def signal_at(name: str, at: int, signal: str = "SIGKILL") -> str:
 def test_killed_inside_write_after_write_it_ends_as_if_undisturbed(fork_server, undisturbed, tmp_path):
     """The kills hit the first checkpoint, the second, the third, and the first file after these."""
     folder, arguments = tmp_path / "run", TINY
-    for name, at in (("fsync", 1), ("replace", 2), ("fsync", 2), ("replace", 2)):
+    for name, at in (("fsync", 1), ("replace", 3), ("fsync", 3), ("replace", 3)):
         run = fork_server.run(folder, arguments, signal_at(name, at))
         assert run.status == -signal.SIGKILL and run.err == ""
         assert_nothing_half_written(run.output)
@@ -295,7 +296,9 @@ def test_sigterm_is_status_143_with_the_files_of_the_finished_epochs(stopped):
     assert len(run.history["epochs"]) == 1
     assert run.history["stopped"] == "stopped by SIGTERM in epoch 2"
     # The network of a half-finished epoch is neither packed nor exported.
-    assert run.files == sorted([*PICTURES, "checkpoint_0001.pt", "history.json"])
+    assert run.files == sorted(
+        [*PICTURES, "checkpoint_0001.pt", "history.json", "metrics.csv", "report.html"]
+    )
 
 
 def test_after_sigterm_a_resumed_run_says_after_which_epoch_and_ends_as_if_undisturbed(stopped, undisturbed):
@@ -469,7 +472,7 @@ def test_a_folder_that_becomes_read_only_in_mid_run_keeps_what_it_has(fork_serve
     run = fork_server.run(tmp_path, [*ONE_STEP, "--epochs", "2"], IN_EPOCH.format(number=2, act=READ_ONLY))
     assert "no checkpoint of epoch 2: cannot write debug_output/checkpoint_0002.pt: Read-only" in run.out
     assert run.status == 2 and run.err.count("\n") == 1 and "Read-only file system" in run.err
-    assert run.files == ["checkpoint_0001.pt"]
+    assert run.files == ["checkpoint_0001.pt", "metrics.csv"]
     assert load_checkpoint(checkpoint_path(run.output, 1)).epochs == 1
 
 

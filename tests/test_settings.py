@@ -31,12 +31,14 @@ DEBUG = {
     "--data": "auto",
     "--data-dir": Path("data"),
     "--output-dir": Path("debug_output"),
+    "--figure-format": "png",
     "--preflight": "stop",
     "--resume": False,
     "--rehearse": False,
     "--limit-train": None,
     "--limit-test": None,
-    "--exclude-layers": ("^conv1$", "^linear$"),
+    "--model": "resnet20",
+    "--exclude-layers": None,
     "--quantizer": "src.quantizer:DeadZoneLDZCompander",
     "--max-bits": None,
     "--fixed-bits": None,
@@ -105,6 +107,7 @@ WORDS = {
     "--preflight": ["stop", "warn", "off", "only"],
     "--penalty-on": ["stored", "quantized"],
     "--group-weights": ["equal", "macs"],
+    "--figure-format": ["png", "pdf"],
 }
 
 
@@ -155,6 +158,7 @@ OTHER = (
     | {name: words[-1] for name, words in WORDS.items()}
     | {"--exclude-layers": ("layer1", ".*2$"), "--data-dir": Path("/a b"), "--output-dir": Path("c")}
     | {"--beta2": 0.5, "--quantizer": "a.module:Class", "--max-bits": 6, "--fixed-bits": 4}
+    | {"--model": "a.b:net"}
 )
 
 
@@ -401,6 +405,7 @@ SAID_ELSEWHERE = {
     "data": "synthetic",
     "data_dir": Path("a"),
     "output_dir": Path("b"),
+    "figure_format": "pdf",
     "preflight": "off",
     "resume": True,
     "rehearse": True,

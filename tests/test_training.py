@@ -157,7 +157,12 @@ def test_the_schedule_scales_each_groups_own_rate_and_does_not_add_up():
 def test_in_a_longer_run_logits_go_slower_and_weights_decay_less_in_proportion(pace_steps, steps, expected):
     assert pace(pace_steps, steps) == expected
     chosen = Settings(
-        weights_lr=0.5, bit_lr=0.25, deadzone_lr=0.125, weights_decay=0.25, bit_decay=0.5, pace_steps=pace_steps
+        weights_lr=0.5,
+        bit_lr=0.25,
+        deadzone_lr=0.125,
+        weights_decay=0.25,
+        bit_decay=0.5,
+        pace_steps=pace_steps,
     )
     optimizer = make_optimizer(quantized(), chosen, steps)
     rates = [float(g["lr"]) for g in optimizer.param_groups]

@@ -98,8 +98,8 @@ def test_the_lines_come_in_the_order_of_the_report(model, count, pictures):
     expected = [
         "loss is finite",
         "accuracy climbs",
-        "bit logits learn",
-        "deadzone logits learn",
+        "bit parameters learn",
+        "dead-zone parameters learn",
         "unstructured sparsity grows",
         "structured sparsity follows the warm-up",
         "penalty falls once it acts",
@@ -430,7 +430,7 @@ KINDS = pytest.mark.parametrize("kind", ["bit", "deadzone"])
 def test_logits_that_learn_pass_with_how_far_they_moved(kind):
     far = {"bit": "2", "deadzone": "2.4"}[kind]
     history = in_layer(good_run(), LAYERS[2], [EPOCHS], parameters={LOGITS[kind]: 3.5})
-    check(verdict.parameters_live(history, LOGITS[kind]), PASS, f"4 logits moved by 0.5 to {far}")
+    check(verdict.parameters_live(history, LOGITS[kind]), PASS, f"4 parameters moved by 0.5 to {far}")
 
 
 @KINDS
@@ -797,12 +797,12 @@ def test_a_run_that_goes_as_expected_gives_no_warning_in_any_epoch():
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"gradients": {"logit_bit": None}}, ["bit logits", "gradient None"]),
-        ({"gradients": {"logit_bit": math.nan}}, ["bit logits", "gradient nan"]),
-        ({"gradients": {"logit_dz": 0.0}}, ["deadzone logits", "gradient 0"]),
-        ({"gradients": {"logit_dz": math.inf}}, ["deadzone logits", "gradient inf"]),
-        ({"parameters": {"logit_bit": 3.0}}, ["bit logits", "not moved"]),
-        ({"parameters": {"logit_dz": 3.0}}, ["deadzone logits", "not moved"]),
+        ({"gradients": {"logit_bit": None}}, ["bit parameters", "gradient None"]),
+        ({"gradients": {"logit_bit": math.nan}}, ["bit parameters", "gradient nan"]),
+        ({"gradients": {"logit_dz": 0.0}}, ["dead-zone parameters", "gradient 0"]),
+        ({"gradients": {"logit_dz": math.inf}}, ["dead-zone parameters", "gradient inf"]),
+        ({"parameters": {"logit_bit": 3.0}}, ["bit parameters", "not moved"]),
+        ({"parameters": {"logit_dz": 3.0}}, ["dead-zone parameters", "not moved"]),
         ({"signal": 0.05}, ["nothing is left", "--sparsity-weight"]),
     ],
 )
