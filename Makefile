@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test faults bench
+.PHONY: run smoke test faults bench
 
 run: $(VENV)/run-ready
 	$(BIN)/python -m experiments.debug_run $(ARGS)
+
+smoke: $(VENV)/run-ready
+	$(BIN)/python -m experiments.debug_run --preset smoke $(ARGS)
 
 test: $(VENV)/test-ready
 	$(BIN)/ruff check .
@@ -21,12 +24,12 @@ bench: $(VENV)/run-ready
 	$(BIN)/python -m experiments.benchmark $(ARGS)
 
 # Each stamp is older than its requirements file only before the packages are in.
-$(VENV)/run-ready: requirements.txt
+$(VENV)/run-ready: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch $@
 
 $(VENV)/test-ready: requirements-dev.txt $(VENV)/run-ready
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@
