@@ -1,6 +1,7 @@
 """What the preflight's checks share: the run that they look at, and the ways in which a check can end."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -129,10 +130,14 @@ class Subject:
     def copied_step(self) -> TrainingStep:
         """The run's step with a model and an optimizer of its own; what it does leaves the run alone.
 
-        It captures no graph: the checks look at it through hooks, which do not fire in a replay.
+        It captures no graph: the checks look at it through hooks, which do not fire in a replay. It drops
+        nothing at random: the checks compare one pass with another.
         """
         step = copy.deepcopy(self.step)
         step.captures = False
+        for module in step.model.modules():
+            if re.search("Drop|StochasticDepth", type(module).__name__) and hasattr(module, "p"):
+                module.p = 0.0  # type: ignore[assignment]
         step.optimizer.zero_grad(set_to_none=True)
         return step
 

@@ -60,6 +60,14 @@ class TwoAnswersInTraining(Small):
         return (logits, logits) if self.training else logits
 
 
+class WithDropout(Small):
+    """Random in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Dropout(0.5), self.head)  # type: ignore[assignment]
+
+
 class LooksAtNumbers(Small):
     """Its way depends on the image, which no graph can hold."""
 

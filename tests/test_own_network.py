@@ -212,6 +212,12 @@ def test_a_run_with_it_goes_through_preflight_ledger_counts_pictures_and_both_ne
         assert all(word in sentence for word in words), sentence
 
 
+def test_a_network_that_is_random_in_training_raises_no_alarm(run):
+    history, status, _ = run(f"{HERE}:WithDropout")
+    failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]
+    assert (failed, status) == ([], 0)
+
+
 def test_barriers_are_named_in_the_first_lines_and_in_the_history(run):
     history, status, out = run(f"{HERE}:WithSort", "--preflight", "off")
     (barrier,) = history.barriers
