@@ -44,7 +44,7 @@ from experiments.checkpoint import (
 )
 from experiments.compressed import PACKED, SLIM
 from experiments.data import Dataset, TestBatches, TrainBatches, load_dataset
-from experiments.device import prepare_device
+from experiments.device import keep_freed_memory, prepare_device
 from experiments.distributed import (
     LostProcessError,
     Processes,
@@ -54,7 +54,7 @@ from experiments.distributed import (
 )
 from experiments.evaluator import Compression, Evaluator
 from experiments.exit_status import EXIT_FAILED, ExitStatus
-from experiments.expect import Subject
+from experiments.expect import MOST_PARAMETERS, Subject
 from experiments.files import OutputError, archive_files, lock_folder, write_whole
 from experiments.finish import write_report
 from experiments.history import (
@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         torch.manual_seed(settings.seed)
         model = make_network(settings.model).to(device)
+        if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
+            keep_freed_memory(False)  # its copies are so large that what is kept soon fills the machine
         evaluator = Evaluator(model)
         excluded = excluded_layers(settings, model, evaluator.dense)
         quantized = attach_weight_quantizers(model, excluded, make_quantizer, {})

@@ -71,8 +71,8 @@ def usable_cores() -> int:
     return max(1, min(allowed, torch.get_num_threads()))
 
 
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next training step instead of returning it to the system.
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Have glibc keep freed memory for the next training step instead of returning it to the system, or not.
 
     An activation of the first stage at batch size 512 has exactly 32 MiB, the ceiling of glibc's mmap
     threshold: by default each one is mapped, faulted in page by page and unmapped in every training step.
@@ -85,7 +85,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # musl, another C library of Linux, has no mallopt
         return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+    most, threshold = (0, -1) if keep else (65_536, 131_072)  # or glibc's own values
+    return bool(mallopt(M_MMAP_MAX, most)) and bool(mallopt(M_TRIM_THRESHOLD, threshold))
 
 
 def describe_device(device: torch.device) -> str:

@@ -363,8 +363,9 @@ def it_can_learn(subject: Subject) -> str:
     measured = f"cross-entropy on 16 images {losses[0]:.2f} -> {losses[-1]:.2f} in {LEARNING_STEPS} steps"
     if subject.pipeline.settings.weights_lr < 1e-4:
         raise NotApplicableError(f"{measured}; --weights-lr is too small to tell")
+    left = 0.75 if subject.own_network else 0.9  # of another network it is not known how fast it learns
     expect(
-        min(losses[-3:]) < 0.75 * losses[0],
+        min(losses[-3:]) < left * losses[0],
         measured,
         "the network does not learn: --weights-lr far off, a "
         "gradient that does not arrive, or labels changed in the step",

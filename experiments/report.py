@@ -133,9 +133,13 @@ def metrics_lines(final: FinalCounts) -> str:
         f"Unstructured BOPs compression: {format_ratio(final.unstructured_bops_ratio)}",
         f"Structured MACs compression:   {format_ratio(final.structured_mac_ratio)}",
         f"Unstructured MACs compression: {format_ratio(final.unstructured_mac_ratio)}",
-        f"Ceiling: {format_ratio(final.structured_ceiling)} structured, "
-        f"{format_ratio(final.unstructured_ceiling)} unstructured, if the {quantized} quantized layers\n"
-        f"         cost nothing (of {final.totals['dense_macs']:,} MACs)",
+        *_wrapped(
+            f"Ceiling: {format_ratio(final.structured_ceiling)} structured, "
+            f"{format_ratio(final.unstructured_ceiling)} unstructured, if the {quantized} quantized layers "
+            f"cost nothing (of {final.totals['dense_macs']:,} MACs)",
+            80,
+            9,
+        ),
         "",
         layer_table(final.count),
     ])  # fmt: skip

@@ -132,7 +132,7 @@ def main() -> None:
         gone = sum(layer.filters - layer.alive_channels for layer in count.layers)
         print(
             f"{name:<19} {gone:>6,}/{count.total('filters'):<7,} {count.total('dense_macs'):>12,} "
-            f"{count.total('structured_macs'):>11,} {count_by_torch(small)['']:>11,} {off:8.0e}  "
+            f"{count.total('structured_macs'):>11,} {count_by_torch(small.float())['']:>11,} {off:8.0e}  "
             f"{len(count.barriers)}",
             flush=True,
         )

@@ -312,6 +312,14 @@ def test_the_smallest_compression_is_taken(content):
     assert len(compressed) == min(len(make(content)) for make, _ in COMPRESSIONS.values())
 
 
+def test_a_large_content_is_compressed_the_quick_way_and_comes_back(monkeypatch):
+    content = bytes(range(256)) * 8
+    assert encoding.compress(content)[0] != "zlib"
+    monkeypatch.setattr(encoding, "ALL_TRIED", len(content) - 1)
+    name, compressed = encoding.compress(content)
+    assert name == "zlib" and encoding.decompress(compressed, name, len(content)) == content
+
+
 def test_the_largest_network_fits_although_nothing_of_it_is_coded():
     with torch.device("meta"):
         largest = ResNet(packing.MAX_BLOCKS_PER_STAGE, packing.MAX_CLASSES)
