@@ -53,7 +53,9 @@ class NetworkGraph:
         state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         state |= dict(model.named_buffers(remove_duplicate=False))
         state |= {f"{name}.weight": weight for name, weight in weights.items()}
-        return self.constants | {node: state[name].detach() for node, name in self.state.items()}
+        like = next(model.parameters(), torch.empty(0))
+        constants = {n: t.to(like.dtype) if t.is_floating_point() else t for n, t in self.constants.items()}
+        return constants | {node: state[name].detach() for node, name in self.state.items()}
 
 
 def kind(node: Any) -> Any:
@@ -113,12 +115,14 @@ _MOST = 64  # graphs that are remembered
 def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> NetworkGraph:
     """The graph of the model without its quantizers; a model of the same structure is traced only once.
 
+    A graph that names no dtype is that of the model in any dtype.
     Raises: ValueError if torch.export cannot trace the network.
     """
     like = next(model.parameters(), torch.empty(0))
     parts, kept = _fingerprint(model)
-    key = (parts, input_size, like.dtype, like.device)
-    if key not in _TRACED:
+    keys = [(parts, input_size, like.device, dtype) for dtype in (None, like.dtype)]
+    key = next((key for key in keys if key in _TRACED), None)
+    if key is None:
         plain = without_quantizers(model, stored=True).eval()
         for hooks in (hooks for module in plain.modules() for hooks in _hooks(module)):
             for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks")]:
@@ -134,8 +138,15 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
             raise ValueError(f"torch.export cannot trace {name} on images {input_size}: {reason}") from error
         while len(_TRACED) >= _MOST:
             del _TRACED[next(iter(_TRACED))]
-        _TRACED[key] = _graph(program, kept)
+        graph = _graph(program, kept)
+        key = keys[_names_a_dtype(graph)]
+        _TRACED[key] = graph
     return _TRACED[key]
+
+
+def _names_a_dtype(graph: NetworkGraph) -> bool:
+    values = (value for node in graph.graph.nodes for value in (*node.args, *node.kwargs.values()))
+    return any(isinstance(value, torch.dtype) for value in values)
 
 
 def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> NetworkGraph:

@@ -31,3 +31,18 @@ def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("experiments.compressed.measure_latency", lambda networks, images: {})
     monkeypatch.setattr("experiments.plots.save_figure", lambda figure, path: write_whole(path, b"a picture"))
+
+
+# Files whose tests run programs take longest: begun first, they leave no process idle at the end.
+LONG = (
+    "test_faults",
+    "test_resume",
+    "test_distributed",
+    "test_bad_input",
+    "test_debug_run",
+    "test_any_network",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
