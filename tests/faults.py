@@ -561,7 +561,7 @@ FAULTS_BY_AREA = {
         fault("batch norms are not trained", r"batch norm|bn\d|moved?|gradient|train|group|parameters",
               (RUN, "model = make_network(settings.model).to(device)\n",
                "model = make_network(settings.model).to(device)\n"
-               "        for norm in model.modules():\n            if isinstance(norm, nn.BatchNorm2d):\n"
+               "        for norm in model.modules():\n            if isinstance(norm, torch.nn.BatchNorm2d):\n"
                "                norm.requires_grad_(False)\n")),
         fault("a second optimizer", r"optimizer|twice|second|update|beside",
               (TRAINING, "        self.optimizer.step()\n",
@@ -768,8 +768,7 @@ FAULTS_BY_AREA = {
         fault("every layer has the first stage's positions", r"metrics|MACs|position|count",
               (CHANNELS, "positions = out.constant.numel() // len(weight)", "positions = 1024 if weight.ndim > 2 else 1")),
         fault("the constant of a dead channel is forgotten", r"metrics|constant|channel|smaller network|dead",
-              (CHANNELS, "            constant = node.target(known, weight, bias, *node.args[3:])\n",
-               "            constant = known.new_zeros(pipe.shape)\n")),
+              (CHANNELS, "        known[inputs] = 0\n", "        known[:] = 0\n")),
         fault("dead filters stop at the batch norm: their channels count as alive", r"metrics|channel|dead|structured|MACs|count",
               (CHANNELS, "(weight != 0).to(flow.dtype), None", "torch.ones_like(weight, dtype=flow.dtype), None")),
         fault("a filter is zero when its weights sum to zero", r"metrics|filter|zero|count|structured",
