@@ -28,7 +28,7 @@ from same import assert_same
 
 from experiments.checkpoint import checkpoint_path, load_checkpoint
 
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "3"))
 TINY = ["--preflight", "off",
         "--data", "synthetic", "--limit-train", "256", "--limit-test", "128", "--threads", "1",
         "--epochs", "3", "--batch-size", "64", "--sparsity-delay", "1", "--sparsity-ramp", "1"]  # fmt: skip
