@@ -16,17 +16,20 @@ from src.groups import FILTERS, ChannelGroups, channel_groups
 from utils_quantization import quantized_layers
 
 
-def group_norms(groups: ChannelGroups, weights: Mapping[str, Tensor]) -> Tensor:
+def group_norms(
+    groups: ChannelGroups, weights: Mapping[str, Tensor], places: Sequence[Tensor | None]
+) -> Tensor:
     """L2 norm of each group, all its weight slices taken as one vector.
 
-    Shapes: weights (O, I, kh, kw) by layer name -> (C,), weight units.
+    Shapes: weights (O, I, kh, kw) by layer name, places as those of the groups, (C,) each -> (C,), weight
+    units.
     Gradient: 0, not NaN, at a group of zeros.
     """
     slices = [
         torch.linalg.vector_norm(weights[name], dim=(1, 2, 3) if dim == FILTERS else (0, 2, 3))
         for name, dim in groups.members
     ]
-    slices = [s if p is None else s[list(p)] for s, p in zip(slices, groups.places, strict=True)]
+    slices = [s if p is None else s[p.to(s.device)] for s, p in zip(slices, places, strict=True)]
     return torch.linalg.vector_norm(torch.stack(slices), dim=0)  # (members, C) -> (C,)
 
 
@@ -63,8 +66,11 @@ def coupled_group_lasso(
     macs = group_macs(model, groups) if group_weights == MACS else [1] * sum(g.channels for g in groups)
     mean = sum(macs) / max(len(macs), 1) or 1
     # Whole numbers, so that the weights are exact in whatever precision the model computes.
-    counts = torch.tensor(macs, device=next(model.parameters()).device)
-    return lambda model: _penalty(model, convolutions, groups, on, counts) / mean
+    device = next(model.parameters()).device
+    counts = torch.tensor(macs, device=device)
+    # Made once: at each step they would come from the host, which a captured CUDA graph cannot do.
+    places = [[p if p is None else torch.tensor(p, device=device) for p in g.places] for g in groups]
+    return lambda model: _penalty(model, convolutions, groups, places, on, counts) / mean
 
 
 def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
@@ -102,6 +108,7 @@ def _penalty(
     model: nn.Module,
     layers: Sequence[str],
     groups: Sequence[ChannelGroups],
+    places: Sequence[Sequence[Tensor | None]],
     on: str,
     counts: Tensor,
 ) -> Tensor:
@@ -112,5 +119,5 @@ def _penalty(
         name: layer.parametrizations.weight.original if on == STORED else layer.weight
         for name, layer in modules.items()
     }
-    norms = torch.cat([group_norms(g, weights) for g in groups])
-    return (norms * counts).sum()
+    norms = torch.cat([group_norms(g, weights, p) for g, p in zip(groups, places, strict=True)])
+    return (norms * counts.to(norms.device)).sum()

@@ -431,22 +431,22 @@ FAULTS_BY_AREA = {
               (GROUPS, "        if use.groups == 1:\n            self._record(use.name, INPUT_SLICES, read)\n",
                '        if use.groups == 1 and not use.name.endswith("0.conv1"):\n            self._record(use.name, INPUT_SLICES, read)\n')),
         fault("the penalty is detached", r"penalty|gradient|detach",
-              (PENALTY, "return (norms * counts).sum()", "return (norms * counts).sum().detach()")),
+              (PENALTY, "return (norms * counts.to(norms.device)).sum()", "return (norms * counts).sum().detach()")),
         fault("the penalty is of a copy of the model", r"penalty|copy|gradient",
               around(PENALTY, "coupled_group_lasso",
                      "import copy\ntwin = copy.deepcopy(args[0])\npenalty = whole(*args, **kwargs)\n"
                      "return lambda model: penalty(twin)")),
         fault("mean of the groups instead of their sum", r"penalty|mean|sum|lasso",
-              (PENALTY, "return (norms * counts).sum()", "return (norms * counts).mean()")),
+              (PENALTY, "return (norms * counts.to(norms.device)).sum()", "return (norms * counts.to(norms.device)).mean()")),
         fault("the penalty is of the stored weights where it is to be of the quantized ones, and the reverse",
               r"penalty|stored|quantized", (PENALTY, "if on == STORED", "if on != STORED")),
         fault("the gradient at a group of zeros is NaN", r"NaN|finite|zero",
               around(PENALTY, "group_norms",
-                     "groups, weights = args\n"
+                     "groups, weights, _ = args\n"
                      "return sum(weights[n].square().sum((1, 2, 3) if d == FILTERS else (0, 2, 3))\n"
                      "           for n, d in groups.members).sqrt()")),
         fault("the penalty is an L1 norm", r"penalty|norm|lasso|group",
-              (PENALTY, "(norms * counts).sum()", "sum(w.abs().sum() for w in weights.values())")),
+              (PENALTY, "(norms * counts.to(norms.device)).sum()", "sum(w.abs().sum() for w in weights.values())")),
     ],
     "loss": [
         fault("double softmax", r"softmax|cross.entropy|logits",

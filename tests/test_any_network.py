@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metrics import count_by_torch, count_network
 from resnet import ResNet, resnet20
 from src.channels import ChannelAccount, ChannelState, trace_channels
+from src.graph import trace_network
 from src.groups import FILTERS, INPUT_SLICES, channel_groups
 from src.slim import slim_network
 
@@ -297,3 +298,20 @@ def test_relatives_of_the_known_networks_are_no_longer_taken_for_them(make):
         assert account.barriers == ()
         assert_nothing_claimed_is_wrong(model, account, (3, 16, 16))
         assert_smaller_is_the_same(model, (3, 16, 16))
+
+
+class NamesItsDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3)) + torch.ones(4, dtype=x.dtype)
+
+
+@pytest.mark.parametrize(("kind", "shared"), [(Mixed, True), (NamesItsDtype, False)])
+def test_a_graph_is_of_every_dtype_unless_it_names_one(kind, shared):
+    model = kind().eval()
+    graph = trace_network(model, SMALL)
+    assert trace_network(model, SMALL) is graph
+    assert (trace_network(model.double(), SMALL) is graph) == shared

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.settings import MACS, QUANTIZED
 from experiments.sparsity import coupled_group_lasso
@@ -422,3 +423,46 @@ def test_a_few_steps_of_descent_on_the_penalty_lower_it():
         optimizer.step()
         values.append(penalty.item())
     assert values == sorted(values, reverse=True) and values[-1] < values[0]
+
+
+class Concatenated(nn.Module):
+    """The last convolution reads the filters of both others, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 3, 1)
+        self.reads, self.head = nn.Conv2d(5, 6, 1), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = torch.cat([self.a(x), self.b(x)], 1).relu()
+        return self.head(self.reads(x).relu().mean((2, 3)))
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_slices_at_other_places_are_coupled_and_a_step_makes_no_tensor_of_them_anew():
+    torch.manual_seed(0)
+    model = Concatenated().double()
+    attach_weight_quantizers(model, ["stem", "head"], DeadZoneLDZCompander, {})
+    penalty = coupled_group_lasso(model, "stored")
+    with torch.no_grad(), Operations() as seen:
+        found = penalty(model)
+    # Numbers that come from Python at each step cannot be part of a captured CUDA graph.
+    assert "index" in " ".join(seen.names) and not {"lift_fresh", "_to_copy"} & set(seen.names)
+    w = {n: m.parametrizations.weight.original.detach() for n, m in quantized_layers(model).items()}
+    made = [*w["a"], *w["b"]]
+    coupled = [torch.cat([made[c].flatten(), w["reads"][:, c].flatten()]).norm() for c in range(len(made))]
+    alone = [row.norm() for row in w["reads"]]
+    # What the last layer makes is read by the classifier alone, and is a group of its own.
+    assert found.item() == pytest.approx((sum(coupled) + sum(alone)).item())
