@@ -93,21 +93,21 @@ class ResNet(nn.Module):
         return self.linear(out.mean((2, 3)))  # (N, 64) -> (N, num_classes)
 
 
-def resnet20() -> ResNet:
-    return ResNet(3)
+def resnet20(num_classes: int = 10) -> ResNet:
+    return ResNet(3, num_classes)
 
 
-def resnet32() -> ResNet:
-    return ResNet(5)
+def resnet32(num_classes: int = 10) -> ResNet:
+    return ResNet(5, num_classes)
 
 
-def resnet44() -> ResNet:
-    return ResNet(7)
+def resnet44(num_classes: int = 10) -> ResNet:
+    return ResNet(7, num_classes)
 
 
-def resnet56() -> ResNet:
-    return ResNet(9)
+def resnet56(num_classes: int = 10) -> ResNet:
+    return ResNet(9, num_classes)
 
 
-def resnet110() -> ResNet:
-    return ResNet(18)
+def resnet110(num_classes: int = 10) -> ResNet:
+    return ResNet(18, num_classes)

@@ -70,7 +70,7 @@ def make_compressed(
     slim = slim_network(model)
     archive = _written(folder / SLIM, exported(slim, claims), errors)
     read_back_parameters, read_back_difference = read_back(archive, slim, next(iter(batches))[0])
-    packed = unpack_network(content, partial(make_network, name)).to(device)
+    packed = unpack_network(content, partial(make_network, name, logits["quantized"].shape[1])).to(device)
     packed_settings, packed_metrics = read_claims(content)
     logits |= {n: predict(network, batches)[0] for n, network in {"slim": slim, "packed": packed}.items()}
     hits = {name: of_network.argmax(1) == batches.labels for name, of_network in logits.items()}

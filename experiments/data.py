@@ -1,4 +1,4 @@
-"""The images of a run: CIFAR-10 or its built-in stand-in, and batches of them, augmented on the device.
+"""The images of a run: a CIFAR or the built-in stand-in, and batches of them, augmented on the device.
 
 Images are (N, 3, 32, 32) uint8 in a `Dataset`, and normalised float32 in a batch.
 """
@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.cifar10 import SIDE, DataError, NoCifar10Error, how_to_bring_it, load_cifar10
+from experiments.cifar import CIFARS, SIDE, DataError, NoCifarError, how_to_bring_it, load_cifar
 from experiments.distributed import ALONE, Processes
 
 # Mean and standard deviation of each colour channel, as in github.com/kuangliu/pytorch-cifar, a recipe
-# that many others copy. STD is the mean over the training images of the deviation within each image; the
-# deviation over all pixels is (0.2470, 0.2435, 0.2616).
+# that many others copy. STD is the mean over CIFAR-10's training images of the deviation within each image;
+# the deviation over all pixels is (0.2470, 0.2435, 0.2616). All data sets are normalised with these numbers.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
-CLASSES = 10
 PADDING = 4  # pixels of zeros on each side before a crop
 PADDED = SIDE + 2 * PADDING  # pixels
 CROP_OFFSETS = 2 * PADDING + 1  # positions of a crop along each axis
@@ -30,9 +29,10 @@ CROP_OFFSETS = 2 * PADDING + 1  # positions of a crop along each axis
 class Dataset:
     """The images and labels that a run trains and tests on; on the CPU, in a fixed order."""
 
-    name: str  # "CIFAR-10" or "synthetic stand-in"
-    source: str  # the path that CIFAR-10 was read from, or why the stand-in is used
+    name: str  # "CIFAR-10", "CIFAR-100" or "synthetic stand-in"
+    source: str  # the path that it was read from, or why the stand-in is used
     synthetic: bool  # whether this is the stand-in
+    classes: int
     train_images: Tensor  # (N, 3, 32, 32) uint8
     train_labels: Tensor  # (N,) int64
     test_images: Tensor  # (M, 3, 32, 32) uint8
@@ -49,43 +49,37 @@ def load_dataset(
 ) -> Dataset:
     """Load the data set that `data` names, cut to its first `limit_train` and `limit_test` images.
 
-    "cifar10" is CIFAR-10, "synthetic" is the stand-in, and "auto" is CIFAR-10 where it is on disk or can be
-    downloaded, and else the stand-in. A damaged file in `data_dir` is an error under "auto" too: the
-    stand-in replaces data that is absent, never data that the user meant to train on.
+    "cifar10" and "cifar100" are the data sets of these names, "synthetic" is the stand-in, and "auto" is
+    CIFAR-10 where it is on disk or can be downloaded, and else the stand-in. A damaged file in `data_dir` is
+    an error under "auto" too: the stand-in replaces data that is absent, never data that the user meant to
+    train on.
 
     `say` is called with whole lines for the log; `progress` with the text of one line that is overwritten,
     and with "" once the download is over.
-    Raises: DataError if there is no such data set or it is smaller than a limit, if a file of CIFAR-10 is
-        damaged, and under "cifar10" if CIFAR-10 is neither on disk nor at any of its sources.
+    Raises: DataError if there is no such data set or it is smaller than a limit, if a file of it is damaged,
+        and under "cifar10" and "cifar100" if it is neither on disk nor at any of its sources.
     """
     if data == "synthetic":
         dataset = synthetic_dataset("built in, as --data synthetic asks")
-    elif data in ("auto", "cifar10"):
+    elif data == "auto" or data in CIFARS:
+        files = CIFARS["cifar10" if data == "auto" else data]
         try:
-            dataset = _cifar10(data_dir, say, progress)
-        except NoCifar10Error as reason:
-            if data == "cifar10":
-                raise DataError(
-                    f"CIFAR-10 could not be had: {reason}. {how_to_bring_it(data_dir)}"
-                ) from reason
-            say(f"NO CIFAR-10: {reason}. Going on with the synthetic stand-in. {how_to_bring_it(data_dir)}")
-            dataset = synthetic_dataset(f"no CIFAR-10 here: {reason}")
+            source, *tensors = load_cifar(files, data_dir, say, progress)
+            dataset = Dataset(files.name, source, False, files.classes, *tensors)
+        except NoCifarError as reason:
+            by_hand = how_to_bring_it(files, data_dir)
+            if data != "auto":
+                raise DataError(f"{files.name} could not be had: {reason}. {by_hand}") from reason
+            say(f"NO {files.name}: {reason}. Going on with the synthetic stand-in. {by_hand}")
+            dataset = synthetic_dataset(f"no {files.name} here: {reason}")
     else:
-        raise DataError(f"--data is {data!r}; choose auto, cifar10 or synthetic")
+        raise DataError(f"--data is {data!r}; choose auto, cifar10, cifar100 or synthetic")
     return _limited(dataset, limit_train, limit_test)
 
 
-def _cifar10(data_dir: Path, say: Callable[[str], None], progress: Callable[[str], None] | None) -> Dataset:
-    found = load_cifar10(data_dir, say, progress)
-    return Dataset(
-        "CIFAR-10",
-        found.source,
-        False,
-        found.train_images,
-        found.train_labels,
-        found.test_images,
-        found.test_labels,
-    )
+def class_count(data: str) -> int:
+    """The number of classes of the data set that `data` names; known before any file is read."""
+    return CIFARS[data].classes if data in CIFARS else STAND_IN_CLASSES
 
 
 def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
@@ -110,6 +104,7 @@ def _limit(flag: str, limit: int | None, size: int, what: str) -> int:
 
 # The stand-in.
 
+STAND_IN_CLASSES = 10  # as CIFAR-10 has
 SYNTHETIC_TRAIN = 20_000
 SYNTHETIC_TEST = 4_000
 _SYNTHETIC_SEED = 20_251
@@ -127,11 +122,13 @@ def synthetic_dataset(source: str) -> Dataset:
     """
     generator = torch.Generator().manual_seed(_SYNTHETIC_SEED)
     windows = _pattern_windows(generator)
-    labels = torch.arange(SYNTHETIC_TRAIN + SYNTHETIC_TEST) % CLASSES
+    labels = torch.arange(SYNTHETIC_TRAIN + SYNTHETIC_TEST) % STAND_IN_CLASSES
     images = torch.cat([_overlaid(windows, chunk, generator) for chunk in labels.split(_SYNTHETIC_CHUNK)])
     train, test = images.split((SYNTHETIC_TRAIN, SYNTHETIC_TEST))
     train_labels, test_labels = labels.split((SYNTHETIC_TRAIN, SYNTHETIC_TEST))
-    return Dataset("synthetic stand-in", source, True, train, train_labels, test, test_labels)
+    return Dataset(
+        "synthetic stand-in", source, True, STAND_IN_CLASSES, train, train_labels, test, test_labels
+    )
 
 
 def _pattern_windows(generator: torch.Generator) -> Tensor:
@@ -139,7 +136,7 @@ def _pattern_windows(generator: torch.Generator) -> Tensor:
 
     Shapes: -> (10, 3, 21, 21, 32, 32), the axes being class, colour, position of the window, pixel.
     """
-    coarse = torch.randn(CLASSES, 3, 9, 9, generator=generator)
+    coarse = torch.randn(STAND_IN_CLASSES, 3, 9, 9, generator=generator)
     side = SIDE + _WINDOW_POSITIONS - 1
     patterns = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)
     patterns /= patterns.std(dim=(1, 2, 3), keepdim=True)
@@ -159,7 +156,9 @@ def _overlaid(windows: Tensor, labels: Tensor, generator: torch.Generator) -> Te
 
     images = uniform(0.4, 1.0, 1, 1, 1) * shown(labels)
     for _ in range(2):
-        others = (labels + torch.randint(1, CLASSES, (count,), generator=generator)) % CLASSES
+        others = (
+            labels + torch.randint(1, STAND_IN_CLASSES, (count,), generator=generator)
+        ) % STAND_IN_CLASSES
         images += uniform(0.0, 0.6, 1, 1, 1) * shown(others)
     images += 0.5 * torch.randn(images.shape, generator=generator)
     # Contrast and brightness differ between the colour channels, which tints the image.

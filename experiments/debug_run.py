@@ -44,7 +44,7 @@ from experiments.checkpoint import (
     take_checkpoint,
 )
 from experiments.compressed import PACKED, SLIM
-from experiments.data import Dataset, TestBatches, TrainBatches, load_dataset
+from experiments.data import Dataset, TestBatches, TrainBatches, class_count, load_dataset
 from experiments.device import keep_freed_memory, prepare_device
 from experiments.distributed import (
     LostProcessError,
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         make_quantizer = find_quantizer(settings)
 
         torch.manual_seed(settings.seed)
-        model = make_network(settings.model).to(device)
+        model = make_network(settings.model, class_count(settings.data)).to(device)
         if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
             keep_freed_memory(False)  # its copies are so large that what is kept soon fills the machine
         evaluator = Evaluator(model)
@@ -250,9 +250,8 @@ def begin(settings: Settings, processes: Processes, live: LiveLine) -> None:
 
 def show_epoch(live: LiveLine, history: History, epoch: int) -> None:
     """An epoch's row of the table (epochs count from 1 here), and below it the warnings that it brought."""
-    records = history.epochs[:epoch]
-    live.say(report.table_row(records[-1]))
-    for sentence in new_warnings(history.start, records):
+    live.say(report.table_row(history.epochs[epoch - 1]))
+    for sentence in new_warnings(history, epoch):
         live.say(f"      ! {sentence}")
 
 

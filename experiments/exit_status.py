@@ -2,7 +2,7 @@
 
 from types import TracebackType
 
-from experiments.cifar10 import DataError
+from experiments.cifar import DataError
 from experiments.distributed import LostProcessError
 from experiments.files import OutputError
 from experiments.live import EXIT_BAD_INPUT, ClosedOutputError, LiveLine, Stopped, StopSignals, refuse

@@ -95,8 +95,14 @@ class DataRecord:
     name: str
     source: str  # where they came from, or why they are the stand-in
     synthetic: bool
+    classes: int
     train_images: int
     test_images: int
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return 1 / self.classes
 
 
 @dataclass(frozen=True)
@@ -253,7 +259,7 @@ def new_history(
         precision=PRECISIONS[settings.precision],
         threads=torch.get_num_threads(),
         processes=processes.count,
-        data=DataRecord(dataset.name, dataset.source, dataset.synthetic,
+        data=DataRecord(dataset.name, dataset.source, dataset.synthetic, dataset.classes,
                         len(dataset.train_labels), len(dataset.test_labels)),
         quantized=quantized,
         full_precision=[name for name in layers if name not in quantized],

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import resnet
-from experiments.data import CLASSES
 from experiments.settings import Settings
 from experiments.user_code import first_line, import_named
 from metrics import NetworkCount
@@ -16,7 +15,7 @@ from metrics import NetworkCount
 TRIED = (2, 3, 32, 32)  # images; two, since a batch norm over one number cannot train
 
 
-def make_network(name: str) -> nn.Module:
+def make_network(name: str, classes: int) -> nn.Module:
     """The network that --model names, on the CPU, its weights drawn from torch's random numbers.
 
     That is one of resnet.py's, or what the callable module:callable returns, which is called with
@@ -25,10 +24,10 @@ def make_network(name: str) -> nn.Module:
     Raises: ValueError naming the flag and what is wrong with the network.
     """
     if ":" not in name:
-        return getattr(resnet, name)()
+        return getattr(resnet, name)(classes)
     build = import_named("--model", name, "a callable that returns an nn.Module", callable)
     try:
-        network = build(num_classes=CLASSES) if _takes(build, "num_classes") else build()
+        network = build(num_classes=classes) if _takes(build, "num_classes") else build()
     except Exception as error:  # someone's own code may raise anything
         raise ValueError(
             f"--model is {name!r}, and calling it raises {type(error).__name__} ({first_line(error)}); "
@@ -37,7 +36,7 @@ def make_network(name: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ValueError(f"--model is {name!r}, which returns {network!r:.60}; expected an nn.Module")
     for training in (True, False):
-        _try(name, network, training)
+        _try(name, network, classes, training)
     return network
 
 
@@ -49,8 +48,8 @@ def _takes(build: object, argument: str) -> bool:
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _try(name: str, network: nn.Module, training: bool) -> None:
-    """Raises: ValueError if the network does not give its logits for images of CIFAR-10's size."""
+def _try(name: str, network: nn.Module, classes: int, training: bool) -> None:
+    """Raises: ValueError if the network does not give its logits for images of 3x32x32."""
     mode = "training" if training else "evaluation"
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
@@ -61,10 +60,10 @@ def _try(name: str, network: nn.Module, training: bool) -> None:
                 f"{TRIED} ({first_line(error)}); expected a network for 3x32x32 images"
             ) from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (TRIED[0], CLASSES):
+    if shape != (TRIED[0], classes):
         raise ValueError(
             f"--model is {name!r}, and in {mode} mode it gives {shape} for {TRIED[0]} images; "
-            f"expected {(TRIED[0], CLASSES)}, a logit a class"
+            f"expected {(TRIED[0], classes)}, a logit for each class of the data set"
         )
 
 

@@ -85,7 +85,7 @@ def accuracy_figure(history: History, title: str) -> Figure:
     records, epochs = history.epochs, [r.epoch for r in history.epochs]
     accuracies, losses = [100 * r.accuracy for r in records], [r.cross_entropy for r in records]
     axes.plot(epochs, accuracies, "o-", color=BLUE, label="test accuracy")
-    axes.axhline(10, color="grey", linestyle=":", label="chance")
+    axes.axhline(100 * history.data.chance, color="grey", linestyle=":", label="chance")
     _end(axes, accuracies, f"{accuracies[-1]:.2f} %", BLUE)
     axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
     right = axes.twinx()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments import data, reference
-from experiments.data import CLASSES, TrainBatches
+from experiments.data import TrainBatches
 from experiments.expect import BrokenError, NotApplicableError, Subject, expect, some
 
 LOOKED_AT = 192  # images that are compared with all their crops: they miss an offset once in 10^8 runs
@@ -20,8 +20,15 @@ GREY = 2e-3  # of 255 grey levels: float32 stays a hundred times closer, half pr
 WALKED = 2048  # images of the second epoch that are looked at; the first is walked wholly
 FEW = 16  # images that are looked at for the cause
 MIN_PROBED = 1000  # training images below which the linear probe tells nothing
-CIFAR10_IMAGES = (50_000, 10_000)  # for training and for the test
-TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
+CIFAR_IMAGES = (50_000, 10_000)  # for training and for the test
+# Of each data set: the folder, its files for training and for the test, and the key of their labels.
+FILES = {
+    "CIFAR-10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], b"labels"),
+    "CIFAR-100": ("cifar-100-python", ["train"], ["test"], b"fine_labels"),
+}
+# The share of the test images that may be training images too. Barz & Denzler 2020 (arXiv 1902.00423) count
+# 10 % of CIFAR-100's as duplicates or near ones; how many of them are equal in every pixel they do not say.
+MAY_BE_SHARED = {"CIFAR-100": 0.02}
 
 
 def files_are_read_right(subject: Subject) -> str:
@@ -29,7 +36,7 @@ def files_are_read_right(subject: Subject) -> str:
     dataset = subject.dataset
     _sizes_are_the_settings(subject)
     if dataset.synthetic:
-        expected = torch.arange(len(dataset.train_labels)) % CLASSES
+        expected = torch.arange(len(dataset.train_labels)) % dataset.classes
         wrong = int((dataset.train_labels != expected).sum())
         expect(
             wrong == 0,
@@ -37,7 +44,7 @@ def files_are_read_right(subject: Subject) -> str:
             "the stand-in's labels were changed after it was made (experiments/data.py)",
         )
         numbers = data.SYNTHETIC_TRAIN + torch.arange(len(dataset.test_labels))
-        wrong = int((dataset.test_labels != numbers % CLASSES).sum())
+        wrong = int((dataset.test_labels != numbers % dataset.classes).sum())
         expect(
             wrong == 0,
             f"{wrong} labels of the stand-in's test set are not image number mod 10",
@@ -45,14 +52,15 @@ def files_are_read_right(subject: Subject) -> str:
         )
         return f"{len(dataset.train_labels):,} and {len(dataset.test_labels):,} labels of the stand-in"
     folder = Path(dataset.source)
-    folder = folder if folder.is_dir() else folder.with_name("cifar-10-batches-py")
-    if not all((folder / name).is_file() for name in [*TRAIN_FILES, "test_batch"]):
+    name, train_files, test_files, key = FILES[dataset.name]
+    folder = folder if folder.is_dir() else folder.with_name(name)
+    if not all((folder / name).is_file() for name in [*train_files, *test_files]):
         raise NotApplicableError(f"{folder} does not hold the unpacked files")
     for what, names, images, labels in (
-        ("training", TRAIN_FILES, dataset.train_images, dataset.train_labels),
-        ("test", ["test_batch"], dataset.test_images, dataset.test_labels),
+        ("training", train_files, dataset.train_images, dataset.train_labels),
+        ("test", test_files, dataset.test_images, dataset.test_labels),
     ):
-        raw_images, raw_labels = _read_raw(folder, names, len(labels))
+        raw_images, raw_labels = _read_raw(folder, names, key, len(labels))
         differs = (images.numpy() != raw_images).any((1, 2, 3))
         if differs.any():
             there = {_digest(image) for image in raw_images}
@@ -82,7 +90,7 @@ def files_are_read_right(subject: Subject) -> str:
 def _sizes_are_the_settings(subject: Subject) -> None:
     """As many images as the data set has, or as the limits leave of it."""
     dataset, settings = subject.dataset, subject.pipeline.settings
-    whole = (data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST) if dataset.synthetic else CIFAR10_IMAGES
+    whole = (data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST) if dataset.synthetic else CIFAR_IMAGES
     for what, labels, limit, count in (
         ("train", dataset.train_labels, settings.limit_train, whole[0]),
         ("test", dataset.test_labels, settings.limit_test, whole[1]),
@@ -95,7 +103,7 @@ def _sizes_are_the_settings(subject: Subject) -> None:
         )
 
 
-def _read_raw(folder: Path, names: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_raw(folder: Path, names: list[str], key: bytes, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first `count` images (N, 3, 32, 32) and labels of some batch files, read plainly."""
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -103,35 +111,35 @@ def _read_raw(folder: Path, names: list[str], count: int) -> tuple[np.ndarray, n
         if sum(len(part) for part in labels) < count:
             batch = pickle.loads((folder / name).read_bytes(), encoding="bytes")
             images.append(batch[b"data"].reshape(-1, 3, reference.SIDE, reference.SIDE))
-            labels.append(np.array(batch[b"labels"]))
+            labels.append(np.array(batch[key]))
     return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
 
 def sets_are_disjoint(subject: Subject) -> str:
     """No test image, nor its mirror image, is among the training images; every class is in both sets."""
-    dataset = subject.dataset
+    dataset, classes = subject.dataset, subject.dataset.classes
     train = {_digest(image) for image in dataset.train_images.numpy()}
     test = dataset.test_images.numpy()
     shared = sum(_digest(image) in train or _digest(image[:, :, ::-1]) in train for image in test)
     expect(
-        shared == 0,
+        shared <= MAY_BE_SHARED.get(dataset.name, 0) * len(test),
         f"{shared:,} of {len(test):,} test images are also training images",
         "training and test set are not kept apart",
     )
     for what, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
-        counts = torch.bincount(labels, minlength=CLASSES).tolist()
+        counts = torch.bincount(labels, minlength=classes).tolist()
         expect(
-            len(counts) == CLASSES,
-            f"{what} labels up to {len(counts) - 1}, expected 0 to {CLASSES - 1}",
-            f"the {what} labels are not those of ten classes",
+            len(counts) == classes,
+            f"{what} labels up to {len(counts) - 1}, expected 0 to {classes - 1}",
+            f"the {what} labels are not those of {classes} classes",
         )
-        if len(labels) >= 100 * CLASSES:
+        if len(labels) >= 100 * classes:
             expect(
-                min(counts) > 0.5 * len(labels) / CLASSES and max(counts) < 2 * len(labels) / CLASSES,
+                min(counts) > 0.5 * len(labels) / classes and max(counts) < 2 * len(labels) / classes,
                 f"images a class in the {what} set: {counts}",
                 f"the {what} set is sorted by class before it is cut, or its labels are wrong",
             )
-    return f"none of {len(test):,} test images is among {len(train):,} training images"
+    return f"{shared or 'none'} of {len(test):,} test images among {len(train):,} training images"
 
 
 def _digest(image: np.ndarray) -> bytes:
@@ -144,18 +152,19 @@ def labels_fit_the_images(subject: Subject) -> str:
     Labels that have nothing to do with their images, or test images of another kind, cannot be learned.
     """
     dataset = subject.dataset
+    classes = dataset.classes
     count, tested = min(20_000, len(dataset.train_labels)), len(dataset.test_labels)
     if count < MIN_PROBED or tested < 200:
         raise NotApplicableError(f"{count} training and {tested} test images are too few")
     train, test = (_thumbnails(images) for images in (dataset.train_images[:count], dataset.test_images))
-    targets = F.one_hot(dataset.train_labels[:count], CLASSES).float() - 1 / CLASSES
+    targets = F.one_hot(dataset.train_labels[:count], classes).float() - 1 / classes
     gram = train.T @ train + 0.02 * len(train) * torch.eye(train.shape[1])
     solution = torch.linalg.solve(gram, train.T @ targets)
     accuracy, own = (
         ((x @ solution).argmax(1) == labels).float().mean().item()
         for x, labels in ((test, dataset.test_labels), (train, dataset.train_labels[:count]))
     )
-    least = 2 / CLASSES
+    least = 2 / classes
     measured = f"a linear probe has {100 * accuracy:.1f} % on the test images ({100 * own:.1f} % on its own)"
     if accuracy < least:
         raise BrokenError(

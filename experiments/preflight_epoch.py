@@ -291,7 +291,7 @@ def _compare_test_logits(subject: Subject, step: TrainingStep, tested: FewTested
 
 def _compare_row(record: EpochRecord) -> None:
     """The table's row has each number below its name."""
-    data = DataRecord("CIFAR-10", "", False, 1, 1)
+    data = DataRecord("CIFAR-10", "", False, 10, 1, 1)
     (header,) = [line for line in report.table_header(data).splitlines() if line.startswith("Epoch")]
     names = [cell.strip() for cell in header.split("|")]
     cells = [float(cell) for cell in report.table_row(record).split("|")]

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 
 import resnet
 from experiments import reference
-from experiments.data import CLASSES
 from experiments.expect import (
     EXACT,
     BrokenError,
@@ -118,10 +117,11 @@ def start_is_fresh(subject: Subject) -> str:
         "--model does not reach the network",
     )
     found = sum(p.numel() for n, p in model.named_parameters() if ".quantizer." not in n)
-    due = reference.parameter_count(subject.blocks, CLASSES)
+    classes = subject.dataset.classes
+    due = reference.parameter_count(subject.blocks, classes)
     expect(
         found == due,
-        f"{found:,} parameters where a ResNet-{6 * subject.blocks + 2} for {CLASSES} classes has {due:,}",
+        f"{found:,} parameters where a ResNet-{6 * subject.blocks + 2} for {classes} classes has {due:,}",
         "another architecture than resnet.py's: its widths, blocks, biases or classes, or shared weights",
     )
     for name, layer in model.named_modules():
@@ -144,7 +144,7 @@ def start_is_fresh(subject: Subject) -> str:
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.pipeline.settings.seed)
-        drawn = getattr(resnet, f"resnet{6 * subject.blocks + 2}")()
+        drawn = getattr(resnet, f"resnet{6 * subject.blocks + 2}")(classes)
     layers = {n: m for n, m in drawn.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     other = [
         n
@@ -492,9 +492,9 @@ def images_are_independent(subject: Subject) -> str:
     leaf = images.clone().requires_grad_()
     logits = model(leaf)
     expect(
-        logits.shape == (len(images), CLASSES),
+        logits.shape == (len(images), subject.dataset.classes),
         f"logits of shape {tuple(logits.shape)} for {len(images)} images",
-        f"the network's output: {CLASSES} classes are due",
+        f"the network's output: {subject.dataset.classes} classes are due",
     )
     alone = torch.cat([model(image[None]) for image in images[:2]])
     expect_close(

@@ -51,7 +51,7 @@ def pictures_show_the_history(subject: Subject) -> str:
     history = small_history(subject.history)
     drawn = figures(history, "a small history")
     for picture, curves in CURVES.items():
-        _compare_curves(picture, drawn[picture], history.epochs, curves)
+        _compare_curves(picture, drawn[picture], history, curves)
     layers = [layer for layer in history.final.layers if layer.name in STATES] if history.final else []
     _compare_cells(drawn["channel_liveness.png"], layers)
     _compare_bars(drawn["per_layer_channels.png"], layers)
@@ -103,15 +103,16 @@ def _record(epoch: int) -> EpochRecord:
 def _compare_curves(
     picture: str,
     figure: Any,
-    records: Sequence[EpochRecord],
+    history: History,
     curves: dict[str, tuple[Callable[[EpochRecord], float], str]],
 ) -> None:
+    records, chance = history.epochs, 100 / history.data.classes
     drawn = [line for axes in figure.axes for line in axes.get_lines()]
     lines = {line.get_label(): line for line in drawn}
     expect(len(lines) == len(drawn), f"{picture}: two curves have one name", _cause("another column"))
     if "chance" in lines:
         _expect_equal(
-            lines["chance"].get_ydata(), [10, 10], f"{picture}: the line of chance", "another share"
+            lines["chance"].get_ydata(), [chance, chance], f"{picture}: the line of chance", "another share"
         )
     for label, (value, axis) in curves.items():
         expect(label in lines, f"{picture}: no curve is called {label!r}", _cause("another column"))

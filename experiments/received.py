@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.data import CLASSES, Dataset, TestBatches
+from experiments.cifar import CIFARS
+from experiments.data import STAND_IN_CLASSES, Dataset, TestBatches
 from experiments.files import checksum_holds, read_file
 from experiments.live import printable
 from experiments.network import make_network
@@ -111,11 +112,12 @@ def check_file(path: Path, load: Callable[[], Dataset], say: Say, model: str = "
             received.left_out.append(why)
         else:
             received.found |= {"data": dataset.name, "test_images": len(dataset.test_labels)}
-            received.found["accuracy"] = _accuracy(network, TestBatches(dataset, "cpu"))
+            received.found["accuracy"] = _accuracy(network, dataset)
             say(f"Accuracy: {100 * received.found['accuracy']:.2f} %")
     except Exception as error:  # an exported network of another kind fails in its own way
         raise ValueError(
-            f"{name} holds no network for 3 x 32 x 32 images and {CLASSES} classes ({type(error).__name__})"
+            f"{name} holds no network for 3 x 32 x 32 images and {dataset.classes} classes "
+            f"({type(error).__name__})"
         ) from None
     say(f"MACs:     {received.macs:,} as the network runs, counted by torch")
     if path.suffix == ".pt2":
@@ -167,7 +169,10 @@ def _open_packed(content: bytes, say: Say, model: str) -> tuple[nn.Module, Recei
     if model and not header.network:
         raise ValueError(f"the file holds a ResNet of resnet.py, and --model is {model!r}; leave --model out")
     received = Received(_checked(header.metrics))
-    network = unpack_network(content, (lambda: make_network(model)) if model else None)
+    classes = {files.name: files.classes for files in CIFARS.values()}.get(
+        received.claims.get("data", ""), STAND_IN_CLASSES
+    )
+    network = unpack_network(content, (lambda: make_network(model, classes)) if model else None)
     count = count_network(network)
     received.found = _found(count, header)
     preset = header.settings.get("preset", "?")
@@ -213,8 +218,8 @@ def _open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
     return network, received
 
 
-def _accuracy(network: nn.Module, batches: TestBatches) -> float:
-    logits, labels = predict(network, batches)
-    if logits.shape != (len(labels), CLASSES):
+def _accuracy(network: nn.Module, dataset: Dataset) -> float:
+    logits, labels = predict(network, TestBatches(dataset, "cpu"))
+    if logits.shape != (len(labels), dataset.classes):
         raise ValueError(f"logits of shape {tuple(logits.shape)}")
     return (logits.argmax(1) == labels).double().mean().item()

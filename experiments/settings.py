@@ -17,7 +17,7 @@ PRECISIONS = {
     "tf32": "TF32 convolutions (all else float32)",
     "bf16": "bf16 convolutions (all else float32)",
 }
-DATA = ("auto", "cifar10", "synthetic")
+DATA = ("auto", "cifar10", "cifar100", "synthetic")
 STORED, QUANTIZED = "stored", "quantized"  # the weights that the penalty is on
 EQUAL, MACS = "equal", "macs"  # what a group counts in the penalty
 
@@ -43,7 +43,9 @@ class Settings:
         "float32", "faster convolutions give other digits; tf32 is CUDA's alone", tuple(PRECISIONS)
     )
     data: str = _setting("auto", "auto: CIFAR-10 if it can be had, else the built-in stand-in", DATA)
-    data_dir: Path = _setting(Path("data"), "folder that holds, or will hold, cifar-10-batches-py")
+    data_dir: Path = _setting(
+        Path("data"), "folder that holds, or will hold, cifar-10-batches-py or cifar-100-python"
+    )
     output_dir: Path = _setting(Path("debug_output"), "folder for the pictures, history.json, checkpoints")
     figure_format: str = _setting("png", "of the pictures; pdf is for papers", ("png", "pdf"))
     preflight: str = _setting(
@@ -266,7 +268,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line: the preset's, then what the flags say. Exits with 2 for a bad one."""
     parser = Parser(
         prog="python -m experiments.debug_run",
-        description="Train a network on CIFAR-10 with CoDeQ quantizers and watch the whole pipeline work.",
+        description="Train a network on CIFAR with CoDeQ quantizers and watch the whole pipeline work.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
     )

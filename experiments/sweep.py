@@ -127,7 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     lists = {name: values for name, values in given.items() if values}
     members = list(plan(chosen.output_dir, lists, others))
     if members[0].settings.data == "auto":
-        parser.error("--data is 'auto', and a curve must be of one data set; expected cifar10 or synthetic")
+        parser.error(
+            "--data is 'auto', and a curve must be of one data set; expected cifar10, cifar100 or synthetic"
+        )
     left = [member for member in members if member.history() is None]
     live = LiveLine()
     say = live.say
@@ -139,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
         held.enter_context(lock_folder(chosen.output_dir, say))
         settings = members[0].settings
         # Download the data set here, once: several runs that start at the same time would each download it.
-        if settings.data == "cifar10" and left:
-            load_dataset("cifar10", settings.data_dir, None, None, say)
+        if settings.data != "synthetic" and left:
+            load_dataset(settings.data, settings.data_dir, None, None, say)
         say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
         running: dict[Member, subprocess.Popen[bytes]] = {}
         held.callback(stop_all, running)

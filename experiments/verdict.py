@@ -19,17 +19,16 @@ from src.encoding import PackingError
 from utils_quantization import toggle_quantization, weight_quantization
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
-CHANCE = 0.1  # accuracy of guessing one of CIFAR-10's ten classes
-CLIMBED = 3 * CHANCE  # the least accuracy that counts as well above chance
-# A higher accuracy on CIFAR-10 is a mistake: He et al. 2015 (arXiv 1512.03385, table 6) report 91.25 % for
-# ResNet-20, and later training recipes bring it to 92 or 93 %.
-BEST_KNOWN = 0.96
+CLIMBED = 3  # times the accuracy of guessing: the least that counts as well above chance
+# A higher accuracy of a ResNet-20 is a mistake: He et al. 2015 (arXiv 1512.03385, table 6) report 91.25 % on
+# CIFAR-10, and later training recipes bring it to 92 or 93 %, and to about 70 % on CIFAR-100.
+BEST_KNOWN = {"CIFAR-10": 0.96, "CIFAR-100": 0.8}
 # Optimizer steps. In fewer steps accuracy and bits may not have moved yet, whatever the settings.
 ENOUGH_STEPS = 300
 STEPS_TO_KILL = 1000  # optimizer steps with a penalty in which some channel dies at the default settings
 COLLAPSED = 0.1  # a layer with a lower signal (see experiments/history.py) is broken; others are near 1
 KNOWN_CLASSES = 0.5  # a network of at least this accuracy predicts every class
-RARE = 0.05  # a class of a lower recall counts as not predicted
+RARE = 0.5  # times the accuracy of guessing: a class of a lower recall counts as not predicted
 SLIM_TOLERANCE = 1e-4  # largest difference of the smaller network's logits, as a share of the largest logit
 READ_BACK_TOLERANCE = 1e-5  # the same for the file that it is exported to: one network, twice on one CPU
 SLIM_AGREEMENT = 0.999  # share of equal predictions; not 1, since rounding may swap two nearly equal logits
@@ -150,15 +149,16 @@ def steps_of(history: History, records: Sequence[EpochRecord]) -> int:
 
 
 def accuracy_climbs(history: History) -> Check:
-    """Whether the accuracy rose well above chance, and not above what any ResNet-20 reaches on CIFAR-10."""
+    """Whether the accuracy rose well above chance, and not above what any ResNet-20 is known to reach."""
     name, records = "accuracy climbs", history.epochs
     percent = [100 * r.accuracy for r in records]
     first, last, best = percent[0], percent[-1], max(percent)
-    measured = f"{first:.1f} % -> {last:.1f} % (best {best:.1f} %, chance {100 * CHANCE:.0f} %)"
-    if last > 100 * BEST_KNOWN and history.settings["model"] == "resnet20" and not history.data.synthetic:
+    chance, known = history.data.chance, BEST_KNOWN.get(history.data.name, 1.0)
+    measured = f"{first:.1f} % -> {last:.1f} % (best {best:.1f} %, chance {100 * chance:.0f} %)"
+    if last > 100 * known and history.settings["model"] == "resnet20":
         cause = "test images among the training images, or labels that reach the network"
-        return judge(False, name, f"{measured}; no ResNet-20 is known above {100 * BEST_KNOWN:.0f} %", cause)
-    climbed = last > first and last >= 100 * CLIMBED
+        return judge(False, name, f"{measured}; no ResNet-20 is known above {100 * known:.0f} %", cause)
+    climbed = last > first and last >= 100 * CLIMBED * chance
     steps = steps_of(history, records)
     if not climbed and (steps < ENOUGH_STEPS or len(records) < 2):
         return Check(SKIP, name, f"{measured}; {steps} steps are too few to tell")
@@ -246,7 +246,7 @@ def every_class_is_predicted(again: Retest | None) -> Check:
             SKIP, name, f"{measured}; at {100 * accuracy:.1f} % accuracy a class may still be missing"
         )
     cause = f"class {worst} is missing or mislabelled in the training set, or the classifier cannot give it"
-    return judge(recalls[worst] >= RARE, name, measured, cause)
+    return judge(recalls[worst] >= RARE / len(again.class_images), name, measured, cause)
 
 
 def training_images_are_known(history: History) -> Check:
@@ -269,7 +269,7 @@ def training_images_are_known(history: History) -> Check:
         cause = "training labels that are wrong in part, or training images other than the test images' kind"
         return judge(False, name, measured, cause)
     whole = history.data.train_images
-    at_chance = whole >= 2_000 and train > KNOWN_CLASSES and test < CHANCE + noise + 0.02
+    at_chance = whole >= 2_000 and train > KNOWN_CLASSES and test < history.data.chance + noise + 0.02
     far = whole >= 40_000 and train - test > noise + 0.25
     cause = "test labels, the test images' order or their normalisation are not the training set's"
     return judge(not (at_chance or far), name, measured, cause)
@@ -588,12 +588,12 @@ def pictures_exist(pictures: Sequence[Path]) -> Check:
     return judge(not missing, "pictures exist", measured, "the output folder was changed during the run")
 
 
-def early_warnings(start: dict[str, LayerStart], records: Sequence[EpochRecord]) -> Iterator[tuple[str, str]]:
-    """Warnings that the records so far justify, before the verdict: pairs (subject, sentence).
+def early_warnings(history: History, epochs: int) -> Iterator[tuple[str, str]]:
+    """Warnings that the first epochs justify, before the verdict: pairs (subject, sentence).
 
-    `start` holds the quantizers' parameters before the first epoch, by layer name. The subject identifies a
-    warning from epoch to epoch, while the numbers in its sentence change.
+    The subject identifies a warning from epoch to epoch, while the numbers in its sentence change.
     """
+    start, records = history.start, history.epochs[:epochs]
     now = records[-1]
     for parameter in trained_names(start):
         words = _words(parameter)
@@ -617,14 +617,14 @@ def early_warnings(start: dict[str, LayerStart], records: Sequence[EpochRecord])
             f"nothing is left of the output of {_some(gone)}: its variance is far below its norm's eps. "
             "Likely cause: --sparsity-weight or --deadzone-decay is too strong",
         )
-    if len(records) > 1 and all(r.accuracy <= 1.2 * CHANCE for r in records[-2:]):
+    if len(records) > 1 and all(r.accuracy <= 1.2 * history.data.chance for r in records[-2:]):
         yield "chance", f"accuracy at chance for two epochs running ({100 * now.accuracy:.1f} %)"
     if _outweighs(now) > OUTWEIGHS:
         times = _outweighs(now)
         yield "penalty", f"the penalty outweighs the cross-entropy {times:.0f} times: lower --sparsity-weight"
 
 
-def new_warnings(start: dict[str, LayerStart], records: Sequence[EpochRecord]) -> list[str]:
-    """The warnings of the last record that no earlier record gave: each is given once in a run."""
-    before = {about for end in range(1, len(records)) for about, _ in early_warnings(start, records[:end])}
-    return [sentence for about, sentence in early_warnings(start, records) if about not in before]
+def new_warnings(history: History, epoch: int) -> list[str]:
+    """The warnings of an epoch (from 1) that no earlier one gave: each is given once in a run."""
+    before = {about for end in range(1, epoch) for about, _ in early_warnings(history, end)}
+    return [sentence for about, sentence in early_warnings(history, epoch) if about not in before]

@@ -39,7 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="compressed.codeq or slim.pt2")
     parser.add_argument("--data", choices=DATA, default="auto", help="as for experiments.debug_run")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of cifar-10-batches-py")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="folder of cifar-10-batches-py or cifar-100-python",
+    )
     parser.add_argument("--limit-test", type=int, help="use only the first so many test images")
     parser.add_argument(
         "--model", default="", metavar="NAME", help="module:callable that builds a network not of resnet.py"

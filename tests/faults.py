@@ -43,7 +43,7 @@ SETTINGS = shlex.split(
 SHORT_RUN = shlex.split("--preset smoke --preflight off --limit-train 500 --limit-test 300 --threads 1")
 STAND_IN_SIZES = {"SYNTHETIC_TRAIN": 3000, "SYNTHETIC_TEST": 1000}  # a whole stand-in takes seconds to make
 
-DATA, CIFAR = "experiments/data.py", "experiments/cifar10.py"
+DATA, CIFAR = "experiments/data.py", "experiments/cifar.py"
 NETWORK, QUANTIZER, ATTACH = "resnet.py", "src/quantizer.py", "utils_quantization.py"
 PENALTY, CHANNELS, GROUPS = "experiments/sparsity.py", "src/channels.py", "src/groups.py"
 TRAINING, SCHEDULES, RUN = "experiments/training.py", "experiments/schedules.py", "experiments/debug_run.py"
@@ -559,8 +559,8 @@ FAULTS_BY_AREA = {
               (TRAINING, "    slower = pace(settings.pace_steps, steps)\n", "    slower = 1.0\n"),
               flags="--epochs 400"),
         fault("batch norms are not trained", r"batch norm|bn\d|moved?|gradient|train|group|parameters",
-              (RUN, "model = make_network(settings.model).to(device)\n",
-               "model = make_network(settings.model).to(device)\n"
+              (RUN, "model = make_network(settings.model, class_count(settings.data)).to(device)\n",
+               "model = make_network(settings.model, class_count(settings.data)).to(device)\n"
                "        for norm in model.modules():\n            if isinstance(norm, torch.nn.BatchNorm2d):\n"
                "                norm.requires_grad_(False)\n")),
         fault("a second optimizer", r"optimizer|twice|second|update|beside",
@@ -929,7 +929,7 @@ FAULTS_BY_AREA = {
         fault("the smaller network folds batch norms without epsilon", r"smaller network|slim",
               (SLIM, "torch.sqrt(variance + eps)", "torch.sqrt(variance)"), when=END),
         fault("slim.pt2 holds an untrained network", r"slim\.pt2",
-              (COMPRESSED, "exported(slim, claims)", "exported(make_network(name), claims)"), when=END),
+              (COMPRESSED, "exported(slim, claims)", "exported(make_network(name, 10), claims)"), when=END),
         fault("slim.pt2 holds the network whose dead channels are still there", r"slim\.pt2",
               (COMPRESSED, "exported(slim, claims)",
                "exported(without_quantizers(model), claims)"), when=END),

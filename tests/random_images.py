@@ -12,4 +12,6 @@ def random_dataset(
     generator = torch.Generator().manual_seed(train)
     images = torch.randint(256, (train + test, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.randint(10, (train + test,), generator=generator)
-    return Dataset(name, source, synthetic, images[:train], labels[:train], images[train:], labels[train:])
+    return Dataset(
+        name, source, synthetic, 10, images[:train], labels[:train], images[train:], labels[train:]
+    )

@@ -35,8 +35,9 @@ from programs import DEADLINE, environment
 from random_images import random_dataset
 from torch import nn
 
-from experiments import cifar10, data, debug_run, device, verify
+from experiments import data, debug_run, device, verify
 from experiments.checkpoint import VERSION, Checkpoint, checkpoint_path, save_checkpoint
+from experiments.cifar import CIFARS
 from experiments.files import lock_folder
 from experiments.history import DataRecord
 from experiments.settings import Settings, flag, parse_settings
@@ -45,6 +46,7 @@ from src.packing import pack_network
 
 PROGRAMS = {"debug_run": debug_run.main, "verify": verify.main}
 TRAIN_IMAGES, TEST_IMAGES = 16, 8
+CIFAR10 = CIFARS["cifar10"]
 REFUSING = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # nobody listens on port 9
 EARLIER = "of an earlier run"
 
@@ -59,10 +61,12 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         "synthetic_dataset",
         lambda source: random_dataset(TRAIN_IMAGES, TEST_IMAGES, "synthetic stand-in", source),
     )
-    monkeypatch.setattr(cifar10, "SOURCES", (REFUSING,))
-    for name in ("TRAIN_FILES", "TEST_FILES"):
-        table = {file: hashlib.md5(file.encode()).hexdigest() for file in getattr(cifar10, name)}
-        monkeypatch.setattr(cifar10, name, table)
+    for name, files in CIFARS.items():
+        tables = {
+            table: {file: hashlib.md5(file.encode()).hexdigest() for file in getattr(files, table)}
+            for table in ("train_files", "test_files")
+        }
+        monkeypatch.setitem(CIFARS, name, replace(files, sources=(REFUSING,), **tables))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     yield tmp_path
@@ -116,9 +120,9 @@ def a_dangling_link(folder: Path) -> None:
 
 
 def unpacked_cifar10(folder: Path) -> Path:
-    batches = folder / "data" / cifar10.FOLDER
+    batches = folder / "data" / CIFAR10.folder
     batches.mkdir(parents=True)
-    for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
+    for name in (*CIFAR10.train_files, *CIFAR10.test_files):
         (batches / name).write_text(name)
     return batches
 
@@ -127,7 +131,7 @@ def other_batch_file(content: bytes) -> Prepare:
     return lambda folder: (unpacked_cifar10(folder) / "data_batch_3").write_bytes(content)
 
 
-CIFAR100 = pickle.dumps({b"data": [[0] * 3072], b"fine_labels": [7], b"coarse_labels": [1]})
+OTHER_DATA = pickle.dumps({b"data": [[0] * 3072], b"fine_labels": [7], b"coarse_labels": [1]})
 MNIST = struct.pack(">IIII", 0x803, 1, 28, 28) + bytes(28 * 28)
 
 
@@ -137,34 +141,34 @@ def a_missing_batch_file(folder: Path) -> None:
 
 def a_folder_as_batch_file(folder: Path) -> None:
     (unpacked_cifar10(folder) / "data_batch_1").unlink()
-    (folder / "data" / cifar10.FOLDER / "data_batch_1").mkdir()
+    (folder / "data" / CIFAR10.folder / "data_batch_1").mkdir()
 
 
 def a_file_as_data_folder(folder: Path) -> None:
     (folder / "data").mkdir()
-    (folder / "data" / cifar10.FOLDER).write_text("the user's")
+    (folder / "data" / CIFAR10.folder).write_text("the user's")
 
 
 def another_data_set(folder: Path) -> None:
     (folder / "data" / "cifar-100-python").mkdir(parents=True)
-    (folder / "data" / "cifar-100-python" / "train").write_bytes(CIFAR100)
+    (folder / "data" / "cifar-100-python" / "train").write_bytes(OTHER_DATA)
 
 
 def archive(content: bytes) -> Prepare:
     def prepare(folder: Path) -> None:
         (folder / "data").mkdir()
-        (folder / "data" / cifar10.ARCHIVE).write_bytes(content)
+        (folder / "data" / CIFAR10.archive).write_bytes(content)
 
     return prepare
 
 
 def a_folder_as_archive(folder: Path) -> None:
-    (folder / "data" / cifar10.ARCHIVE).mkdir(parents=True)
+    (folder / "data" / CIFAR10.archive).mkdir(parents=True)
 
 
 def both_altered(folder: Path) -> None:
     other_batch_file(b"half of it")(folder)
-    (folder / "data" / cifar10.ARCHIVE).write_bytes(b"half of it")
+    (folder / "data" / CIFAR10.archive).write_bytes(b"half of it")
 
 
 RESUMED = replace(Settings(), data="synthetic", epochs=3, threads=1, device="cpu")
@@ -172,6 +176,7 @@ DATA_HERE = {
     "name": "synthetic stand-in",
     "source": "built in",
     "synthetic": True,
+    "classes": 10,
     "train_images": TRAIN_IMAGES,
     "test_images": TEST_IMAGES,
 }
@@ -336,7 +341,7 @@ def refused_values() -> Iterator[tuple[str, Case]]:
             )
 
 
-NOT_HAD = ("CIFAR-10 could not be had", "by hand", cifar10.ARCHIVE, "170,498,071", cifar10.ARCHIVE_MD5)
+NOT_HAD = ("CIFAR-10 could not be had", "by hand", CIFAR10.archive, "170,498,071", CIFAR10.archive_md5)
 SYNTHETIC = "debug_run --data synthetic"
 RESUME = f"{SYNTHETIC} --device cpu --threads 1 --epochs 3 --resume"
 NO_CHECKPOINT = ("--resume", "no checkpoint in debug_output can be used", "leave --resume out")
@@ -406,7 +411,7 @@ CASES = dict(refused_values()) | {
     ),
     "an empty batch file": Case("debug_run", ("data_batch_3", "(0 bytes"), other_batch_file(b"")),
     "CIFAR-100 in a batch file's place": Case(
-        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), other_batch_file(CIFAR100)
+        "debug_run", ("data_batch_3 is truncated or altered", "good copy"), other_batch_file(OTHER_DATA)
     ),
     "MNIST in a batch file's place": Case(
         "debug_run", ("data_batch_3 is truncated or altered", "good copy"), other_batch_file(MNIST)
@@ -418,14 +423,14 @@ CASES = dict(refused_values()) | {
         "debug_run", ("cannot be read", "Not a directory", "good copy"), a_file_as_data_folder
     ),
     "an archive cut short": Case(
-        "debug_run", (cifar10.ARCHIVE, "truncated or altered", "replace it"), archive(b"\x1f\x8b\x08")
+        "debug_run", (CIFAR10.archive, "truncated or altered", "replace it"), archive(b"\x1f\x8b\x08")
     ),
-    "an empty archive": Case("debug_run", (cifar10.ARCHIVE, "(0 bytes", "replace it"), archive(b"")),
+    "an empty archive": Case("debug_run", (CIFAR10.archive, "(0 bytes", "replace it"), archive(b"")),
     "a folder in the archive's place": Case(
-        "debug_run", (cifar10.ARCHIVE, "Is a directory", "remove it"), a_folder_as_archive
+        "debug_run", (CIFAR10.archive, "Is a directory", "remove it"), a_folder_as_archive
     ),
     "both the folder and the archive altered": Case(
-        "debug_run", ("data_batch_3 is truncated", cifar10.ARCHIVE, "replace it"), both_altered
+        "debug_run", ("data_batch_3 is truncated", CIFAR10.archive, "replace it"), both_altered
     ),
     "more training images than there are": Case(
         f"{SYNTHETIC} --limit-train 17", ("--limit-train is 17", "16 images", "1 to 16"), an_earlier_run
@@ -529,7 +534,7 @@ CASES = dict(refused_values()) | {
     "a checkpoint on other data": Case(
         RESUME,
         ("--resume", "synthetic stand-in (16", "CIFAR-10 (50,000", "the same data"),
-        checkpoint(data=DataRecord("CIFAR-10", "elsewhere", False, 50_000, TEST_IMAGES)),
+        checkpoint(data=DataRecord("CIFAR-10", "elsewhere", False, 10, 50_000, TEST_IMAGES)),
     ),
     # What someone sends.
     "no file to verify": Case("verify", ("FILE",)),

@@ -14,7 +14,7 @@ from random_images import random_dataset
 from torch import Tensor
 
 from experiments import data
-from experiments.cifar10 import Cifar10, NoCifar10Error, how_to_bring_it
+from experiments.cifar import CIFARS, CifarImages, NoCifarError, how_to_bring_it
 from experiments.data import (
     DataError,
     Dataset,
@@ -216,23 +216,23 @@ def a_small_stand_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
         monkeypatch.setattr(data, "SYNTHETIC_TEST", 20)
 
 
-def have_cifar10(monkeypatch: pytest.MonkeyPatch, outcome: Cifar10 | Exception) -> list[tuple[Any, ...]]:
+def have_cifar10(monkeypatch: pytest.MonkeyPatch, outcome: CifarImages | Exception) -> list[tuple[Any, ...]]:
     """Replace the loading of CIFAR-10 by its outcome; returns a list of the arguments it is called with."""
     calls = []
 
-    def load(*arguments: Any) -> Cifar10:
+    def load(*arguments: Any) -> CifarImages:
         calls.append(arguments)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(data, "load_cifar10", load)
+    monkeypatch.setattr(data, "load_cifar", load)
     return calls
 
 
-def tiny_cifar10() -> Cifar10:
+def tiny_cifar10() -> CifarImages:
     random = random_dataset(30, test=6)
-    return Cifar10(
+    return CifarImages(
         "a folder", random.train_images, random.train_labels, random.test_images, random.test_labels
     )
 
@@ -242,7 +242,7 @@ def loaded(choice: str, said: list[str] | None = None) -> Dataset:
 
 
 def test_an_unknown_choice_is_refused_by_name() -> None:
-    with pytest.raises(DataError, match="--data is 'mnist'; choose auto, cifar10 or synthetic"):
+    with pytest.raises(DataError, match="--data is 'mnist'; choose auto, cifar10, cifar100 or synthetic"):
         loaded("mnist")
 
 
@@ -258,7 +258,7 @@ def test_cifar10_is_taken_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch, c
     cifar10 = tiny_cifar10()
     calls = have_cifar10(monkeypatch, cifar10)
     dataset = load_dataset(choice, DATA_DIR, None, None, say := [].append, progress := [].append)
-    assert calls == [(DATA_DIR, say, progress)]
+    assert calls == [(CIFARS["cifar10"], DATA_DIR, say, progress)]
     assert (dataset.name, dataset.source, dataset.synthetic) == ("CIFAR-10", "a folder", False)
     assert torch.equal(dataset.train_images, cifar10.train_images)
     assert torch.equal(dataset.train_labels, cifar10.train_labels)
@@ -267,22 +267,22 @@ def test_cifar10_is_taken_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_without_cifar10_auto_goes_on_with_the_stand_in_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    have_cifar10(monkeypatch, NoCifar10Error("the server is down"))
+    have_cifar10(monkeypatch, NoCifarError("the server is down"))
     said: list[str] = []
     dataset = loaded("auto", said)
     assert dataset.synthetic and dataset.name == "synthetic stand-in"
     assert dataset.source == "no CIFAR-10 here: the server is down"
     (sentence,) = said
     assert sentence.startswith("NO CIFAR-10: the server is down. Going on with the synthetic stand-in.")
-    assert sentence.endswith(how_to_bring_it(DATA_DIR))
+    assert sentence.endswith(how_to_bring_it(CIFARS["cifar10"], DATA_DIR))
 
 
 def test_without_cifar10_the_choice_cifar10_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    have_cifar10(monkeypatch, NoCifar10Error("the server is down"))
+    have_cifar10(monkeypatch, NoCifarError("the server is down"))
     with pytest.raises(DataError) as error:
         loaded("cifar10")
     reason = "CIFAR-10 could not be had: the server is down. "
-    assert str(error.value) == reason + how_to_bring_it(DATA_DIR)
+    assert str(error.value) == reason + how_to_bring_it(CIFARS["cifar10"], DATA_DIR)
 
 
 @pytest.mark.parametrize("choice", ["auto", "cifar10"])

@@ -22,7 +22,7 @@ from folders import PICTURES, RunFolder, names, tree
 from programs import DEADLINE, environment
 from random_images import random_dataset
 
-from experiments import cifar10, data, debug_run, device, plots, report, training
+from experiments import cifar, data, debug_run, device, plots, report, training
 from experiments.data import Dataset
 from experiments.debug_run import main
 from experiments.files import write_json
@@ -524,7 +524,7 @@ def test_ctrl_c_while_the_data_is_being_fetched_gives_130_and_no_traceback(here,
     def fetch(*_: object) -> Dataset:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(cifar10, "_download", fetch)
+    monkeypatch.setattr(cifar, "_download", fetch)
     try:
         run = here("--data", "cifar10")
     except KeyboardInterrupt:
@@ -594,9 +594,9 @@ def test_every_title_says_what_the_run_was_on_and_marks_the_stand_in(tmp_path, l
 
 def test_auto_without_a_source_goes_on_with_the_stand_in_and_says_so_loudly(here, monkeypatch):
     def refuse(url: str, *_: object) -> None:
-        raise cifar10._SourceFailed("Connection refused")
+        raise cifar._SourceFailed("Connection refused")
 
-    monkeypatch.setattr(cifar10, "_fetch", refuse)
+    monkeypatch.setattr(cifar, "_fetch", refuse)
     run = here("--data", "auto", "--epochs", "1")
     head = run.out.partition("Versions:")[0]
     assert "NO CIFAR-10" in head and "Connection refused" in head

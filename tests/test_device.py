@@ -181,7 +181,7 @@ def digits():
     attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
     model.to(memory_format=torch.channels_last)
     step = TrainingStep(model, make_optimizer(model, Settings()), coupled_group_lasso(model))
-    batches = TrainBatches(Dataset("", "", True, images, labels, images, labels), 48, 0, "cpu")
+    batches = TrainBatches(Dataset("", "", True, 10, images, labels, images, labels), 48, 0, "cpu")
     losses = [train_epoch(step, batches, epoch, 0.01) for epoch in (0, 1)]
     values = b"".join(v.contiguous().numpy().tobytes() for v in model.state_dict().values())
     grads = b"".join(p.grad.contiguous().numpy().tobytes() for p in model.parameters())

@@ -311,7 +311,7 @@ def random_images(train: int, test: int = 1) -> Dataset:
     generator = torch.Generator().manual_seed(train)
     images = torch.randint(256, (train + test, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.randint(10, (train + test,), generator=generator)
-    return Dataset("random", "here", True, images[:train], labels[:train], images[train:], labels[train:])
+    return Dataset("random", "here", True, 10, images[:train], labels[:train], images[train:], labels[train:])
 
 
 def quantized_resnet20(processes: Processes, dtype: torch.dtype = torch.float) -> nn.Module:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.cifar10 import DataError
+from experiments.cifar import DataError
 from experiments.distributed import LostProcessError
 from experiments.exit_status import EXIT_FAILED, EXIT_OK, ExitStatus
 from experiments.files import OutputError

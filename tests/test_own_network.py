@@ -38,14 +38,14 @@ def quantized(network: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet20", 3), ("resnet56", 9), ("resnet110", 18)])
 def test_a_network_of_resnet_py_is_named_by_its_depth(name, blocks):
-    network = make_network(name)
+    network = make_network(name, 10)
     assert type(network) is ResNet and len(network.layer1) == blocks
 
 
 @pytest.mark.parametrize("what", ["Small", "without_arguments", "OfAnyArguments"])
 def test_a_callable_is_given_the_classes_where_it_takes_them_and_its_draws_are_its_own(what):
     torch.manual_seed(3)
-    network = make_network(f"{HERE}:{what}")
+    network = make_network(f"{HERE}:{what}", 10)
     after = torch.rand(1)
     torch.manual_seed(3)
     by_hand = Small()

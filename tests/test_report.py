@@ -38,7 +38,7 @@ from experiments.settings import PRESETS, Settings
 from metrics import NetworkCount, count_network
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
-STAND_IN = DataRecord("synthetic stand-in", "CIFAR-10 could not be had: no network", True, 5000, 1000)
+STAND_IN = DataRecord("synthetic stand-in", "CIFAR-10 could not be had: no network", True, 10, 5000, 1000)
 OVERRIDDEN = Settings(sparsity_weight=1.0, weights_lr=1e-3)
 
 

@@ -14,7 +14,9 @@ def plain_images(train: int, test: int) -> Dataset:
     """Images of one grey, which says their class: class c has pixels of 25 c."""
     labels = torch.arange(train + test) % CLASSES
     images = (25 * labels).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
-    return Dataset("grey", "here", True, images[:train], labels[:train], images[train:], labels[train:])
+    return Dataset(
+        "grey", "here", True, CLASSES, images[:train], labels[:train], images[train:], labels[train:]
+    )
 
 
 class Reader(nn.Module):

@@ -103,7 +103,7 @@ WORDS = {
     "--preset": ["debug", "smoke", "plan"],
     "--device": ["auto", "cpu", "cuda", "mps"],
     "--precision": ["float32", "tf32", "bf16"],
-    "--data": ["auto", "cifar10", "synthetic"],
+    "--data": ["auto", "cifar10", "cifar100", "synthetic"],
     "--preflight": ["stop", "warn", "off", "only"],
     "--penalty-on": ["stored", "quantized"],
     "--group-weights": ["equal", "macs"],
@@ -324,7 +324,7 @@ def test_a_refusal_says_how_to_see_the_settings(capsys):
         ({"sparsity_ramp": -1.0}, "--sparsity-ramp is -1.0; expected a finite number, 0 or more"),
         ({"bit_decay": float("nan")}, "--bit-decay is nan"),
         ({"beta2": 1.0}, "--beta2 is 1.0; expected a number from 0 to less than 1"),
-        ({"data": "mnist"}, "--data is 'mnist'; expected one of auto, cifar10, synthetic"),
+        ({"data": "mnist"}, "--data is 'mnist'; expected one of auto, cifar10, cifar100, synthetic"),
     ],
 )
 def test_made_in_python_a_bad_value_raises_value_error_with_the_flag_the_value_and_the_range(change, named):

@@ -472,7 +472,7 @@ def test_accuracy_is_the_share_of_images_whose_largest_logit_is_their_labels(bat
     answers = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
     labels = torch.tensor([3, 1, 4, 0, 5, 8, 2, 6, 0, 3])  # seven of ten
     images = answers.to(torch.uint8)[:, None, None, None].expand(10, 3, 32, 32).contiguous()
-    dataset = Dataset("", "", True, images, labels, images, labels)
+    dataset = Dataset("", "", True, 10, images, labels, images, labels)
     assert measure_accuracy(Sure(), TestBatches(dataset, "cpu", batch_size)) == 0.7
 
 

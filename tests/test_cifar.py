@@ -1,4 +1,4 @@
-"""CIFAR-10 on disk and from a server: what is read, what is fetched, and what each fault is called."""
+"""CIFAR-10 and CIFAR-100 on disk and from a server: what is read or fetched, and each fault's name."""
 
 import errno
 import hashlib
@@ -11,24 +11,27 @@ import socket
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from programs import DEADLINE
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from experiments import cifar10
-from experiments.cifar10 import Cifar10, DataError, NoCifar10Error, how_to_bring_it, load_cifar10
+from experiments import cifar
+from experiments.cifar import CIFARS, CifarImages, DataError, NoCifarError, how_to_bring_it, load_cifar
 
 PER_FILE = 6  # images in each batch file of the tiny CIFAR-10
+REAL_SOURCES = {data: files.sources for data, files in CIFARS.items()}
+FOLDER, ARCHIVE = CIFARS["cifar10"].folder, CIFARS["cifar10"].archive
 
 
-def loaded(data_dir: Path, said: list[str] | None = None) -> Cifar10:
-    return load_cifar10(data_dir, (said if said is not None else []).append)
+def loaded(data_dir: Path, said: list[str] | None = None) -> CifarImages:
+    return load_cifar(CIFARS["cifar10"], data_dir, (said if said is not None else []).append)
 
 
 # On disk.
@@ -36,13 +39,13 @@ def loaded(data_dir: Path, said: list[str] | None = None) -> Cifar10:
 
 @dataclass
 class TinyCifar:
-    """CIFAR-10's files with a few images each, with a table of their MD5 sums in the module."""
+    """CIFAR-10's files with a few images each, with a table of their MD5 sums in `CIFARS`."""
 
     files: dict[str, bytes]
     archive: bytes
 
     def put_folder(self, data_dir: Path) -> Path:
-        folder = data_dir / cifar10.FOLDER
+        folder = data_dir / FOLDER
         folder.mkdir(parents=True)
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
@@ -50,7 +53,7 @@ class TinyCifar:
 
     def put_archive(self, data_dir: Path) -> Path:
         data_dir.mkdir(parents=True, exist_ok=True)
-        path = data_dir / cifar10.ARCHIVE
+        path = data_dir / ARCHIVE
         path.write_bytes(self.archive)
         return path
 
@@ -58,6 +61,17 @@ class TinyCifar:
 def batch_file(number: int) -> bytes:
     images = np.random.default_rng(number).integers(256, size=(PER_FILE, 3072), dtype=np.uint8)
     return pickle.dumps({b"data": images, b"labels": [(number + i) % 10 for i in range(PER_FILE)]})
+
+
+def python2_pickle(content: dict[str, Any]) -> bytes:
+    """A pickle whose keys are strings of Python 2, as in the real files: bytes to us, text to torchvision."""
+    written = pickle.dumps(content, protocol=2)
+    for key in content:
+        text = key.encode()
+        written = written.replace(
+            b"X" + len(text).to_bytes(4, "little") + text, b"U" + bytes([len(text)]) + text
+        )
+    return written
 
 
 def packed(files: dict[str, bytes]) -> bytes:
@@ -74,34 +88,92 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
+def change_files(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    monkeypatch.setitem(CIFARS, "cifar10", replace(CIFARS["cifar10"], **changes))
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10, "SOURCES", ())
+    change_files(monkeypatch, sources=())
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
-    names = [*cifar10.TRAIN_FILES, *cifar10.TEST_FILES]
+    due = CIFARS["cifar10"]
+    names = [*due.train_files, *due.test_files]
     files = {name: batch_file(number) for number, name in enumerate(names)} | {"batches.meta": b"names"}
-    archive = packed({f"{cifar10.FOLDER}/{name}": content for name, content in files.items()})
-    for table in ("TRAIN_FILES", "TEST_FILES", "META_FILES"):
-        monkeypatch.setattr(cifar10, table, {name: md5(files[name]) for name in getattr(cifar10, table)})
+    archive = packed({f"{FOLDER}/{name}": content for name, content in files.items()})
+    tables = {
+        table: {name: md5(files[name]) for name in getattr(due, table)}
+        for table in ("train_files", "test_files", "meta_files")
+    }
+    change_files(monkeypatch, **tables)
     use_archive(monkeypatch, archive)
     return TinyCifar(files, archive)
 
 
 def use_archive(monkeypatch: pytest.MonkeyPatch, archive: bytes) -> None:
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", md5(archive))
-    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(archive))
+    change_files(monkeypatch, archive_md5=md5(archive), archive_bytes=len(archive))
 
 
-def test_names_and_sums_are_those_of_torchvision() -> None:
-    assert (CIFAR10.base_folder, CIFAR10.filename) == (cifar10.FOLDER, cifar10.ARCHIVE)
-    assert CIFAR10.tgz_md5 == cifar10.ARCHIVE_MD5
-    assert list(map(list, cifar10.TRAIN_FILES.items())) == CIFAR10.train_list
-    assert list(map(list, cifar10.TEST_FILES.items())) == CIFAR10.test_list
-    assert {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]} == cifar10.META_FILES
+@pytest.mark.parametrize(("data", "theirs"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_names_and_sums_are_those_of_torchvision(data: str, theirs: Any) -> None:
+    ours = CIFARS[data]
+    assert (ours.folder, ours.archive, ours.archive_md5) == (
+        theirs.base_folder,
+        theirs.filename,
+        theirs.tgz_md5,
+    )
+    assert list(map(list, ours.train_files.items())) == theirs.train_list
+    assert list(map(list, ours.test_files.items())) == theirs.test_list
+    assert ours.meta_files == {theirs.meta["filename"]: theirs.meta["md5"]}
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_the_first_source_is_that_of_torchvision(data: str) -> None:
+    assert REAL_SOURCES[data][0] == {"cifar10": CIFAR10, "cifar100": CIFAR100}[data].url
+
+
+def test_cifar100_is_read_with_its_fine_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real files hold both kinds of labels, and torchvision takes the fine ones too."""
+    numbers = np.random.default_rng(0)
+    files, expected = {}, {}
+    for name, count in (("train", 7), ("test", 3)):
+        images = numbers.integers(256, size=(count, 3072), dtype=np.uint8)
+        fine = numbers.integers(100, size=count).tolist()
+        coarse = numbers.integers(20, size=count).tolist()
+        files[name] = python2_pickle({"data": images, "fine_labels": fine, "coarse_labels": coarse})
+        expected[name] = (images, fine)
+    files["meta"] = python2_pickle({"fine_label_names": [str(i) for i in range(100)]})
+    sums = {name: md5(content) for name, content in files.items()}
+    archive = packed({f"cifar-100-python/{name}": content for name, content in files.items()})
+    monkeypatch.setitem(
+        CIFARS,
+        "cifar100",
+        replace(
+            CIFARS["cifar100"],
+            train_files={"train": sums["train"]},
+            test_files={"test": sums["test"]},
+            meta_files={"meta": sums["meta"]},
+            archive_md5=md5(archive),
+        ),
+    )
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(archive)
+    ours = load_cifar(CIFARS["cifar100"], tmp_path, [].append)
+    for name, images, labels in (
+        ("train", ours.train_images, ours.train_labels),
+        ("test", ours.test_images, ours.test_labels),
+    ):
+        assert np.array_equal(images.flatten(1).numpy(), expected[name][0])
+        assert labels.tolist() == expected[name][1]
+    # The folder that was unpacked is the one that torchvision reads.
+    for attribute, name in (("train_list", "train"), ("test_list", "test")):
+        monkeypatch.setattr(CIFAR100, attribute, [[name, sums[name]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    theirs = CIFAR100(str(tmp_path), train=True)
+    assert theirs.targets == ours.train_labels.tolist()
+    assert np.array_equal(theirs.data.transpose(0, 3, 1, 2), ours.train_images.numpy())
 
 
 def test_a_good_folder_is_read_in_the_order_of_its_files_and_nothing_is_written(
@@ -117,7 +189,7 @@ def test_a_good_folder_is_read_in_the_order_of_its_files_and_nothing_is_written(
         assert np.array_equal(dataset.train_images[part].flatten(1).numpy(), content[b"data"])
         assert dataset.train_labels[part].tolist() == content[b"labels"]
     assert dataset.test_labels.tolist() == pickle.loads(batch_file(5))[b"labels"]
-    assert [path.name for path in tmp_path.iterdir()] == [cifar10.FOLDER]
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
 
 
 def test_the_folder_is_good_without_the_file_of_names(tiny: TinyCifar, tmp_path: Path) -> None:
@@ -166,7 +238,7 @@ def test_a_bad_batch_file_is_named_and_left_as_it_is(
 def test_a_file_in_the_place_of_the_folder_is_an_error_in_one_sentence(
     tiny: TinyCifar, tmp_path: Path
 ) -> None:
-    (tmp_path / cifar10.FOLDER).write_text("not a folder")
+    (tmp_path / FOLDER).write_text("not a folder")
     with pytest.raises(DataError, match=r"data_batch_1 cannot be read \(Not a directory\), and 5 more files"):
         loaded(tmp_path)
 
@@ -197,14 +269,14 @@ def test_a_good_archive_by_itself_is_unpacked_and_then_the_folder_is_used(
 ) -> None:
     archive = tiny.put_archive(tmp_path)
     first = loaded(tmp_path)
-    folder = tmp_path / cifar10.FOLDER
+    folder = tmp_path / FOLDER
     assert first.source == str(archive)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny.files
     archive.unlink()
     second = loaded(tmp_path)
     assert second.source == str(folder)
     assert torch.equal(first.train_images, second.train_images)
-    assert [path.name for path in tmp_path.iterdir()] == [cifar10.FOLDER]
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
 
 
 def test_a_bad_folder_beside_a_good_archive_is_moved_aside_and_both_are_told(
@@ -212,13 +284,13 @@ def test_a_bad_folder_beside_a_good_archive_is_moved_aside_and_both_are_told(
 ) -> None:
     said: list[str] = []
     for number in (1, 2):
-        folder = tmp_path / cifar10.FOLDER
+        folder = tmp_path / FOLDER
         if number == 1:
             tiny.put_folder(tmp_path)
         (folder / "data_batch_2").write_bytes(b"altered")
         tiny.put_archive(tmp_path)
         loaded(tmp_path, said)
-        aside = tmp_path / f"{cifar10.FOLDER}.aside-{number}"
+        aside = tmp_path / f"{FOLDER}.aside-{number}"
         assert (aside / "data_batch_2").read_bytes() == b"altered"
         assert (folder / "data_batch_2").read_bytes() == tiny.files["data_batch_2"]
         assert "data_batch_2 is truncated or altered" in said[-1] and said[-1].endswith(str(aside))
@@ -235,21 +307,19 @@ def test_an_altered_archive_is_named_and_left_as_it_is(tiny: TinyCifar, tmp_path
 def test_an_altered_folder_beside_an_altered_archive_has_both_named(tiny: TinyCifar, tmp_path: Path) -> None:
     (tiny.put_folder(tmp_path) / "data_batch_5").write_bytes(b"")
     tiny.put_archive(tmp_path).write_bytes(b"")
-    with pytest.raises(DataError, match=f"data_batch_5 is truncated.*{cifar10.ARCHIVE} is truncated"):
+    with pytest.raises(DataError, match=f"data_batch_5 is truncated.*{ARCHIVE} is truncated"):
         loaded(tmp_path)
 
 
 def test_only_the_expected_files_leave_the_archive(
     tiny: TinyCifar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    members = {f"{cifar10.FOLDER}/{name}": content for name, content in tiny.files.items()}
-    tiny.archive = packed(
-        members | {"../outside": b"x", f"{cifar10.FOLDER}/extra": b"x", "/tmp/absolute": b"x"}
-    )
+    members = {f"{FOLDER}/{name}": content for name, content in tiny.files.items()}
+    tiny.archive = packed(members | {"../outside": b"x", f"{FOLDER}/extra": b"x", "/tmp/absolute": b"x"})
     use_archive(monkeypatch, tiny.archive)
     tiny.put_archive(tmp_path / "data")
     loaded(tmp_path / "data")
-    assert {path.name for path in (tmp_path / "data" / cifar10.FOLDER).iterdir()} == set(tiny.files)
+    assert {path.name for path in (tmp_path / "data" / FOLDER).iterdir()} == set(tiny.files)
     assert not (tmp_path / "outside").exists()
 
 
@@ -341,8 +411,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tiny: TinyCifar, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(cifar10, "CONNECT_SECONDS", DEADLINE)
-    monkeypatch.setattr(cifar10, "STALL_SECONDS", DEADLINE)
+    monkeypatch.setattr(cifar, "CONNECT_SECONDS", DEADLINE)
+    monkeypatch.setattr(cifar, "STALL_SECONDS", DEADLINE)
     with Server(("127.0.0.1", 0), Answers) as running:
         running.archive, running.over = tiny.archive, threading.Event()
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
@@ -355,7 +425,7 @@ def server(tiny: TinyCifar, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]
 
 def use_sources(monkeypatch: pytest.MonkeyPatch, server: Server, *ways: str) -> list[str]:
     sources = [f"http://127.0.0.1:{server.server_port}/{way}" for way in ways]
-    monkeypatch.setattr(cifar10, "SOURCES", tuple(sources))
+    change_files(monkeypatch, sources=tuple(sources))
     return sources
 
 
@@ -363,14 +433,16 @@ def use_sources(monkeypatch: pytest.MonkeyPatch, server: Server, *ways: str) -> 
 def test_a_download_leaves_the_archive_and_the_folder_and_no_part(
     tiny: TinyCifar, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr(cifar10, "PROGRESS_SECONDS", 1e-6)
+    monkeypatch.setattr(cifar, "PROGRESS_SECONDS", 1e-6)
     (url,) = use_sources(monkeypatch, server, way)
     said: list[str] = []
     shown: list[str] = []
     data_dir = tmp_path / "not" / "yet"
-    assert len(load_cifar10(data_dir, said.append, shown.append).train_labels) == 5 * PER_FILE
-    assert {path.name for path in data_dir.iterdir()} == {cifar10.ARCHIVE, cifar10.FOLDER}
-    assert (data_dir / cifar10.ARCHIVE).read_bytes() == tiny.archive
+    assert (
+        len(load_cifar(CIFARS["cifar10"], data_dir, said.append, shown.append).train_labels) == 5 * PER_FILE
+    )
+    assert {path.name for path in data_dir.iterdir()} == {ARCHIVE, FOLDER}
+    assert (data_dir / ARCHIVE).read_bytes() == tiny.archive
     assert len(said) == 1 and url in said[0]
     assert "MB/s" in shown[0] and "left" in shown[0] and shown[-1] == ""
 
@@ -392,7 +464,7 @@ def test_a_source_that_fails_is_given_up_and_the_next_one_is_asked(
     loaded(tmp_path, said)
     assert bad in said[0] and good in said[2]
     assert re.search(says, said[1])
-    assert {path.name for path in tmp_path.iterdir()} == {cifar10.ARCHIVE, cifar10.FOLDER}
+    assert {path.name for path in tmp_path.iterdir()} == {ARCHIVE, FOLDER}
 
 
 @pytest.mark.parametrize(
@@ -406,25 +478,25 @@ def test_a_source_that_fails_is_given_up_and_the_next_one_is_asked(
 def test_a_source_that_sends_nothing_is_given_up_after_the_time_out(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, says: str
 ) -> None:
-    monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(cifar, "STALL_SECONDS", 0.5)
     use_sources(monkeypatch, server, way)
-    with pytest.raises(NoCifar10Error, match=says):
+    with pytest.raises(NoCifarError, match=says):
         loaded(tmp_path)
 
 
 def test_a_source_whose_headers_do_not_come_is_given_up_whatever_it_is_waiting_for(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar10, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(cifar, "CONNECT_SECONDS", 0.05)
     use_sources(monkeypatch, server, "silent")
-    with pytest.raises(NoCifar10Error, match=r"no answer within 0\.05 seconds"):
+    with pytest.raises(NoCifarError, match=r"no answer within 0\.05 seconds"):
         loaded(tmp_path)
 
 
 def use_a_clock_that_gains(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Have so many seconds pass between two looks at the clock, however busy the machine is."""
     clock = itertools.count(step=seconds)
-    monkeypatch.setattr(cifar10, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(cifar, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
 
 def test_a_source_below_the_slowest_speed_is_given_up(
@@ -432,17 +504,17 @@ def test_a_source_below_the_slowest_speed_is_given_up(
 ) -> None:
     use_a_clock_that_gains(monkeypatch, DEADLINE / 3)
     use_sources(monkeypatch, server, "slow")
-    with pytest.raises(NoCifar10Error, match=r"below 20 kB/s after \d+ bytes"):
+    with pytest.raises(NoCifarError, match=r"below 20 kB/s after \d+ bytes"):
         loaded(tmp_path)
 
 
 def test_a_download_has_a_limit_of_time_in_all(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar10, "SLOWEST_BYTES_PER_SECOND", 0)
-    use_a_clock_that_gains(monkeypatch, cifar10.TOTAL_SECONDS / 5)
+    monkeypatch.setattr(cifar, "SLOWEST_BYTES_PER_SECOND", 0)
+    use_a_clock_that_gains(monkeypatch, cifar.TOTAL_SECONDS / 5)
     use_sources(monkeypatch, server, "slow")
-    with pytest.raises(NoCifar10Error, match="not done after 1800 seconds"):
+    with pytest.raises(NoCifarError, match="not done after 1800 seconds"):
         loaded(tmp_path)
 
 
@@ -452,7 +524,7 @@ def all_down(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         free.bind(("127.0.0.1", 0))
         refusing = f"http://127.0.0.1:{free.getsockname()[1]}/"
     (missing,) = use_sources(monkeypatch, server, "missing")
-    monkeypatch.setattr(cifar10, "SOURCES", (refusing, missing))
+    change_files(monkeypatch, sources=(refusing, missing))
     return [refusing, missing]
 
 
@@ -460,14 +532,14 @@ def test_with_all_sources_down_the_reason_of_each_is_told_and_nothing_is_left_be
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing, missing = all_down(server, monkeypatch)
-    with pytest.raises(NoCifar10Error) as error:
+    with pytest.raises(NoCifarError) as error:
         loaded(tmp_path / "data")
     assert str(error.value) == f"{refusing}: Connection refused; {missing}: HTTP 404 Not Found"
     assert not (tmp_path / "data").exists()
 
 
 def test_who_brings_it_by_hand_is_told_what_to_put_where(tmp_path: Path) -> None:
-    sentence = how_to_bring_it(tmp_path)
+    sentence = how_to_bring_it(CIFARS["cifar10"], tmp_path)
     assert all(fact in sentence for fact in (CIFAR10.filename, CIFAR10.tgz_md5, CIFAR10.base_folder))
     assert "170,498,071 bytes" in sentence
     assert sentence.endswith(f"into {tmp_path}") and "\n" not in sentence
@@ -476,7 +548,7 @@ def test_who_brings_it_by_hand_is_told_what_to_put_where(tmp_path: Path) -> None
 def test_an_empty_folder_counts_as_nothing_there(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / cifar10.FOLDER).mkdir()
+    (tmp_path / FOLDER).mkdir()
     use_sources(monkeypatch, server, "good")
     assert len(loaded(tmp_path).train_labels) == 5 * PER_FILE
 
@@ -488,7 +560,7 @@ def test_a_broken_file_is_no_reason_to_download(
     use_sources(monkeypatch, server, "good")
     with pytest.raises(DataError, match="data_batch_1"):
         loaded(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [cifar10.FOLDER]
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
 
 
 def test_a_data_folder_that_cannot_be_made_is_named(
@@ -496,7 +568,7 @@ def test_a_data_folder_that_cannot_be_made_is_named(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     use_sources(monkeypatch, server, "good")
-    with pytest.raises(NoCifar10Error, match=r"file/data cannot be written \(Not a directory\)"):
+    with pytest.raises(NoCifarError, match=r"file/data cannot be written \(Not a directory\)"):
         loaded(tmp_path / "file" / "data")
 
 
@@ -516,7 +588,7 @@ def test_a_full_disk_while_downloading_is_a_clear_error_and_the_part_is_removed(
         path.touch()
         return FullFile()
 
-    with monkeypatch.context() as patch, pytest.raises(NoCifar10Error, match=r"\(No space left on device\)"):
+    with monkeypatch.context() as patch, pytest.raises(NoCifarError, match=r"\(No space left on device\)"):
         patch.setattr(Path, "read_bytes", no_such_file)
         patch.setattr(Path, "open", open_on_a_full_disk)
         loaded(tmp_path)
@@ -531,7 +603,7 @@ def no_such_file(path: Path) -> bytes:
 def test_ctrl_c_while_downloading_removes_the_part(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar10, "PROGRESS_SECONDS", 1e-6)
+    monkeypatch.setattr(cifar, "PROGRESS_SECONDS", 1e-6)
     use_sources(monkeypatch, server, "good")
 
     def interrupt(text: str) -> None:
@@ -540,5 +612,5 @@ def test_ctrl_c_while_downloading_removes_the_part(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_cifar10(tmp_path, say=print, progress=interrupt)
+        load_cifar(CIFARS["cifar10"], tmp_path, say=print, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
