@@ -32,9 +32,9 @@ from torch.nn.utils import parametrize
 
 from src.graph import (
     LAYERS,
-    NORM,
     aten,
     is_move,
+    is_norm,
     is_pointwise,
     is_random,
     kind,
@@ -132,7 +132,7 @@ class LayerUse:
         known[inputs] = 0
         op: Any = self.node.target
         out = op(known.movedim(0, self.channel_dim), *self.parameters, *self.node.args[3:])
-        out = out if self.norm is None else NORM(out, *self.norm)[0]
+        out = out if self.norm is None else aten.batch_norm(out, *self.norm)
         return out[0].movedim(-1 if self.channel_dim < 0 else 0, 0)
 
 
@@ -209,11 +209,6 @@ class _Flags(torch.autograd.Function):
         return (paths > 0.5).to(paths.dtype)
 
 
-def _norm_pipe(op: Any, x: Tensor, scale: Tensor | None, *_: Any) -> tuple[Tensor, None, None]:
-    gates = 1 if scale is None else (scale != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 2))
-    return x * gates, None, None
-
-
 def _pool_pipe(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return op(x, *args, **kwargs) * x.numel()  # a path is less than 1 in a mean
 
@@ -231,7 +226,6 @@ def _amax_pipe(op: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tens
 
 
 PIPES: dict[Any, Callable[..., Any]] = {
-    NORM: _norm_pipe,
     aten.mean: _pool_pipe,
     aten.sum: _pool_pipe,
     aten.avg_pool2d: _pool_pipe,
@@ -307,12 +301,11 @@ class _Passes:
         behind = next(iter(node.users), node)
         if (
             len(node.users) == 1
-            and kind(behind) is NORM
+            and is_norm(behind)
             and behind.args[0] is node
-            and len(behind.users) == 1
             and all(n in self.signals and not self._flows(n) for n in behind.all_input_nodes[1:])
         ):
-            self.uses[-1].out = next(iter(behind.users))
+            self.uses[-1].out = behind
             self.uses[-1].norm = fx.node.map_arg(behind.args[1:], lambda n: self.signals[n].constant)
         return Signal(constant, pipe)
 
@@ -365,10 +358,14 @@ class _Passes:
                 if len(flowing) == 1 and flowing[0].flow.shape == constant.shape
                 else (_Flags.apply(sum(s.flow for s in flowing).expand(constant.shape)))
             )
+        if is_norm(node) and len(flowing) == 1 and self._flows(node.args[0]):
+            scale = self._args(node, lambda s: s.constant)[0][1]
+            x = flowing[0].flow
+            return x if scale is None else _Flags.apply(x * (scale != 0).view(-1, *[1] * (x.ndim - 2)))
         if kind(node) in PIPES and len(flowing) == 1 and self._flows(node.all_input_nodes[0]):
             args, _ = self._args(node, lambda s: s.constant if s.flow is None else s.flow)
             paths = PIPES[kind(node)](node.target, *args, **node.kwargs)
-            return _Flags.apply(paths) if isinstance(paths, Tensor) else paths
+            return None if paths is None else _Flags.apply(paths)
         return None
 
     def _product(self, *factors: Any) -> Any:

@@ -1,8 +1,9 @@
 """The graph of a network's operations in evaluation mode, traced once for all the weights that it may have.
 
-It is torch.export's ATen graph, not torch.fx's: operations in place are functions there, and own forwards,
-hooks, activations with a slope, circular padding and modules used twice all stand in it as what they compute.
-Parameters are inputs of the graph, which keep their names.
+It is torch.export's ATen graph, not torch.fx's: own forwards, hooks, activations with a slope, circular
+padding and modules used twice all stand in it as what they compute. Operations in place become functions,
+and casts between floating types are left out: all is computed in the type of the weights. Parameters are
+inputs of the graph, and keep their names.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from utils_quantization import quantized_layers, without_quantizers
 
@@ -23,7 +24,9 @@ aten = torch.ops.aten
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 LAYERS = {aten.conv1d, aten.conv2d, aten.conv3d, aten.linear}
-NORM = aten._native_batch_norm_legit_no_training
+DROPOUTS = {aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout}
+# What gives each element of a tensor as it is, perhaps as another type.
+COPIES = {aten.to, aten._to_copy, aten.type_as, aten.detach, aten.alias, aten.contiguous, aten.clone}
 PADS = {aten.pad, aten.constant_pad_nd}
 # What only moves elements, next to the views, which say so themselves.
 _MOVES = """
@@ -75,7 +78,7 @@ def path(node: Any) -> str:
 
 @cache
 def is_pointwise(target: Any) -> bool:
-    return torch.Tag.pointwise in getattr(target, "tags", ())
+    return _kind(target) in COPIES or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 @cache
@@ -86,8 +89,17 @@ def is_random(target: Any) -> bool:
 @cache
 def is_move(target: Any) -> bool:
     """Whether an operation only moves elements: each of its outputs is an element of an input, or padding."""
+    return _kind(target) in MOVES or (_returns_views(target) and _kind(target) not in COPIES)
+
+
+def is_norm(node: Any) -> bool:
+    """Whether a node is a batch norm that takes its statistics from training."""
+    return kind(node) is aten.batch_norm and not node.args[5]
+
+
+def _returns_views(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
-    return _kind(target) in MOVES or (schema is not None and any(r.alias_info for r in schema.returns))
+    return schema is not None and any(r.alias_info for r in schema.returns)
 
 
 def move(node: Any, args: Any, kwargs: Any) -> Any:
@@ -109,6 +121,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
 
 _TRACED: dict[Hashable, NetworkGraph] = {}
 _MOST = 64  # graphs that are remembered
+_MANY = 7919  # images; a large prime, so that no other number in a network is a multiple of it
 
 
 @torch.no_grad()
@@ -127,12 +140,13 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
         for hooks in (hooks for module in plain.modules() for hooks in _hooks(module)):
             for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks")]:
                 del hooks[handle]
-        images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
-        # Two images, of any number: torch.export takes a number of one for the only one that there can be.
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot trace
-                program = torch.export.export(plain, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-                program = program.run_decompositions({})
+                program = _exported(plain, like, input_size)
+                if not _make_functional(program.graph):
+                    program = program.run_decompositions({})
+                if _image(program).meta["val"].shape[0] == _MANY:
+                    _free_number_of_images(program.graph, _image(program))
         except Exception as error:
             name, reason = type(model).__name__, str(error).strip().partition("\n")[0]
             raise ValueError(f"torch.export cannot trace {name} on images {input_size}: {reason}") from error
@@ -142,6 +156,97 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
         key = keys[_names_a_dtype(graph)]
         _TRACED[key] = graph
     return _TRACED[key]
+
+
+def _exported(
+    plain: nn.Module, like: Tensor, input_size: tuple[int, int, int]
+) -> torch.export.ExportedProgram:
+    """Trace a network on any number of images, or on `_MANY` where it asks for a plain number of them."""
+    # Two images, of any number: torch.export takes a number of one for the only one that there can be.
+    images, any_number = like.new_zeros(2, *input_size), ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(plain, (images,), dynamic_shapes=any_number)
+    number = _image(program).meta["val"].shape[0]
+    if isinstance(number, int) or number.node.maybe_as_int() is not None:  # it took len(images), or the like
+        program = torch.export.export(plain, (like.new_empty(_MANY, *input_size),))
+    return program
+
+
+def _image(program: torch.export.ExportedProgram) -> fx.Node:
+    (image,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    return image
+
+
+def _free_number_of_images(graph: fx.Graph, image: fx.Node) -> None:
+    """Put the number of images where `_MANY` stands, which nothing else in a network is.
+
+    Raises: ValueError if other numbers were made of it.
+    """
+    with graph.inserting_after(image):
+        number = graph.call_function(aten.sym_size.int, (image, 0))
+
+    def freed(value: Any) -> Any:
+        if type(value) is not int or value == 0 or value % _MANY:
+            return value
+        if value != _MANY:
+            raise ValueError("it computes with len(images); images.shape[0] is the same, and can be traced")
+        return number
+
+    for node in graph.nodes:
+        if node is not number:
+            node.args, node.kwargs = (fx.node.map_aggregate(a, freed) for a in (node.args, node.kwargs))
+
+
+def _make_functional(graph: fx.Graph) -> bool:
+    """Put functions in the place of the operations that write into a tensor; take out dropouts that pass all.
+
+    torch's `run_decompositions` does that too, and takes a hundred milliseconds to seconds for it.
+    Returns: False, with the graph in between, where a tensor written to may share its memory with another.
+    """
+    now: dict[fx.Node, fx.Node] = {}  # what holds the value that was in a node before
+
+    def latest(node: fx.Node) -> fx.Node:
+        while node in now:
+            node = now[node]
+        return node
+
+    for node in graph.nodes:
+        node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), latest)
+        if node.op != "call_function":
+            continue
+        if kind(node) in DROPOUTS and not node.args[2]:
+            now[node] = node.args[0]
+        elif not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        elif node.target._schema.is_mutable:
+            written, function = node.args[0], _function(node.target)
+            near = (written, *(user for user in written.users if user is not node and user not in now))
+            if function is None or any(_may_share(other) for other in near):
+                return False
+            node.target, now[written] = function, node
+    for node in reversed(now):
+        if kind(node) in DROPOUTS:  # which are random to `eliminate_dead_code`, and stay
+            graph.erase_node(node)
+    return True
+
+
+def _function(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """What returns the tensor that an operation writes into its first argument alone: relu for relu_."""
+    first, *others = (a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
+    packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return None if not first or any(others) else getattr(packet, target._overloadname, None)
+
+
+def _may_share(node: fx.Node) -> bool:
+    """Whether a node's result may share memory with its inputs; some operations do not say that it does."""
+    if node.op != "call_function" or kind(node) in LAYERS | {aten.batch_norm}:
+        return False
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    target: Any = node.target
+    return (
+        not isinstance(target, torch._ops.OpOverload)
+        or _returns_views(target)
+        or target.has_kernel_for_dispatch_key(key)
+    )
 
 
 def _names_a_dtype(graph: NetworkGraph) -> bool:
@@ -157,11 +262,35 @@ def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> Netw
             state[spec.arg.name] = str(spec.target)
         elif spec.kind is not InputKind.USER_INPUT:
             constants[spec.arg.name] = program.constants[str(spec.target)].detach().clone()
-    program.graph.eliminate_dead_code()
-    for node in program.graph.nodes:
-        if kind(node) in (aten.view, aten._unsafe_view):  # flows may lie in memory in another order
-            node.target = aten.reshape.default
-    return NetworkGraph(program.graph, state, constants, kept)
+    graph = program.graph
+    *nodes, output = graph.nodes
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    given = zip(output.all_input_nodes, kinds, strict=True)
+    output.args = (tuple(node for node, what in given if what is OutputKind.USER_OUTPUT),)
+    for node in nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # flows may lie in memory in another order
+        elif kind(node) in COPIES and _is_of_numbers(node) and _is_of_numbers(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+        elif node.op == "call_function" and _returns_nothing(node.target):
+            graph.erase_node(node)
+        elif kind(node) is aten._native_batch_norm_legit_no_training:
+            with graph.inserting_before(node):
+                args = (*node.args[:5], False, *node.args[5:], False)
+                norm = graph.call_function(aten.batch_norm.default, args)
+            norm.meta = node.meta
+            next(iter(node.users)).replace_all_uses_with(norm)
+    graph.eliminate_dead_code()
+    return NetworkGraph(graph, state, constants, kept)
+
+
+def _is_of_numbers(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _returns_nothing(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.returns
 
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from src.channels import PIPES, LayerUse, read_weights, trace_channels
-from src.graph import PADS, aten, is_move, is_pointwise, kind, move
+from src.graph import PADS, aten, is_move, is_norm, is_pointwise, kind, move
 from utils_quantization import without_quantizers
 
 FILTERS, INPUT_SLICES = 0, 1  # the dimension of a weight (O, I, kh, kw) along which a slice is taken
@@ -125,8 +125,10 @@ class _Walk:
         if isinstance(value, Tensor) and signal.flow is None:
             return self._none(value) if value.is_floating_point() else value.cpu()
         inputs = [self.labels[n] for n in node.all_input_nodes]
-        if is_move(node.target) or not isinstance(value, Tensor | tuple):
-            moved = move(node, *fx.node.map_arg((node.args, node.kwargs), lambda n: self.labels[n]))
+        if not isinstance(value, Tensor | tuple):
+            return value
+        if is_move(node.target):
+            moved = self._moved(node)
             padded = kind(node) in PADS and moved.shape[1] != inputs[0].shape[1]
             return moved.clamp_max(NONE) if padded else moved
         if is_pointwise(node.target):
@@ -136,12 +138,24 @@ class _Walk:
             if len(labels) > 1:
                 self.tied.update(labels[0].unique().tolist())
             return labels[0]
-        if kind(node) in PIPES:
-            out = value[0] if isinstance(value, tuple) else value
-            same = out.ndim > 1 and out.shape[1] == inputs[0].shape[1]
-            found = self._spread(self._of_channels(inputs[0]), out.shape) if same else self._none(out)
-            return (found, None, None) if isinstance(value, tuple) else found
+        if isinstance(value, Tensor) and (kind(node) in PIPES or is_norm(node)):
+            same = value.ndim > 1 and value.shape[1] == inputs[0].shape[1]
+            return self._spread(self._of_channels(inputs[0]), value.shape) if same else self._none(value)
         return tuple(map(self._none, value)) if isinstance(value, tuple) else self._none(value)
+
+    def _moved(self, node: Any) -> Any:
+        """What an operation that moves elements makes of labels; it is given them as floating numbers."""
+
+        def numbers(n: fx.Node) -> Any:
+            value = self.account.signals[n].constant
+            return (
+                self.labels[n].double()
+                if isinstance(value, Tensor) and value.is_floating_point()
+                else self.labels[n]
+            )
+
+        moved = move(node, *fx.node.map_arg((node.args, node.kwargs), numbers))
+        return tuple(m.long() for m in moved) if isinstance(moved, tuple | list) else moved.long()
 
     def _layer(self, node: Any, use: LayerUse, value: Tensor) -> Tensor:
         read = self._of_channels(self.labels[node.args[0]])

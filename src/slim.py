@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
-from src.graph import NORM, PADS, aten, is_move, is_pointwise, kind, move
+from src.graph import PADS, aten, is_move, is_norm, is_pointwise, kind, move
 from utils_quantization import without_quantizers
 
 REDUCTIONS = {aten.mean, aten.sum, aten.amax}
@@ -45,7 +45,7 @@ def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32
     Raises: ValueError if torch.export cannot trace the model.
     """
     like = next(model.parameters(), torch.empty(0))
-    builder = _Builder(without_quantizers(model).cpu().double(), input_size)
+    builder = _Builder(without_quantizers(model).cpu().double(), input_size, like.dtype)
     return builder.network().to(like.device, like.dtype).eval()
 
 
@@ -159,9 +159,10 @@ class _Held:
 
 
 class _Builder:
-    """Builds the smaller network in float64, on the CPU."""
+    """Builds the smaller network in float64, on the CPU; it will be of another dtype in the end."""
 
-    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int]) -> None:
+    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.account = trace_channels(plain, input_size)
         self.signals, self.uses = self.account.signals, self.account.uses
         self.graph, self.parts = fx.Graph(), dict[str, Any]()
@@ -170,7 +171,7 @@ class _Builder:
 
     def network(self) -> nn.Module:
         layers = {use.out: (use, channels) for use, channels in self.uses.values()}
-        folded = {n for use, _ in self.uses.values() if use.norm for n in (use.node, use.out.args[0])}
+        folded = {use.node for use, _ in self.uses.values() if use.norm}
         *nodes, output = self.account.graph.nodes
         for node in nodes:
             signal = self.signals[node]
@@ -182,7 +183,7 @@ class _Builder:
             elif kind(node) is aten.sym_size and node.args[1] == 0:
                 self.held[node] = self.graph.call_function(node.target, (self.image, 0))
             elif signal.flow is not None or not isinstance(signal.constant, Tensor | tuple):
-                self.held[node] = None if node in folded or kind(node) is NORM else self._operation(node)
+                self.held[node] = None if node in folded else self._operation(node)
         answers = output.all_input_nodes
         if len(answers) == 1 and not self._alive(answers[0]).any():
             return Constant(self.signals[answers[0]].constant[0].clone())
@@ -307,12 +308,21 @@ class _Builder:
         if node.target is getitem and isinstance(self.held[node.args[0]], tuple):
             return self.held[node.args[0]][node.args[1]]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._given)
-        made = self.graph.call_function(node.target, args, kwargs)
+        made = self._call(node, args, kwargs)
         if isinstance(value, tuple):
             return tuple(
                 self._all_of(v, self.graph.call_function(getitem, (made, i))) for i, v in enumerate(value)
             )
         return self._all_of(value, made) if isinstance(value, Tensor) else made
+
+    def _call(self, node: Any, args: Any, kwargs: Any) -> fx.Node:
+        """The operation of a node; where it names float64, as which it was traced, the network's dtype."""
+
+        def named(value: Any) -> Any:
+            return self.dtype if value is torch.float64 else value
+
+        kwargs = {name: named(value) for name, value in kwargs.items()}
+        return self.graph.call_function(node.target, tuple(map(named, args)), kwargs)
 
     def _given(self, node: Any) -> Any:
         """An argument of an operation: a whole tensor, or what is none."""
@@ -352,18 +362,17 @@ class _Builder:
 
     def _norm(self, node: Any, wanted: Tensor) -> _Held | None:
         """A batch norm that is not behind a layer of its own."""
-        norm: Any = node.args[0] if node.target is getitem else None
-        if norm is None or kind(norm) is not NORM:
+        if not is_norm(node):
             return None
-        source = norm.args[0]
+        source: Any = node.args[0]
         held = self.held[source] if len(source.users) == 1 else self._settle(source)
-        folded = fx.node.map_arg(norm.args[1:], lambda n: self.signals[n].constant)
-        shift = NORM(self._rest(source)[None], *folded)[0][0]
+        folded = fx.node.map_arg(node.args[1:], lambda n: self.signals[n].constant)
+        shift = aten.batch_norm(self._rest(source)[None], *folded)[0]
         x = self._select(source, held, held.index[wanted])
-        self.parts[f"{norm.name}_scale"] = nn.Parameter(
+        self.parts[f"{node.name}_scale"] = nn.Parameter(
             _scale(folded)[wanted].view(-1, *[1] * (shift.ndim - 1)).contiguous()
         )
-        made = self.graph.call_function(aten.mul.Tensor, (x, self.graph.get_attr(f"{norm.name}_scale")))
+        made = self.graph.call_function(aten.mul.Tensor, (x, self.graph.get_attr(f"{node.name}_scale")))
         return self._holding(node, made, wanted, shift=shift)
 
     def _cat(self, node: Any, wanted: Tensor) -> _Held | None:
@@ -421,9 +430,7 @@ class _Builder:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
         again = kind(node) is aten.relu and args[0].target == node.target
-        return self._holding(
-            node, args[0] if again else self.graph.call_function(node.target, args, kwargs), wanted
-        )
+        return self._holding(node, args[0] if again else self._call(node, args, kwargs), wanted)
 
     def _origins(self, node: Any) -> list[Tensor] | None:
         """Of what only moves the elements of one tensor: where each element comes from, 0 for a padding."""
@@ -432,6 +439,7 @@ class _Builder:
             not is_move(node.target)
             or len(sources) != 1
             or not isinstance(self.signals[sources[0]].constant, Tensor)
+            or not self.signals[sources[0]].constant.is_floating_point()
         ):
             return None
         before = self.signals[sources[0]].constant
@@ -474,7 +482,7 @@ class _Builder:
 
 def _scale(norm: tuple[Any, ...]) -> Tensor:
     """What a batch norm multiplies each channel by, from its arguments."""
-    scale, _, _, variance, _, eps = norm
+    scale, _, _, variance, _, _, eps, _ = norm
     return (torch.ones_like(variance) if scale is None else scale) / torch.sqrt(variance + eps)
 
 

@@ -1,6 +1,7 @@
 """The account of channels, the groups and the counts of any network, against the network itself."""
 
 import copy
+from collections.abc import Callable
 
 import onnxruntime
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from metrics import count_by_torch, count_network
 from resnet import ResNet, resnet20
+from src import graph
 from src.channels import ChannelAccount, ChannelState, trace_channels
 from src.graph import trace_network
 from src.groups import FILTERS, INPUT_SLICES, channel_groups
@@ -312,6 +314,186 @@ class NamesItsDtype(nn.Module):
 @pytest.mark.parametrize(("kind", "shared"), [(Mixed, True), (NamesItsDtype, False)])
 def test_a_graph_is_of_every_dtype_unless_it_names_one(kind, shared):
     model = kind().eval()
-    graph = trace_network(model, SMALL)
-    assert trace_network(model, SMALL) is graph
-    assert (trace_network(model.double(), SMALL) is graph) == shared
+    traced = trace_network(model, SMALL)
+    assert trace_network(model, SMALL) is traced
+    assert (trace_network(model.double(), SMALL) is traced) == shared
+
+
+# Ways to write the same thing
+
+
+class Written(nn.Module):
+    """A network with one of many ways to write what is between its first and its last layer."""
+
+    def __init__(self, way: Callable[["Written", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.way(self, self.norm(self.first(x))).mean((2, 3)))
+
+
+def statements(net: Written, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    y.relu_()
+    z = y + 1
+    y.add_(z)
+    return 0.5 * y + z
+
+
+def a_view_that_is_written_to(net: Written, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 2:6].relu_()
+    return net.conv(x)
+
+
+def a_view_of_what_is_written_to(net: Written, x: Tensor) -> Tensor:
+    part, x = x[:, 2:6], x.relu_()
+    return net.conv(x) + torch.cat([part, part], 1)
+
+
+def a_shape_of_what_is_written_to(net: Written, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    pairs = y.reshape(len(y), 2, 4, *y.shape[2:])
+    y.relu_()
+    return pairs.flatten(1, 2) + y
+
+
+def a_slice_that_is_set(net: Written, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 1] = 0
+    return net.conv(F.relu(x))
+
+
+def a_chunk_that_is_written_to(net: Written, x: Tensor) -> Tensor:
+    left, right = x.chunk(2, 1)
+    left.relu_()
+    return net.conv(torch.cat([right, left], 1))
+
+
+def a_dropout_that_is_written_to(net: Written, x: Tensor) -> Tensor:
+    dropped = F.dropout(net.conv(x), 0.5, net.training)
+    return F.relu_(dropped) + dropped
+
+
+def a_dropout_that_writes(net: Written, x: Tensor) -> Tensor:
+    x = F.relu(x)
+    return x + F.dropout2d(net.conv(x), 0.5, net.training, inplace=True)
+
+
+def a_buffer_that_is_written_to(net: Written, x: Tensor) -> Tensor:
+    net.calls.add_(1)
+    return net.conv(F.relu(x))
+
+
+def its_own_type(net: Written, x: Tensor) -> Tensor:
+    same = x.type_as(x)
+    same.relu_()
+    return net.conv(x) + same
+
+
+def several_in_a_row(net: Written, x: Tensor) -> Tensor:
+    y = net.conv(F.relu_(x))
+    y.clamp_(min=0.1).mul_(2)
+    y -= x
+    return y.masked_fill_(y < 0, 0.0)
+
+
+def zeroed(net: Written, x: Tensor) -> Tensor:
+    return net.conv(x).zero_() + x
+
+
+def statistics_of_the_batch(net: Written, x: Tensor) -> Tensor:
+    return net.conv(F.relu_(F.batch_norm(x, None, None, training=True)))
+
+
+def without_gradients(net: Written, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = F.relu(x)
+    return net.conv(x.detach())
+
+
+def by_its_length(net: Written, x: Tensor) -> Tensor:
+    return net.conv(x).view(len(x), 2, -1).relu().view(len(x), -1, *x.shape[2:])
+
+
+def larger_and_smaller(net: Written, x: Tensor) -> Tensor:
+    return F.relu_(F.interpolate(net.conv(F.max_pool2d(x, 2)), scale_factor=2))
+
+
+WRITES = (
+    *(statements, a_view_that_is_written_to, a_view_of_what_is_written_to, a_shape_of_what_is_written_to),
+    *(a_slice_that_is_set, a_chunk_that_is_written_to, a_dropout_that_is_written_to, a_dropout_that_writes),
+    *(a_buffer_that_is_written_to, its_own_type, several_in_a_row, zeroed, statistics_of_the_batch),
+    *(without_gradients, larger_and_smaller, by_its_length),
+)
+
+
+@pytest.mark.parametrize("way", WRITES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_written_in_place_is_counted_as_it_is_computed(way, seed):
+    model = plant(Written(way), seed, 0.2)
+    assert_nothing_claimed_is_wrong(model, trace_channels(model, SMALL), SMALL)
+    assert_smaller_is_the_same(model, SMALL)
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_the_graph_is_torchs_own_without_writes(way, monkeypatch):
+    """The oracle is torch's functionalization of the same network."""
+    found = []
+    for theirs in (False, True):
+        monkeypatch.setattr(graph, "_TRACED", {})
+        if theirs:
+            monkeypatch.setattr(graph, "_make_functional", lambda _: False)
+        model = plant(Written(way), 3, 0.2)
+        account = trace_channels(model, SMALL)
+        layers = {
+            name: (layer.states.tolist(), layer.inputs.tolist(), layer.structured_macs)
+            for name, layer in account.layers.items()
+        }
+        found.append((layers, channel_groups(model, ["first", "conv"], SMALL)))
+    assert found[0] == found[1]
+
+
+def wider(net: Written, x: Tensor) -> Tensor:
+    return net.conv(x).double().relu().float()
+
+
+def a_mask(net: Written, x: Tensor) -> Tensor:
+    return net.conv(x) * (x > 0).float() + (x > 1).to(x.dtype)
+
+
+def half_precision(net: Written, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        x = net.conv(x)
+    return x.float()
+
+
+def complex_numbers(net: Written, x: Tensor) -> Tensor:
+    return torch.fft.fft2(net.conv(x)).real
+
+
+@pytest.mark.parametrize(
+    ("way", "near"), [(wider, 1e-6), (a_mask, 1e-6), (half_precision, 1e-2), (complex_numbers, 1e-6)]
+)
+@torch.no_grad()
+def test_a_network_may_compute_in_several_types(way, near):
+    model = plant(Written(way), 0, 0.2).float()
+    x, small = images(3, SMALL).float(), slim_network(model, SMALL)
+    expected = model(x)
+    assert (small(x) - expected).abs().max() <= near * expected.abs().max()
+    assert count_by_torch(small, SMALL)[""] == count_network(model, SMALL).total("structured_macs")
+    assert channel_groups(model, ["first", "conv"], SMALL)
+
+
+def flattened_by_its_length(net: Written, x: Tensor) -> Tensor:
+    return net.conv(x).reshape(8 * len(x), -1).relu().reshape(x.shape)
+
+
+def test_numbers_made_of_the_number_of_images_are_refused_in_a_sentence():
+    model = plant(Written(flattened_by_its_length), 0, 0.2)
+    with pytest.raises(ValueError, match=r"torch.export cannot trace Written .*len\(images\)"):
+        trace_channels(model, SMALL)
