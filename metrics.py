@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
+from src.slim import SlimLayer
 from utils_quantization import FULL_PRECISION_BITS, quantized_layers, weight_bits
 
 ACTIVATION_BITS = 32  # activations are never quantized
@@ -199,8 +200,28 @@ def count_by_torch(
 
     Returns: the counts by module name; "" is the whole network.
     """
+    like = next(network.parameters(), torch.empty(0))
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *input_size, device=device))
+        network(torch.zeros(1, *input_size, device=device, dtype=like.dtype))
     # The counter's keys are "Global", the name of the network's class, and "Class.module.name" for a module.
     by_module = {key.partition(".")[2]: sum(f.values()) // 2 for key, f in counter.get_flop_counts().items()}
     return by_module | {"": counter.get_total_flops() // 2}
+
+
+def of_layers(by_torch: Mapping[str, int], count: NetworkCount) -> int:
+    """What torch counts in a network's layers, from `count_by_torch`: all of it, where there is no barrier.
+
+    In a barrier torch counts what this file leaves out: products of activations, as in attention, and
+    transposed convolutions. A layer that is not called as a module has this file's own count.
+    """
+    if not count.barriers:
+        return by_torch[""]
+    return sum(by_torch.get(layer.name, layer.dense_macs) for layer in count.layers)
+
+
+def count_slim_by_torch(slim: nn.Module, count: NetworkCount, device: torch.device | str = "cpu") -> int:
+    """What torch counts in the layers of the smaller network of a network with this count, for one image."""
+    by_torch = count_by_torch(slim, device=device)
+    if not count.barriers:
+        return by_torch[""]
+    return sum(by_torch[name] for name, m in slim.named_modules() if isinstance(m, SlimLayer))

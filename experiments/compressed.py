@@ -25,7 +25,7 @@ from experiments.received import CLAIMS_FILE
 from experiments.recount import read_claims, recount
 from experiments.settings import FOLDERS
 from experiments.training import predict
-from metrics import NetworkCount, count_by_torch, ratio
+from metrics import NetworkCount, count_by_torch, count_slim_by_torch, ratio
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
 from utils_quantization import has_codes, quantizers, without_quantizers
@@ -68,7 +68,9 @@ def make_compressed(
         folder / PACKED, pack_network(model, said, claims | _coded(model, count), name), errors
     )
     slim = slim_network(model)
-    archive = _written(folder / SLIM, exported(slim, claims), errors)
+    # Whoever receives the exported network can only count it as a whole.
+    whole = {"structured_macs": count_by_torch(slim, device=device)[""]}
+    archive = _written(folder / SLIM, exported(slim, claims | whole), errors)
     read_back_parameters, read_back_difference = read_back(archive, slim, next(iter(batches))[0])
     packed = unpack_network(content, partial(make_network, name, logits["quantized"].shape[1])).to(device)
     packed_settings, packed_metrics = read_claims(content)
@@ -81,7 +83,7 @@ def make_compressed(
         dense_parameters=_parameters(dense),
         slim_parameters=_parameters(slim),
         dense_macs=count.total("dense_macs"),
-        slim_macs=count_by_torch(slim, device=device)[""],
+        slim_macs=count_slim_by_torch(slim, count, device),
         structured_macs=count.total("structured_macs"),
         largest_logit=logits["quantized"].abs().max().item(),
         largest_difference=(logits["quantized"] - logits["slim"]).abs().max().item(),

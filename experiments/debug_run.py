@@ -66,7 +66,7 @@ from experiments.history import (
 )
 from experiments.ledger import check_epoch
 from experiments.live import EpochProgress, LiveLine, Stopped, ignore_sigterm
-from experiments.network import excluded_layers, make_network
+from experiments.network import excluded_layers, make_network, memory_layout
 from experiments.preflight import preflight
 from experiments.quantizer_class import find_quantizer
 from experiments.rehearsal import rehearse_resuming
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         evaluator = Evaluator(model)
         excluded = excluded_layers(settings, model, evaluator.dense)
         quantized = attach_weight_quantizers(model, excluded, make_quantizer, {})
-        if device.type != "mps":  # where channels_last has given wrong batch-norm gradients
+        if memory_layout(model, device) == "channels_last":
             model.to(memory_format=torch.channels_last)
         if processes.count > 1:
             use_global_batch_norms(model, processes)

@@ -1,7 +1,7 @@
 """What the preflight's checks share: the run that they look at, and the ways in which a check can end."""
 
+import contextlib
 import copy
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +39,14 @@ class NotApplicableError(Exception):
     """A check says nothing of this run; the text says why."""
 
 
+@contextlib.contextmanager
+def same_draws() -> Iterator[None]:
+    """Let a pass draw the random numbers that every other pass within this context draws, as dropout does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def expect(holds: bool | Tensor, measured: str, cause: str) -> None:
     """Raises: BrokenError with the figures and the likely cause where the condition does not hold."""
     if not holds:
@@ -46,15 +54,16 @@ def expect(holds: bool | Tensor, measured: str, cause: str) -> None:
 
 
 def expect_close(
-    found: Tensor, wanted: Tensor, what: str, cause: str, tolerance: float | None = None
+    found: Tensor, wanted: Tensor, what: str, cause: str, tolerance: float | None = None, least: float = 0.0
 ) -> float:
     """Two tensors are equal to rounding; returns their distance over the largest number wanted.
 
+    That is taken to be `least` where it is smaller.
     Raises: BrokenError otherwise, also for another shape and for numbers that are not finite.
     """
     if found.shape != wanted.shape:
         raise BrokenError(f"{what} has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}", cause)
-    largest = wanted.abs().max().item() if wanted.numel() else 0.0
+    largest = max(wanted.abs().max().item(), least) if wanted.numel() else 0.0
     distance = (found.to(wanted.dtype) - wanted).abs().max().item() if wanted.numel() else 0.0
     relative = distance / largest if largest else distance
     allowed = EPSILON[found.dtype] if tolerance is None else tolerance
@@ -130,25 +139,34 @@ class Subject:
     def copied_step(self) -> TrainingStep:
         """The run's step with a model and an optimizer of its own; what it does leaves the run alone.
 
-        It captures no graph: the checks look at it through hooks, which do not fire in a replay. It drops
-        nothing at random: the checks compare one pass with another.
+        It captures no graph: the checks look at it through hooks, which do not fire in a replay.
         """
         step = copy.deepcopy(self.step)
         step.captures = False
-        for module in step.model.modules():
-            if re.search("Drop|StochasticDepth", type(module).__name__) and hasattr(module, "p"):
-                module.p = 0.0  # type: ignore[assignment]
         step.optimizer.zero_grad(set_to_none=True)
         return step
 
-    def float64_step(self) -> TrainingStep:
+    @cached_property
+    def runs_in_float64(self) -> bool:
+        """Whether the network can; one that casts to float32 on its way cannot."""
+        try:
+            with torch.no_grad():
+                self.float64_step(runs=False).model.eval()(self.probe[0])
+        except RuntimeError:
+            return self.own_network  # where it is an error, which the checks shall name
+        return True
+
+    def float64_step(self, runs: bool = True) -> TrainingStep:
         """The run's step on this rank alone, in float64, with planted numbers that let errors show.
 
         At the start of a run the logits lie in tanh's flat part, batch norms are neutral and nothing is dead,
         so that many an error would make no difference.
 
-        Raises: NotApplicableError for a network that is too large for several copies in float64.
+        Raises: NotApplicableError for a network that is too large for several copies in float64, and for one
+            that cannot run in it, if it `runs`.
         """
+        if runs and not self.runs_in_float64:
+            raise NotApplicableError("the network casts to another type, and cannot run in float64")
         parameters = sum(p.numel() for p in self.pipeline.model.parameters())
         if parameters > MOST_PARAMETERS:
             raise NotApplicableError(f"{parameters:,} parameters are too many for copies in float64")

@@ -23,6 +23,7 @@ from experiments.data import Dataset
 from experiments.device import describe_device
 from experiments.distributed import Processes
 from experiments.evaluator import Compression
+from experiments.network import memory_layout
 from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
 from utils_quantization import has_codes, parameter_groups, quantizers, weight_bits
@@ -219,6 +220,8 @@ class History:
     without_codes: list[str]  # quantized layers that are packed as float32: their quantizer gives no integers
     origin: Origin = field(default_factory=Origin)
     barriers: list[str] = field(default_factory=list)  # operations that no channel is followed through
+    frozen: list[str] = field(default_factory=list)  # parameters of the network that are not trained
+    layout: str = "channels_last"  # of images and weights in memory, or "contiguous"
     preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
     resumed: list[Resumption] = field(default_factory=list)
@@ -271,6 +274,8 @@ def new_history(
         without_codes=[name for name, quantizer in quantizers(model).items() if not has_codes(quantizer)],
         origin=Origin(datetime.now(UTC).isoformat(timespec="seconds"), list(command), _commit()),
         barriers=list(dense.barriers),
+        frozen=[n for n, p in model.named_parameters() if not p.requires_grad and ".quantizer." not in n],
+        layout=memory_layout(model, device),
     )  # fmt: skip
 
 

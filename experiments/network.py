@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ import resnet
 from experiments.settings import Settings
 from experiments.user_code import first_line, import_named
 from metrics import NetworkCount
+from src.graph import only_looks, trace_network
 
-TRIED = (2, 3, 32, 32)  # images; two, since a batch norm over one number cannot train
+SIZE = (3, 32, 32)  # of an image
+TRIED = (2, *SIZE)  # images; two, since a batch norm over one number cannot train
 
 
 def make_network(name: str, classes: int) -> nn.Module:
@@ -37,7 +40,64 @@ def make_network(name: str, classes: int) -> nn.Module:
         raise ValueError(f"--model is {name!r}, which returns {network!r:.60}; expected an nn.Module")
     for training in (True, False):
         _try(name, network, classes, training)
+    _refuse_shared_weights(name, network)
+    _freeze_unused(network)
+    if not _runs_in_channels_last(network):
+        network.register_forward_pre_hook(contiguous_images)
     return network
+
+
+def _refuse_shared_weights(name: str, network: nn.Module) -> None:
+    first: dict[int, str] = {}
+    for layer, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            other = first.setdefault(id(module.weight), layer)
+            if other != layer:
+                raise ValueError(
+                    f"--model is {name!r}, whose layers {other} and {layer} share one weight; expected a "
+                    f"weight for each, since each gets a quantizer of its own"
+                )
+
+
+def _freeze_unused(network: nn.Module) -> None:
+    """Let parameters of modules that no image passes in training be none that are trained."""
+    twin = copy.deepcopy(network).train()
+    ran: set[nn.Module] = set()
+    for module in twin.modules():
+        module.register_forward_hook(lambda module, *_: ran.add(module))
+    trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        loss = twin(torch.zeros(TRIED)).sum()
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    for name, gradient in zip(trained, found, strict=True):
+        if gradient is None and twin.get_submodule(name.rpartition(".")[0]) not in ran:
+            network.get_parameter(name).requires_grad_(False)
+
+
+def _runs_in_channels_last(network: nn.Module) -> bool:
+    images = torch.zeros(TRIED).to(memory_format=torch.channels_last)
+    twin: Any = copy.deepcopy(network).eval()
+    try:
+        with torch.no_grad():
+            twin.to(memory_format=torch.channels_last)(images)
+    except RuntimeError:  # mostly of a view that would have to be a reshape
+        return False
+    return True
+
+
+@only_looks
+def contiguous_images(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook of networks that cannot run in channels_last: they get their images in the usual layout."""
+    return tuple(images.contiguous() for images in inputs)
+
+
+def memory_layout(network: nn.Module, device: torch.device) -> str:
+    """The layout that the network is to run in: "channels_last", which is faster, or "contiguous".
+
+    On MPS channels_last has given wrong batch-norm gradients.
+    """
+    hooked = contiguous_images in network._forward_pre_hooks.values()
+    return "contiguous" if hooked or device.type == "mps" else "channels_last"
 
 
 def _takes(build: object, argument: str) -> bool:
@@ -70,11 +130,13 @@ def _try(name: str, network: nn.Module, classes: int, training: bool) -> None:
 def excluded_layers(settings: Settings, network: nn.Module, dense: NetworkCount) -> list[str]:
     """The patterns of the layers that get no quantizer: those given, or the first layer's and the last's.
 
-    Layers that no image passes in evaluation mode, and that are therefore not counted, get none either.
+    Layers that no image passes in evaluation mode, and that are therefore not counted, get none either, nor
+    do layers that compute with other weights than they store, standardized ones say.
     """
     counted = [layer.name for layer in dense.layers]
     layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    names = [name for name in layers if name not in counted]
+    computed = trace_network(network, SIZE).computing_their_weights()
+    names = [name for name in layers if name not in counted or name in computed]
     if settings.exclude_layers is None:
         names += dict.fromkeys((counted[0], counted[-1]))
     return [*(settings.exclude_layers or ()), *(f"^{re.escape(name)}$" for name in names)]

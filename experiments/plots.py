@@ -228,10 +228,12 @@ def _legend(*axes: Axes) -> None:
 def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each convolution") -> Figure:
     """The state of every output channel: a row a convolution, a cell a channel, coloured by STATE_COLOURS."""
     layers = [layer for layer in count.layers if layer.is_convolution]
+    figure = Figure(figsize=(11, 1.5 + 0.27 * max(len(layers), 4)), layout="constrained")
+    axes = figure.subplots()
+    if not layers:
+        return _without_convolutions(figure, axes, title)
     width = max(layer.filters for layer in layers)
     cells = [[*layer.states] + [PADDING] * (width - layer.filters) for layer in layers]
-    figure = Figure(figsize=(11, 1.5 + 0.27 * len(layers)), layout="constrained")
-    axes = figure.subplots()
     stages = [layer.name.partition(".")[0] for layer in layers]
     for row, (stage, before) in enumerate(zip(stages[1:], stages, strict=False), 1):
         if stage != before:  # a stage of the network begins here
@@ -247,6 +249,12 @@ def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each 
     axes.set(xlabel="output channel", ylabel="convolution (alive/all)")
     _set_title(axes, title)
     figure.legend(handles=_state_patches(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _without_convolutions(figure: Figure, axes: Axes, title: str) -> Figure:
+    axes.text(0.5, 0.5, "the network has no convolution", ha="center", transform=axes.transAxes)
+    _set_title(axes, title)
     return figure
 
 
@@ -291,6 +299,8 @@ def per_layer_figure(count: NetworkCount, title: str) -> Figure:
     layers = [layer for layer in count.layers if layer.is_convolution]
     figure = Figure(figsize=(max(11, 1 + 0.42 * len(layers)), 5.5), layout="constrained")
     axes = figure.subplots()
+    if not layers:
+        return _without_convolutions(figure, axes, title)
     places, bottom = range(len(layers)), [0] * len(layers)
     for state in (ChannelState.ALIVE, ChannelState.CONSTANT, ChannelState.NULL):
         heights = [layer.states.count(state) for layer in layers]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tempfile
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from experiments import report
 from experiments.checkpoint import checkpoint_path, load_checkpoint, resume, save_checkpoint, take_checkpoint
 from experiments.distributed import ALONE, use_local_batch_norms
 from experiments.evaluator import Compression
-from experiments.expect import NotApplicableError, Subject, expect, expect_close, some, used_weights
+from experiments.expect import (
+    NotApplicableError,
+    Subject,
+    expect,
+    expect_close,
+    same_draws,
+    some,
+    used_weights,
+)
 from experiments.history import epoch_record, final_counts
 from experiments.recount import recount
 from experiments.training import TrainingStep
-from metrics import NetworkCount, count_by_torch, format_ratio, ratio
+from metrics import NetworkCount, count_by_torch, count_slim_by_torch, format_ratio, of_layers, ratio
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
 from utils_quantization import quantized_layers, without_quantizers
@@ -33,10 +42,13 @@ def counts_are_the_networks(subject: Subject) -> str:
     compression = subject.pipeline.evaluator.evaluate(model)
     images, _ = subject.probe
     weights, quantizers = used_weights(model), subject.quantizers(model)
-    positions: dict[str, int] = {}
+    positions: Counter[str] = Counter()  # over all uses of a layer
 
     def note(name: str) -> Any:
-        return lambda module, inputs, output: positions.update({name: output[0, 0].numel()})
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            positions[name] += output[0].numel() // len(module.weight)
+
+        return hook
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     handles = [m.register_forward_hook(note(n)) for n, m in layers.items()]
@@ -45,15 +57,20 @@ def counts_are_the_networks(subject: Subject) -> str:
     for handle in handles:
         handle.remove()
     cause = "a defect in metrics.py or src/channels.py"
+    names = [layer.name for layer in compression.count.layers]
+    missing = [name for name in positions if name not in names]
+    expect(not missing, f"layers are missing from the counts: {some(missing)}", cause)
     expect(
-        [layer.name for layer in compression.count.layers] == list(layers),
-        "layers are missing from the counts",
+        not subject.own_network or names == list(layers),
+        "the counts are not of the network's layers in their order",
         cause,
     )
     for layer in compression.count.layers:
+        if layer.name not in weights:  # a weight that is in no layer, as of torch's attention
+            continue
         w, name = weights[layer.name], layer.name
         bits = int(quantizers[name].get_bitwidth()) if name in quantizers else FULL_BITS
-        at = positions[name] if w.ndim == 4 else 1
+        at = positions[name] or layer.dense_macs // w.numel()  # where a layer's weight is used without it
         dead = int((w != 0).flatten(1).sum(1).eq(0).sum())
         for what, said, counted in (
             ("bits", layer.bits, bits),
@@ -68,14 +85,13 @@ def counts_are_the_networks(subject: Subject) -> str:
         ):
             measured = f"{name}: {said:,} {what} counted, {counted:,} in the network"
             expect(said == counted, measured, f"{cause}: how {what} are counted")
-    by_torch = count_by_torch(model, device=subject.probe_device)[""] if _plain_dtype(model) else None
     count = compression.count
-    if by_torch is not None:
-        expect(
-            count.total("dense_macs") == by_torch,
-            f"{count.total('dense_macs'):,} MACs, torch counts {by_torch:,}",
-            cause,
-        )
+    by_torch = of_layers(count_by_torch(model, device=subject.probe_device), count)
+    expect(
+        count.total("dense_macs") == by_torch,
+        f"{count.total('dense_macs'):,} MACs, torch counts {by_torch:,}",
+        cause,
+    )
     for name in ("bops", "mac"):
         for kind in ("structured", "unstructured"):
             unit = "bops" if name == "bops" else "macs"
@@ -156,10 +172,6 @@ def _compare_metrics_text(compression: Compression) -> None:
         )
 
 
-def _plain_dtype(model: nn.Module) -> bool:
-    return next(model.parameters()).dtype == torch.float32
-
-
 def _compare_compressed(
     subject: Subject, model: nn.Module, count: NetworkCount, masked: Tensor, images: Tensor
 ) -> str:
@@ -174,7 +186,7 @@ def _compare_compressed(
         "(src/slim.py, or the account of channels in src/channels.py)",
         1e-7,
     )
-    macs = count_by_torch(slim.float(), device=subject.probe_device)[""]
+    macs = count_slim_by_torch(slim, count, subject.probe_device)
     expect(
         macs == count.total("structured_macs"),
         f"{count.total('structured_macs'):,} structured MACs are counted, the smaller network has {macs:,}",
@@ -263,7 +275,8 @@ def checkpoints_restore_everything(subject: Subject) -> str:
     _expect_same(first, second, "after restoring", cause)
     second.model.train()
     for step in (first, second):
-        step(images, labels, coefficient, len(labels))
+        with same_draws():
+            step(images, labels, coefficient, len(labels))
     _expect_same(first, second, "a step after restoring", cause)
     return "weights, moments and statistics, and the step after them"
 
@@ -288,6 +301,8 @@ def ranks_agree(subject: Subject) -> str:
     processes = subject.step.processes
     if processes.count == 1:
         raise NotApplicableError("one rank")
+    if not subject.runs_in_float64:
+        raise NotApplicableError("the network casts to another type, and cannot run in float64")
     step, alone = subject.copied_step(), subject.copied_step()
     images, labels = subject.first_batch
     for copy in (step, alone):

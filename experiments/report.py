@@ -48,6 +48,10 @@ def first_lines(history: History, settings: Settings, notes: Sequence[str] = ())
         *([f"Quantizer: {settings.quantizer}"] if settings.quantizer != Settings.quantizer else []),
         *([f"Packed:    as float32 in {len(history.without_codes)} quantized layers, since their quantizer "
            f"gives no codes"] if history.without_codes else []),
+        *([f"Frozen:    {len(history.frozen)} parameters are not trained: {', '.join(history.frozen)}"]
+          if history.frozen else []),
+        *([f"Layout:    {history.layout}, because the network raises an error for channels_last"]
+          if history.layout == "contiguous" and not history.device.startswith("mps") else []),
         *([f"Barriers:  no channel is followed through {', '.join(history.barriers)}"]
           if history.barriers else []),
         *notes,

@@ -14,7 +14,7 @@ from torch import nn
 
 from experiments.history import Check, CompressedRecord, EpochRecord, History, LayerStart, Retest
 from experiments.settings import FOLDERS
-from metrics import NetworkCount, count_by_torch
+from metrics import NetworkCount, count_by_torch, of_layers
 from src.encoding import PackingError
 from utils_quantization import toggle_quantization, weight_quantization
 
@@ -426,15 +426,15 @@ def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
     wrong = [
         layer.name
         for layer in count.layers
-        if macs.get(layer.name) != layer.dense_macs
+        if macs.get(layer.name, layer.dense_macs) != layer.dense_macs
         or len(layer.states) != layer.filters
         or layer.unstructured_macs * layer.weights != (layer.weights - layer.zero_weights) * layer.dense_macs
         or layer.structured_macs > layer.dense_macs
-        or layer.weights != sizes[layer.name]
+        or layer.weights != sizes.get(layer.name)
         or layer.zero_filters * layer.weights > layer.zero_weights * layer.filters
         or (layer.is_convolution and layer.alive_channels > layer.filters - layer.zero_filters)
     ]
-    total, theirs = count.total("dense_macs"), macs[""]
+    total, theirs = count.total("dense_macs"), of_layers(macs, count)
     measured = f"{total:,} MACs in {len(count.layers)} layers, torch counts {2 * theirs:,} = 2 x {theirs:,}"
     if wrong:
         measured += f"; these layers disagree: {_some(wrong)}"
@@ -450,8 +450,9 @@ def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]
     switched_on = [q for m in model.modules() if (q := weight_quantization(m)) is not None and q.enabled]
     toggle_quantization(model, enabled=False)
     macs = count_by_torch(model.eval(), device=next(model.parameters()).device)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    # A weight that is in no layer, as those of torch's attention are, is counted under its own name.
+    sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
+    sizes |= {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     for quantization in switched_on:
         quantization.enabled = True
     model.train(was_training)
@@ -465,7 +466,8 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         return Check(SKIP, name, "nothing was packed")
     layers, wrong = {layer.name: layer for layer in count.layers}, []
     wired = all(theirs.structured_macs is not None for theirs in made.file.values())
-    other = layers.keys() ^ made.file.keys() if wired else layers.keys() - made.file.keys()
+    coded = {name for name, layer in layers.items() if layer.quantized}
+    other = layers.keys() ^ made.file.keys() if wired else coded - made.file.keys()
     if other:
         wrong.append("other layers: " + _some(sorted(other)))
     for layer, ours in layers.items():

@@ -122,18 +122,21 @@ class LayerUse:
     def groups(self) -> int:
         return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
 
-    @torch.no_grad()
     def shift(self, inputs: Tensor) -> Tensor:
         """What the layer gives, batch norm included, when the flagged of its inputs, (I,) bool, are zero.
 
         Shapes: -> (O, H, W), or (O,) for the classifier.
         """
+        return self.shift_of_all(inputs)[0].movedim(-1 if self.channel_dim < 0 else 0, 0)
+
+    @torch.no_grad()
+    def shift_of_all(self, inputs: Tensor) -> Tensor:
+        """The same as a value of the layer's node, for one image."""
         known = self.entering.known.movedim(self.channel_dim, 0).clone()
         known[inputs] = 0
         op: Any = self.node.target
         out = op(known.movedim(0, self.channel_dim), *self.parameters, *self.node.args[3:])
-        out = out if self.norm is None else aten.batch_norm(out, *self.norm)
-        return out[0].movedim(-1 if self.channel_dim < 0 else 0, 0)
+        return out if self.norm is None else aten.batch_norm(out, *self.norm)
 
 
 @dataclass

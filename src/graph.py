@@ -51,6 +51,11 @@ class NetworkGraph:
         assert isinstance(weight, fx.Node)
         return self.state[weight.name].removesuffix(".weight") if weight.name in self.state else path(node)
 
+    def computing_their_weights(self) -> list[str]:
+        """The names of layers that compute with other weights than they store."""
+        layers = (node for node in self.graph.nodes if kind(node) in LAYERS)
+        return [self.layer(node) for node in layers if node.args[1].name not in self.state]
+
     def values(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The graph's inputs but the image, by the name of their node; `weights` are by layer name."""
         state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -74,6 +79,13 @@ def _kind(target: Any) -> Any:
 def path(node: Any) -> str:
     """The name of the module that a node was traced in."""
     return next(reversed(node.meta.get("nn_module_stack", {"": ("", "")}).values()))[0]
+
+
+def dimension_of_images(node: Any, image: Any) -> int | None:
+    """Along which dimension the images lie in a node's value; None where they lie along none alone."""
+    value, number = node.meta.get("val"), str(image.meta["val"].shape[0])
+    sizes = list(map(str, value.shape)) if isinstance(value, Tensor) else []
+    return sizes.index(number) if number in sizes else None
 
 
 @cache
@@ -278,8 +290,9 @@ def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> Netw
             with graph.inserting_before(node):
                 args = (*node.args[:5], False, *node.args[5:], False)
                 norm = graph.call_function(aten.batch_norm.default, args)
-            norm.meta = node.meta
-            next(iter(node.users)).replace_all_uses_with(norm)
+            (result,) = node.users
+            norm.meta = result.meta
+            result.replace_all_uses_with(norm)
     graph.eliminate_dead_code()
     return NetworkGraph(graph, state, constants, kept)
 

@@ -160,7 +160,13 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
         state[slot.name] = _checked(slot.name, values.view(slot.shape).clone())
     network.load_state_dict(state, assign=True)
     layout = torch.channels_last if header.channels_last else torch.contiguous_format
-    return network.to(memory_format=layout).eval()
+    network.to(memory_format=layout).eval()
+    for name in header.bits:
+        # The stride of a dimension of 1 is free, and torch chooses by it between convolutions whose last bits
+        # differ: give it the stride that it has in what a quantizer computes.
+        weight = network.get_parameter(f"{name}.weight")
+        weight.data = weight.data.neg().neg()
+    return network
 
 
 def read_header(content: bytes) -> PackedHeader:

@@ -17,7 +17,7 @@ the constants in their places.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
-from src.graph import PADS, aten, is_move, is_norm, is_pointwise, kind, move
+from src.graph import PADS, aten, dimension_of_images, is_move, is_norm, is_pointwise, kind, move
 from utils_quantization import without_quantizers
 
 REDUCTIONS = {aten.mean, aten.sum, aten.amax}
@@ -168,6 +168,8 @@ class _Builder:
         self.graph, self.parts = fx.Graph(), dict[str, Any]()
         self.held: dict[fx.Node, Any] = {}
         self.image: Any = None
+        self.input: Any = next(n for n in self.account.graph.nodes if self.signals[n].flow is not None)
+        self.number = str(self.input.meta["val"].shape[0])  # of images
 
     def network(self) -> nn.Module:
         layers = {use.out: (use, channels) for use, channels in self.uses.values()}
@@ -182,6 +184,9 @@ class _Builder:
                 self.held[node] = self._layer(*layers[node])
             elif kind(node) is aten.sym_size and node.args[1] == 0:
                 self.held[node] = self.graph.call_function(node.target, (self.image, 0))
+            elif signal.flow is None and isinstance(signal.constant, Tensor) and self._sized_by_images(node):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._given)
+                self.held[node] = self._all_of(signal.constant, self._call(node, args, kwargs))
             elif signal.flow is not None or not isinstance(signal.constant, Tensor | tuple):
                 self.held[node] = None if node in folded else self._operation(node)
         answers = output.all_input_nodes
@@ -193,6 +198,18 @@ class _Builder:
         return fx.GraphModule(self.parts, self.graph, "SlimNetwork")
 
     # What the smaller network computes with
+
+    def _images_first(self, node: fx.Node) -> bool:
+        """Whether the images lie along the first dimension of a node's value, or of each of its values."""
+        value = node.meta.get("val")
+        return all(
+            isinstance(v, Tensor) and v.ndim > 0 and str(v.shape[0]) == self.number
+            for v in (value if isinstance(value, tuple | list) else [value])
+        )
+
+    def _sized_by_images(self, node: fx.Node) -> bool:
+        """Whether a constant is made of the number of images, and so has to be made anew for each batch."""
+        return node.op == "call_function" and any(n in self.held for n in node.all_input_nodes)
 
     def _alive(self, node: Any) -> Tensor:
         signal = self.signals[node]
@@ -240,6 +257,8 @@ class _Builder:
     def _whole(self, node: Any, wanted: Tensor | None = None) -> Any:
         """A tensor of the network with all its channels, or with those `wanted`, constants and all."""
         signal = self.signals[node]
+        if signal.flow is None and node in self.held:
+            return self.held[node].node
         if signal.flow is None:
             self.parts[f"{node.name}_constant"] = signal.constant
             return self.graph.get_attr(f"{node.name}_constant")
@@ -270,7 +289,14 @@ class _Builder:
         if use.norm is not None:
             weight = weight * _scale(use.norm).view(-1, *[1] * (weight.ndim - 1))
         source: Any = use.node.args[0]
-        whole = weight.ndim == 2 and use.entering.constant.ndim > 2  # its channels lie in the last dimension
+        whole = weight.ndim == 2 and (use.entering.constant.ndim > 2 or not self._images_first(source))
+        if whole:  # its channels lie in the last dimension
+            shift = use.shift_of_all(channels.inputs)
+            if dimension_of_images(use.node, self.input) is None and (shift != shift[:1]).any():
+                # Each image has several rows here, whose constants differ: let the weights make them.
+                channels = replace(channels, inputs=torch.ones_like(channels.inputs))
+                shift = use.shift_of_all(channels.inputs)
+            shift = shift if dimension_of_images(use.node, self.input) is not None else shift[:1]
         x = self._whole(source) if whole else self._settle(source).node
         index = torch.arange(weight.shape[1]) if whole else self.held[source].index
         count = weight.shape[1] if whole else self.held[source].count
@@ -287,7 +313,7 @@ class _Builder:
         if whole:
             places = torch.full([len(weight)], -1).index_copy(0, order, torch.arange(len(order)))
             made = self._module(f"{name}_places", _selection(places, len(order), -1), made)
-            made = self._module(f"{name}_shift", Shift(shift.movedim(0, -1)), made)
+            made = self._module(f"{name}_shift", Shift(shift), made)
             return self._holding(use.out, made, torch.arange(self.signals[use.out].constant.shape[1]))
         bare = bias is None and use.norm is None and not shift.any()
         layer = layers[0] if len(layers) == 1 else None
@@ -296,14 +322,16 @@ class _Builder:
     def _operation(self, node: Any) -> Any:
         """The smaller version of an operation, by the first rule that holds for it."""
         value = self.signals[node].constant
-        if isinstance(value, Tensor) and value.ndim > 1:
+        flowing = (n for n in node.all_input_nodes if self.signals[n].flow is not None)
+        first = all(map(self._images_first, (node, *flowing)))
+        if first and isinstance(value, Tensor) and value.ndim > 1:
             alive = self._alive(node)
             if not alive.any():
                 return self._holding(node, None, torch.arange(0))
             for rule in (self._sum, self._norm, self._cat, self._flatten, self._by_channel):
                 if (held := rule(node, alive.nonzero().flatten())) is not None:
                     return held
-        if isinstance(value, Tensor | tuple) and (held := self._moved_channels(node)) is not None:
+        if first and isinstance(value, Tensor | tuple) and (held := self._moved_channels(node)) is not None:
             return held
         if node.target is getitem and isinstance(self.held[node.args[0]], tuple):
             return self.held[node.args[0]][node.args[1]]

@@ -98,4 +98,136 @@ class WithSort(Small):
         return self.head(torch.cat([self.left(x), self.right(x)], 1).mean((2, 3)))
 
 
+# What people write, each of which once raised an alarm or an error.
+
+
+class Tutorial(nn.Module):
+    """No batch norm, and a view that a channels_last tensor has not."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 12, 5)
+        self.fc1, self.fc2 = nn.Linear(12 * 5 * 5, 24), nn.Linear(24, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2).view(-1, 12 * 5 * 5)
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class Perceptron(nn.Module):
+    """Nothing to convolve."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(3072, 16),
+            nn.ReLU(),
+            nn.Linear(16, 16),
+            nn.ReLU(),
+            nn.Linear(16, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w / (w.std((1, 2, 3), keepdim=True) + 1e-5), self.bias, padding=1)
+
+
+class Kitchen(nn.Module):
+    """Biases in front of batch norms, dropout as a function, a buffer that counts, weights that are computed,
+    a transposed convolution, layers that are never called, or out of their order, or as functions."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.unused = nn.Conv2d(8, 8, 1)
+        self.late = nn.Conv2d(8, 8, 3, padding=1)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
+        self.ways = nn.ModuleList([nn.Conv2d(8, 8, 1) for _ in range(2)])
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.standardized = Standardized(8, 8, 3)
+        self.group_norm = nn.GroupNorm(2, 8)
+        self.up, self.down = nn.ConvTranspose2d(8, 8, 2, stride=2), nn.Conv2d(8, 8, 2, stride=2)
+        self.head = nn.Linear(8, num_classes)
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        x = F.relu_(self.norm(self.stem(x)))
+        x = sum(way(x) for way in self.ways) + F.conv2d(x, self.late.weight, self.late.bias, padding=1)
+        x = F.dropout2d(self.depthwise(x), 0.1, self.training)
+        x = self.down(self.up(F.silu(self.group_norm(self.standardized(x)))))
+        return self.head(x.reshape(len(x), 8, -1).mean(2) * self.frozen)
+
+
+class Casting(Small):
+    """It cannot run in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.left(x) + self.right(x)).float()
+        return self.head(torch.cat([x, F.leaky_relu(self.deep(x))], 1).mean((2, 3)))
+
+
+class Attending(nn.Module):
+    """Attention by hand over patches and a token of its own, one for each image."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 16, 8, stride=8), nn.Parameter(torch.zeros(1, 1, 16))
+        self.norm, self.three, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        query, key, value = self.three(self.norm(x)).chunk(3, -1)
+        x = x + self.out((query @ key.transpose(1, 2) / 4).softmax(-1) @ value)
+        return self.head(x[:, 0])
+
+
+class Transforming(nn.Module):
+    """torch's own encoder layer, in which the images lie along the second dimension."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, stride=8)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 1)
+        self.steps, self.head = nn.LSTM(64, 16, batch_first=True), nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.steps(self.conv(self.stem(x)).flatten(2))[0][:, -1])
+
+
+class Sharing(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.again.weight = self.left.weight
+
+
+class Cut(Small):
+    """No gradient reaches the stem."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x))).detach()
+        return self.head(torch.cat([self.left(x) + self.right(x), self.deep(x)], 1).mean((2, 3)))
+
+
 not_callable = 3

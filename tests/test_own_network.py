@@ -82,6 +82,7 @@ def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_preci
         (f"{HERE}:OfLargeImages", ["training mode", "RuntimeError", "3x32x32"]),
         (f"{HERE}:TwoAnswersInTraining", ["training mode", "tuple"]),
         (f"{HERE}:LooksAtNumbers", ["torch.export cannot trace LooksAtNumbers"]),
+        (f"{HERE}:Sharing", ["left and again share one weight"]),
     ],
 )
 def test_what_cannot_be_a_network_is_refused_in_one_sentence_before_the_data(
@@ -225,6 +226,35 @@ def test_a_network_that_is_random_in_training_raises_no_alarm(run):
     history, status, _ = run(f"{HERE}:WithDropout")
     failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]
     assert (failed, status) == ([], 0)
+
+
+ALL = ("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "Recurrent")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_people_write_raises_no_alarm(run, tmp_path, capsys, name):
+    history, status, _ = run(f"{HERE}:{name}", "--epochs", "1")
+    failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]
+    assert (failed, status) == ([], 0)
+    received = [str(tmp_path / "compressed.codeq"), "--data", "synthetic", "--limit-test", "64"]
+    assert verify.main([*received, "--model", f"{HERE}:{name}"]) == 0
+
+
+def test_what_is_otherwise_is_said_in_the_first_lines_and_in_the_history(run):
+    history, _, out = run(f"{HERE}:Kitchen", "--epochs", "1", "--preflight", "off")
+    assert (
+        history.frozen == ["frozen", "unused.weight", "unused.bias"] and "3 parameters are not trained" in out
+    )
+    assert {"unused", "standardized"} <= set(history.full_precision)
+    history, _, out = run(f"{HERE}:Tutorial", "--epochs", "1", "--preflight", "off")
+    assert history.layout == "contiguous" and "Layout:    contiguous, because" in out
+    history, _, out = run(f"{HERE}:Small", "--epochs", "1", "--preflight", "off")
+    assert history.layout == "channels_last" and "Layout:" not in out and "Frozen:" not in out
+
+
+def test_a_network_that_is_cut_in_two_is_caught(run):
+    status = main([*SHORT, "--model", f"{HERE}:Cut", "--preflight", "only"])
+    assert status == 1
 
 
 def test_barriers_are_named_in_the_first_lines_and_in_the_history(run):
