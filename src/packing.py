@@ -9,9 +9,9 @@
                  architecture of a network that is not `resnet.py`'s, its name and the shapes of its tensors
     body         compressed: all float32 numbers, then all codes (see src/encoding.py)
 
-Integers are little-endian. The numbers are the tensors of the network's state, in its order; a coded weight
-contributes its step size and shift instead of its elements. A code q is stored as q + Q modulo 2^b, in its
-layer's b bits.
+Integers are little-endian. The numbers are the tensors of the network's state, in its order, whole numbers
+among them as float32; a coded weight contributes its step size and shift instead of its elements. A code q is
+stored as q + Q modulo 2^b, in its layer's b bits.
 
 A file may come from an untrusted source. The architecture, or the shapes, in its header are limited, and
 limit all other sizes, before any memory is taken for them. A name in the header is a name: nothing is
@@ -100,10 +100,8 @@ def pack_network(
     bits = {name: weight_bits(model.get_submodule(name))[0] for name in coded}
     numbers, codes = [], []
     slots = _slots(state if own is None else own.state_dict(), bits)
-    if own is None:
-        _check_others(state)
     for slot in slots:
-        tensor = _checked(slot.name, state[slot.name])
+        tensor = _checked(slot.name, _as_float32(slot.name, state[slot.name]))
         if slot.bits:
             layer = coded[slot.layer]
             numbers += [layer.step_size.reshape(1), layer.shift.reshape(1)]
@@ -144,7 +142,6 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
     else:
         network = build()
         state = network.state_dict()
-        _check_others(state)
         slots = _slots(
             {n: torch.empty(shape, device="meta") for n, shape in header.tensors.items()}, header.bits
         )
@@ -157,7 +154,8 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
             codes = unpack_codes(body[begin : begin + slot.code_bytes], slot.shape.numel(), slot.bits)
             values = _weight(Codes(_signed(codes, slot.bits), values[0], values[1]))
             begin += slot.code_bytes
-        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone())
+        kind = state[slot.name].dtype
+        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone()).to(kind)
     network.load_state_dict(state, assign=True)
     layout = torch.channels_last if header.channels_last else torch.contiguous_format
     network.to(memory_format=layout).eval()
@@ -199,22 +197,12 @@ class _Slot(NamedTuple):
 
 
 def _slots(state: Mapping[str, Tensor], bits: Mapping[str, int]) -> list[_Slot]:
-    """The tensors that the logits depend on, in the order of the state.
-
-    Batch norms also have `num_batches_tracked`, an integer; the logits do not depend on it.
-    """
+    """The tensors that the logits may depend on, in the order of the state: all but batch norms' counters."""
     return [
         _Slot(name, t.shape, bits.get(name.removesuffix(".weight")))
         for name, t in state.items()
-        if t.is_floating_point()
+        if not name.endswith("num_batches_tracked")
     ]
-
-
-def _check_others(state: Mapping[str, Tensor]) -> None:
-    """Raises: PackingError for a tensor that is not floating-point, and which the logits may depend on."""
-    for name, t in state.items():
-        if not t.is_floating_point() and not name.endswith("num_batches_tracked"):
-            raise PackingError(f"{name} is {t.dtype}; expected torch.float32")
 
 
 def _blank(blocks_per_stage: int, num_classes: int) -> ResNet:
@@ -300,6 +288,16 @@ def _signed(codes: np.ndarray, bits: int) -> Tensor:
     q = codes - _levels(bits)
     q[q > _levels(bits)] = -_levels(bits) - 1
     return torch.from_numpy(q.astype(np.float32))
+
+
+def _as_float32(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of whole numbers, as someone's own network may have, in numbers that hold them exactly."""
+    if tensor.is_floating_point():
+        return tensor
+    numbers = tensor.float()
+    if (numbers.to(tensor.dtype) != tensor).any():
+        raise PackingError(f"{name} is {tensor.dtype} with numbers that are none of torch.float32")
+    return numbers
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class LooksAtNumbers(Small):
 
 
 class WithTable(Small):
-    """The logits depend on whole numbers, which no packed file holds."""
+    """The logits depend on whole numbers that are drawn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +84,18 @@ class WithTable(Small):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[:, self.order]
+
+
+class Pointwise(nn.Module):
+    """Weights with dimensions of 1, whose strides are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+        self.depthwise, self.point = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.point(self.depthwise(self.stem(x))).mean((2, 3)))
 
 
 class WithSort(Small):

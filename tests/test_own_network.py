@@ -7,7 +7,7 @@ import struct
 import own_networks
 import pytest
 import torch
-from own_networks import Small, WithTable
+from own_networks import Pointwise, Small, WithTable
 from torch import nn
 
 from experiments import verify
@@ -118,11 +118,31 @@ def test_it_is_packed_and_comes_back_with_equal_logits():
     assert sum(layer.zero_weights for layer in recount(content).values()) > 0
 
 
-def test_it_is_not_packed_without_a_name_nor_with_whole_numbers_that_its_logits_may_depend_on():
+def test_it_is_not_packed_without_a_name_nor_with_whole_numbers_that_float32_does_not_hold():
     with pytest.raises(PackingError, match="no name"):
         pack_network(quantized(Small()), {})
+    network = quantized(WithTable())
+    network.order[0] = 2**24 + 1
     with pytest.raises(PackingError, match=r"order is torch\.int64"):
-        pack_network(quantized(WithTable()), {}, name="theirs")
+        pack_network(network, {}, name="theirs")
+
+
+def test_whole_numbers_that_its_logits_depend_on_come_back_with_it():
+    network = quantized(WithTable())
+    unpacked = unpack_network(pack_network(network, {}, name="theirs"), WithTable)
+    assert torch.equal(unpacked.order, network.order) and unpacked.order.dtype == torch.int64
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(unpacked(x), network(x))
+
+
+def test_a_stride_that_is_free_is_that_of_a_quantizers_result():
+    """By it torch chooses between convolutions whose last bits differ."""
+    network = quantized(Pointwise()).to(memory_format=torch.channels_last)
+    unpacked = unpack_network(pack_network(network, {}, name="theirs"), Pointwise)
+    for name in ("depthwise", "point"):
+        ours, theirs = (net.get_submodule(name).weight for net in (network, unpacked))
+        assert theirs.stride() == ours.stride(), name
 
 
 def test_nothing_builds_it_but_what_the_receiver_brings():
