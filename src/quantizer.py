@@ -26,6 +26,8 @@ from torch.autograd.function import once_differentiable
 
 RANGE_QUANTILE = 0.99  # as in the published implementation
 STEP_EPS = 1e-8  # as there; it keeps s above 0 for a tensor whose range is 0
+LARGE = 1 << 17  # numbers in a tensor whose largest are looked for among some of them
+SAMPLED = 61  # one number of so many; a prime, so that a sample is not of one channel alone
 MIN_BITS = 2  # 1 bit would leave no level but zero: Q = 0
 MAX_BITS = 16  # the limit of this implementation; `max_bits` is 8 by default
 
@@ -40,13 +42,28 @@ def range_quantile(w: Tensor, q: float = RANGE_QUANTILE) -> Tensor:
     Shapes: any -> (1,), weight units. Gradient: none.
     """
     # `topk` of the upper tail finds the two order statistics several times faster than `torch.quantile`.
-    magnitude = w.detach().abs().flatten()
+    magnitude = w.detach().abs()
+    magnitude = magnitude.as_strided((magnitude.numel(),), (1,))  # as they lie in memory: any order will do
     position = q * (magnitude.numel() - 1)
     lower = math.floor(position)
-    tail = magnitude.topk(magnitude.numel() - lower).values  # descending, down to order statistic `lower`
+    count = magnitude.numel() - lower
+    if w.device.type == "cpu" and magnitude.numel() >= LARGE:
+        magnitude = _upper_part(magnitude, count)
+    tail = magnitude.topk(count).values  # descending, down to order statistic `lower`
     below, above = tail[-1:], tail[-2:-1] if tail.numel() > 1 else tail[-1:]
     # The largest magnitude is added zero times, so that r is NaN if any weight is infinite or NaN.
     return torch.lerp(below, above, position - lower) + 0 * tail[:1]
+
+
+def _upper_part(x: Tensor, count: int) -> Tensor:
+    """Some of the numbers of a large tensor, (n,), its `count` largest among them; NaN counts as largest.
+
+    Numbers below a bound are left out, which is guessed from a sample. Where the guess is too high it is x.
+    """
+    sample = x[::SAMPLED]
+    bound = sample.topk(3 * count * len(sample) // (2 * len(x)) + 1).values[-1]
+    upper = x[~(x < bound)]
+    return upper if len(upper) >= count else x
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -63,10 +80,9 @@ class _RoundStraightThrough(torch.autograd.Function):
 
 
 def _coded(w: Tensor, s: Tensor, h: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sign(w), u and the code q, each of the shape of w; the symbols are those at the head of this file."""
-    sign = w.sign()
-    u = sign * (w.abs() - h).clamp_min(0) / s
-    return sign, u, u.round().clamp(-Q, Q)
+    """sign(w), |u| and |q|, each of the shape of w; the symbols are those at the head of this file."""
+    u = (w.abs() - h).clamp_(min=0).div_(s)
+    return w.sign(), u, u.round().clamp_(max=Q)
 
 
 class _DeadZoneRound(torch.autograd.Function):
@@ -80,18 +96,21 @@ class _DeadZoneRound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w: Tensor, s: Tensor, h: Tensor, Q: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        # In place wherever that can be: of a large tensor the memory takes longer than the arithmetic.
         sign, u, q = _coded(w, s, h, Q)
-        sign_q = q.sign()
-        ctx.save_for_backward(sign, q - u, sign_q - sign)
-        return (s * q + h * sign_q).to(w.dtype).reshape(w.shape)
+        coded = q.sign()  # 1 where w_hat is not zero
+        w_hat = (s * q).addcmul_(h, coded).mul_(sign)
+        ctx.save_for_backward(sign, q.sub_(u), coded.sub_(1))
+        return w_hat.to(w.dtype).reshape(w.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        sign, by_s, by_h = ctx.saved_tensors  # by_s, by_h: derivatives of w_hat with respect to s and h
+        sign, by_s, by_h = ctx.saved_tensors  # by_s, by_h: derivatives of |w_hat| with respect to s and h
+        grad = grad * sign
         grad_s = (grad * by_s).sum().reshape(1)
         grad_h = (grad * by_h).sum().reshape(1)
-        return grad * sign.abs(), grad_s, grad_h, None
+        return grad.mul_(sign), grad_s, grad_h, None
 
 
 class Codes(NamedTuple):
@@ -168,8 +187,8 @@ class DeadZoneLDZCompander(nn.Module):
     def codes(self, w: Tensor) -> Codes:
         """The codes of w, with step size and shift: they give the result of `forward` bit for bit."""
         s, h, Q = self._grid(w)
-        _, _, q = _coded(w, s, h, Q)
-        return Codes(q, s, h)
+        sign, _, q = _coded(w, s, h, Q)
+        return Codes(q.mul_(sign), s, h)
 
     def _grid(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size s, shift h and level count Q for w, each (1,), with gradients to both logits."""

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from experiments.reference import straight_through
-from src.quantizer import DeadZoneLDZCompander, NotFiniteWeightError, range_quantile
+from src.quantizer import LARGE, SAMPLED, DeadZoneLDZCompander, NotFiniteWeightError, range_quantile
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 thorough = settings(quick, max_examples=150)
@@ -335,6 +335,31 @@ def test_the_range_is_the_99_percent_quantile_at_the_sizes_of_real_layers(n, dty
 
 def test_the_range_takes_no_gradient():
     assert not range_quantile(torch.ones(3, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "few values", "all equal", "zeros", "sorted", "as the sample says", "not finite"]
+)
+def test_the_range_of_a_large_tensor_is_found_among_some_of_its_numbers_and_is_the_same(kind):
+    numbers = np.random.default_rng(3)
+    w = numbers.normal(size=(256, 128, 3, 3)).astype(np.float32)
+    if kind == "few values":
+        w = np.round(w)
+    elif kind == "all equal":
+        w[:] = -0.25
+    elif kind == "zeros":
+        w[:, 1:] = 0
+    elif kind == "sorted":
+        w = np.sort(w.ravel()).reshape(w.shape)
+    elif kind == "as the sample says":  # the sampled numbers are the largest: the bound is too high
+        w.reshape(-1)[::SAMPLED] += 100
+    elif kind == "not finite":
+        w[3, 5] = np.nan
+    assert w.size >= LARGE
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = range_quantile(torch.from_numpy(w).to(memory_format=layout)).item()
+        expected = np.quantile(np.abs(w), 0.99) if kind != "not finite" else np.nan
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 finite_weights = hnp.arrays(
