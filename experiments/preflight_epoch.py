@@ -162,7 +162,7 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     few_of_each: Any = {"train_batches": few, "test_batches": tested}
     pipeline = dataclasses.replace(subject.pipeline, step=step, **few_of_each)
     seen = Seen()
-    handles = _watch(step, seen)
+    handles = _watch(step, seen, subject.own_network)
     began = time.perf_counter()
     record, _ = subject.one_epoch(pipeline, epoch)
     took = time.perf_counter() - began
@@ -190,13 +190,13 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     _compare_row(record)
 
 
-def _watch(step: TrainingStep, seen: Seen) -> list[Any]:
+def _watch(step: TrainingStep, seen: Seen, own: bool) -> list[Any]:
     model = step.model
 
     @only_looks
     def forward(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         odd = [n for n, m in module.named_modules() if m.training != module.training]
-        if odd:
+        if odd and own:
             measured = f"{len(odd)} modules are in another mode than the network: {some(odd)}"
             seen.faults.append((measured, "a part of the network is kept in training or evaluation mode"))
         kind = "train" if torch.is_grad_enabled() else "renew" if module.training else "test"
@@ -273,13 +273,14 @@ def _compare_test_logits(subject: Subject, step: TrainingStep, tested: FewTested
     precision = subject.pipeline.settings.precision
     low = precision == "bf16"
     logits = torch.cat(seen.test_logits)[: len(tested.images)]
+    with torch.inference_mode(), torch.autocast(step.device.type, torch.bfloat16, enabled=low):
+        again = torch.cat([step.model.eval()(part) for part, _ in tested])
+    due = (torch.bfloat16 if low else torch.float32) if subject.own_network else again.dtype
     expect(
-        seen.kinds == {logits.dtype} == {torch.bfloat16 if low else torch.float32},
+        seen.kinds == {logits.dtype} == {due},
         f"logits are {some([str(k) for k in seen.kinds])}, with --precision {precision}",
         "--precision does not reach the training or the test pass",
     )
-    with torch.inference_mode(), torch.autocast(step.device.type, torch.bfloat16, enabled=low):
-        again = torch.cat([step.model.eval()(part) for part, _ in tested])
     expect_close(
         logits.float(),
         again.float(),

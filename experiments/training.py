@@ -326,9 +326,10 @@ def renew_batch_norms(
     While thresholds flip weights in and out of the dead zone from step to step, the running averages describe
     the networks of some steps ago, and not the one that is tested. The weights do not change.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
     model.train()
+    # A network may keep some of its batch norms in evaluation mode: their statistics are not to be renewed.
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     try:
         for norm in norms:

@@ -217,6 +217,25 @@ class Transforming(nn.Module):
         return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
 
 
+class OddNorms(nn.Module):
+    """A batch norm that runs twice, one that never runs, and one that stays in evaluation mode."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3)
+        self.twice, self.kept, self.never = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, num_classes)
+
+    def train(self, mode: bool = True) -> "OddNorms":
+        super().train(mode)
+        self.kept.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.kept(self.twice(self.stem(x))))
+        return self.head(F.relu(self.twice(self.conv(x))).mean((2, 3)))
+
+
 class Recurrent(nn.Module):
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

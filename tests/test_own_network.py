@@ -248,7 +248,7 @@ def test_a_network_that_is_random_in_training_raises_no_alarm(run):
     assert (failed, status) == ([], 0)
 
 
-ALL = ("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "Recurrent")
+ALL = ("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "Recurrent", "OddNorms")
 
 
 @pytest.mark.parametrize("name", ALL)
