@@ -24,7 +24,8 @@ aten = torch.ops.aten
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 LAYERS = {aten.conv1d, aten.conv2d, aten.conv3d, aten.linear}
-DROPOUTS = {aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout}
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+DROPOUTS = {getattr(aten, name + end) for name in _DROPOUTS for end in ("", "_")}
 # What gives each element of a tensor as it is, perhaps as another type.
 COPIES = {aten.to, aten._to_copy, aten.type_as, aten.detach, aten.alias, aten.contiguous, aten.clone}
 PADS = {aten.pad, aten.constant_pad_nd}
@@ -229,6 +230,8 @@ def _make_functional(graph: fx.Graph) -> bool:
             now[node] = node.args[0]
         elif not isinstance(node.target, torch._ops.OpOverload):
             return False
+        elif kind(node) is aten.batch_norm and node.args[5] and node.args[3] is not None:
+            return False  # it writes into its running statistics, and does not say so
         elif node.target._schema.is_mutable:
             written, function = node.args[0], _function(node.target)
             near = (written, *(user for user in written.users if user is not node and user not in now))
@@ -277,7 +280,7 @@ def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> Netw
     graph = program.graph
     *nodes, output = graph.nodes
     kinds = [spec.kind for spec in program.graph_signature.output_specs]
-    given = zip(output.all_input_nodes, kinds, strict=True)
+    given = zip(output.args[0], kinds, strict=True)
     output.args = (tuple(node for node, what in given if what is OutputKind.USER_OUTPUT),)
     for node in nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):

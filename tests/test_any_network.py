@@ -330,6 +330,7 @@ class Written(nn.Module):
         self.way = way
         self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.conv, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+        self.spare = nn.BatchNorm2d(8)
         self.register_buffer("calls", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -410,6 +411,11 @@ def statistics_of_the_batch(net: Written, x: Tensor) -> Tensor:
     return net.conv(F.relu_(F.batch_norm(x, None, None, training=True)))
 
 
+def statistics_that_are_written_to(net: Written, x: Tensor) -> Tensor:
+    spare = net.spare
+    return net.conv(F.relu(F.batch_norm(x, spare.running_mean, spare.running_var, training=True)))
+
+
 def without_gradients(net: Written, x: Tensor) -> Tensor:
     with torch.no_grad():
         x = F.relu(x)
@@ -428,7 +434,7 @@ WRITES = (
     *(statements, a_view_that_is_written_to, a_view_of_what_is_written_to, a_shape_of_what_is_written_to),
     *(a_slice_that_is_set, a_chunk_that_is_written_to, a_dropout_that_is_written_to, a_dropout_that_writes),
     *(a_buffer_that_is_written_to, its_own_type, several_in_a_row, zeroed, statistics_of_the_batch),
-    *(without_gradients, larger_and_smaller, by_its_length),
+    *(without_gradients, larger_and_smaller, by_its_length, statistics_that_are_written_to),
 )
 
 
@@ -438,6 +444,16 @@ def test_what_is_written_in_place_is_counted_as_it_is_computed(way, seed):
     model = plant(Written(way), seed, 0.2)
     assert_nothing_claimed_is_wrong(model, trace_channels(model, SMALL), SMALL)
     assert_smaller_is_the_same(model, SMALL)
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_counting_changes_nothing_of_a_network_that_writes(way):
+    model = plant(Written(way), 2, 0.2)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        count_network(model, SMALL)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("way", WRITES)
