@@ -33,6 +33,8 @@ SLIM_TOLERANCE = 1e-4  # largest difference of the smaller network's logits, as 
 READ_BACK_TOLERANCE = 1e-5  # the same for the file that it is exported to: one network, twice on one CPU
 SLIM_AGREEMENT = 0.999  # share of equal predictions; not 1, since rounding may swap two nearly equal logits
 OUTWEIGHS = 10  # a weighted penalty of more than this many times the cross-entropy is too strong
+MOSTLY_GONE = 0.6  # share of the filters without which a network may know nothing any more
+NO_GROUPS = "no quantized convolution has channels that can go"
 # What CoDeQ's own quantizer trains.
 LOGITS = {"logit_bit": "bit parameters", "logit_dz": "dead-zone parameters"}
 
@@ -163,6 +165,8 @@ def accuracy_climbs(history: History) -> Check:
     if not climbed and (steps < ENOUGH_STEPS or len(records) < 2):
         return Check(SKIP, name, f"{measured}; {steps} steps are too few to tell")
     cause = penalty_cause(history) if _swamped(history) else "a wrong --weights-lr"
+    if (gone := records[-1].structured_sparsity) > MOSTLY_GONE:
+        cause = f"a --sparsity-weight that is too strong: {100 * gone:.0f} % of the filters are zero"
     return judge(climbed, name, measured, cause)
 
 
@@ -368,6 +372,8 @@ def structured_follows_warmup(history: History) -> Check:
         return Check(SKIP, name, "no layer is quantized")
     if settings["sparsity_weight"] == 0:
         return Check(SKIP, name, f"{share:.1f} %; --sparsity-weight is 0")
+    if _has_no_groups(history):
+        return Check(SKIP, name, f"{share:.1f} %; {NO_GROUPS}")
     since = f", the first in epoch {first}" if first else ""
     if not penalised:
         return Check(SKIP, name, f"{share:.1f} % of filters at the end{since}; the penalty acts in none of "
@@ -384,6 +390,11 @@ def structured_follows_warmup(history: History) -> Check:
     return judge(share > 0, name, measured, penalty_cause(history))
 
 
+def _has_no_groups(history: History) -> bool:
+    """Whether there is nothing for the penalty to act on in someone's own network."""
+    return ":" in history.settings["model"] and not any(r.penalty for r in history.epochs)
+
+
 def penalty_falls(history: History) -> Check:
     """Whether the penalty is lower at the end than in the last epoch in which it did not act."""
     name, records = "penalty falls once it acts", history.epochs
@@ -392,6 +403,8 @@ def penalty_falls(history: History) -> Check:
     before, acting = [r for r in records if r.coefficient == 0], [r for r in records if r.coefficient > 0]
     if history.settings["sparsity_weight"] == 0 or not before or not acting:
         return Check(SKIP, name, f"{records[-1].penalty:.1f}; no epoch before the warm-up, or none in it")
+    if _has_no_groups(history):
+        return Check(SKIP, name, NO_GROUPS)
     start, end = before[-1].penalty, records[-1].penalty
     measured = f"{start:.1f} before the warm-up -> {end:.1f}"
     steps = steps_of(history, acting)

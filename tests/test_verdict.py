@@ -230,6 +230,11 @@ def test_a_few_steps_tell_nothing_about_accuracy(accuracies, numbers, limit, ste
     check(verdict.accuracy_climbs(history), SKIP, numbers, f"{steps} steps")
 
 
+def test_accuracy_of_a_network_that_is_mostly_gone_fails_with_that_cause():
+    history = changed(with_accuracies(good_run(), {-1: 0.1}), {20: {"structured_sparsity": 0.875}})
+    check(verdict.accuracy_climbs(history), FAIL, "10.0 %", cause="88 % of the filters are zero")
+
+
 def test_accuracy_under_a_penalty_that_swamps_the_cross_entropy_fails_with_that_cause():
     history = with_accuracies(changed(good_run(), {9: {"loss": 50.0, "cross_entropy": 2.0}}), {-1: 0.1})
     check(verdict.accuracy_climbs(history), FAIL, "10.0 %", cause="outweighs the cross-entropy 24 times")
@@ -268,6 +273,13 @@ def test_a_hundred_classes_are_warned_of_at_their_own_chance(accuracy, warns):
     history = in_every_epoch(good_run(2), accuracy=accuracy)
     history = replace(history, data=replace(history.data, classes=100))
     assert sum("at chance" in sentence for sentence in warnings_of(history)) == warns
+
+
+@pytest.mark.parametrize(("model", "status"), [("theirs:Net", SKIP), ("resnet20", FAIL)])
+def test_a_penalty_of_nothing_is_no_fault_of_a_network_without_groups(model, status):
+    history = in_every_epoch(good_run(model=model), penalty=0.0, structured_sparsity=0.0)
+    check(verdict.penalty_falls(history), status, "")
+    check(verdict.structured_follows_warmup(history), status, "")
 
 
 # The ledger
