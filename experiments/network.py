@@ -41,17 +41,18 @@ def make_network(name: str, classes: int) -> nn.Module:
     for training in (True, False):
         _try(name, network, classes, training)
     _refuse_shared_weights(name, network)
-    _freeze_unused(network)
+    _freeze_unused(name, network)
     if not _runs_in_channels_last(network):
         network.register_forward_pre_hook(contiguous_images)
     return network
 
 
 def _refuse_shared_weights(name: str, network: nn.Module) -> None:
-    first: dict[int, str] = {}
+    first: dict[nn.Parameter, str] = {}
     for layer, module in network.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            other = first.setdefault(id(module.weight), layer)
+        weight = module._parameters.get("weight") if isinstance(module, nn.Conv2d | nn.Linear) else None
+        if weight is not None:  # a weight that is computed, as by weight norm, is no parameter
+            other = first.setdefault(weight, layer)
             if other != layer:
                 raise ValueError(
                     f"--model is {name!r}, whose layers {other} and {layer} share one weight; expected a "
@@ -59,19 +60,28 @@ def _refuse_shared_weights(name: str, network: nn.Module) -> None:
                 )
 
 
-def _freeze_unused(network: nn.Module) -> None:
-    """Let parameters of modules that no image passes in training be none that are trained."""
-    twin = copy.deepcopy(network).train()
+def _freeze_unused(name: str, network: nn.Module) -> None:
+    """Let parameters of modules that no image passes be none that are trained.
+
+    What training leaves out at random, and not in evaluation mode, is trained.
+    Raises: ValueError for a network in which nothing is.
+    """
+    twin = copy.deepcopy(network)
     ran: set[nn.Module] = set()
     for module in twin.modules():
         module.register_forward_hook(lambda module, *_: ran.add(module))
     trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        loss = twin(torch.zeros(TRIED)).sum()
+        twin.eval()(torch.zeros(TRIED))
+        loss = twin.train()(torch.zeros(TRIED)).sum()
+        if not loss.requires_grad:
+            raise ValueError(
+                f"--model is {name!r}, whose logits have no gradient to any parameter; expected one"
+            )
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    for name, gradient in zip(trained, found, strict=True):
-        if gradient is None and twin.get_submodule(name.rpartition(".")[0]) not in ran:
-            network.get_parameter(name).requires_grad_(False)
+    for which, gradient in zip(trained, found, strict=True):
+        if gradient is None and twin.get_submodule(which.rpartition(".")[0]) not in ran:
+            network.get_parameter(which).requires_grad_(False)
 
 
 def _runs_in_channels_last(network: nn.Module) -> bool:
@@ -111,7 +121,7 @@ def _takes(build: object, argument: str) -> bool:
 def _try(name: str, network: nn.Module, classes: int, training: bool) -> None:
     """Raises: ValueError if the network does not give its logits for images of 3x32x32."""
     mode = "training" if training else "evaluation"
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.set_grad_enabled(training), torch.random.fork_rng(devices=[]):
         try:
             logits: object = copy.deepcopy(network).train(training)(torch.zeros(TRIED))
         except Exception as error:
@@ -132,8 +142,15 @@ def excluded_layers(settings: Settings, network: nn.Module, dense: NetworkCount)
 
     Layers that no image passes in evaluation mode, and that are therefore not counted, get none either, nor
     do layers that compute with other weights than they store, standardized ones say.
+
+    Raises: ValueError for a network without layers that are counted.
     """
     counted = [layer.name for layer in dense.layers]
+    if not counted:
+        raise ValueError(
+            f"--model is {settings.model!r}, in which no image passes a convolution or linear layer; "
+            f"expected one at least, to quantize"
+        )
     layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     computed = trace_network(network, SIZE).computing_their_weights()
     names = [name for name in layers if name not in counted or name in computed]

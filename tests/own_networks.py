@@ -261,4 +261,40 @@ class Cut(Small):
         return self.head(torch.cat([self.left(x) + self.right(x), self.deep(x)], 1).mean((2, 3)))
 
 
+class LeavingOut(Small):
+    """Training leaves a layer out most of the time; two other layers have a weight norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = map(torch.nn.utils.parametrizations.weight_norm, (self.left, self.right))
+        self.more = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        if not self.training or torch.rand(()) < 0.01:
+            x = x + self.more(x)
+        x = F.relu(self.left(x) + self.right(x))
+        return self.head(torch.cat([x, F.leaky_relu(self.deep(x))], 1).mean((2, 3)))
+
+
+class WritingIntoAWeight(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.weight.clamp_(min=0)
+        return super().forward(x)
+
+
+class Detached(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class WithoutLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) @ self.weight
+
+
 not_callable = 3

@@ -55,6 +55,13 @@ def test_a_callable_is_given_the_classes_where_it_takes_them_and_its_draws_are_i
     assert network.training
 
 
+def test_a_layer_that_training_leaves_out_at_random_is_trained_and_norms_share_no_weight():
+    network = make_network(f"{HERE}:LeavingOut", 10)
+    assert all(p.requires_grad for p in network.parameters())
+    ends = excluded_layers(Settings(), network, count_network(network))
+    assert ends == ["^left$", "^right$", "^stem$", "^head$"]
+
+
 def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_precision():
     for network, ends in ((resnet20(), ["^conv1$", "^linear$"]), (Small(), ["^stem$", "^head$"])):
         dense = count_network(network)
@@ -83,6 +90,9 @@ def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_preci
         (f"{HERE}:TwoAnswersInTraining", ["training mode", "tuple"]),
         (f"{HERE}:LooksAtNumbers", ["torch.export cannot trace LooksAtNumbers"]),
         (f"{HERE}:Sharing", ["left and again share one weight"]),
+        (f"{HERE}:WritingIntoAWeight", ["in training mode it raises RuntimeError", "in-place"]),
+        (f"{HERE}:Detached", ["no gradient to any parameter"]),
+        (f"{HERE}:WithoutLayers", ["no image passes a convolution or linear layer"]),
     ],
 )
 def test_what_cannot_be_a_network_is_refused_in_one_sentence_before_the_data(
