@@ -42,8 +42,8 @@ def make_compressed(
     batches: TestBatches,
     folder: Path,
     settings: dict[str, Any],
-    data: str = "",
-    errors: list[OutputError] | None = None,
+    data: str,
+    errors: list[OutputError],
 ) -> CompressedRecord:
     """Make the smaller network and the packed file, write them into `folder`, and measure them.
 
@@ -52,8 +52,9 @@ def make_compressed(
     evaluation mode afterwards and otherwise unchanged. `settings` go into the header of the packed file, but
     the names of folders, and so do `data`, the name of the data set, and what is claimed of the network.
 
-    Raises: PackingError if the network cannot be packed. OutputError if a file cannot be written, or, where
-        there is a list of `errors`, adds it to that and goes on with what would have been written.
+    A file that cannot be written is added to `errors`, and what it would have held is measured.
+
+    Raises: PackingError if the network cannot be packed.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -106,13 +107,11 @@ def make_compressed(
     )
 
 
-def _written(path: Path, content: bytes, errors: list[OutputError] | None) -> bytes:
+def _written(path: Path, content: bytes, errors: list[OutputError]) -> bytes:
     """Write a file; its bytes as they are read back, or as they would have been written."""
     try:
         write_whole(path, content)
     except OutputError as error:
-        if errors is None:
-            raise
         errors.append(error)
         return content
     return path.read_bytes()

@@ -11,6 +11,7 @@ from planted import snapshot
 from experiments.compressed import PACKED, SLIM, exported, make_compressed, read_back
 from experiments.data import TestBatches as Batches
 from experiments.data import synthetic_dataset
+from experiments.files import OutputError
 from experiments.history import CompressedRecord
 from metrics import count_network
 from resnet import ResNet, resnet20
@@ -41,11 +42,22 @@ def batches() -> Batches:
     return Batches(few, "cpu", batch_size=140)
 
 
+def made_of(
+    model: ResNet, batches: Batches, folder: Path, settings: dict[str, str] | None = None
+) -> CompressedRecord:
+    errors: list[OutputError] = []
+    record = make_compressed(
+        model, count_network(model), batches, folder, settings or {}, "synthetic", errors
+    )
+    assert errors == []
+    return record
+
+
 @pytest.fixture(scope="module")
 def made(batches, tmp_path_factory) -> tuple[CompressedRecord, Path, ResNet]:
     folder, model = tmp_path_factory.mktemp("compressed"), network_with_dead_channels()
     settings = {"preset": "debug"}
-    return make_compressed(model, count_network(model), batches, folder, settings), folder, model
+    return made_of(model, batches, folder, settings), folder, model
 
 
 def test_both_networks_give_the_quantized_networks_logits(made):
@@ -114,12 +126,12 @@ def test_a_network_with_nothing_left_is_measured_too(batches, tmp_path):
     model = network_with_dead_channels()
     with torch.no_grad():
         model.linear.weight.zero_()
-    record = make_compressed(model, count_network(model), batches, tmp_path, {})
+    record = made_of(model, batches, tmp_path)
     assert record.slim_macs == 0 and record.packed_differs == 0
 
 
 def test_nothing_of_the_model_changes_but_its_mode(batches, tmp_path):
     model = network_with_dead_channels()
     before = snapshot(model.eval())
-    make_compressed(model.train(), count_network(model), batches, tmp_path, {})
+    made_of(model.train(), batches, tmp_path)
     assert snapshot(model) | {"generator": None} == before | {"generator": None}

@@ -45,7 +45,7 @@ def files(network, tmp_path_factory) -> tuple[CompressedRecord, Path]:
         dataset = load_dataset("synthetic", folder, 10, 40, print)
     settings = {"preset": "debug", "output_dir": "/home/someone", "data_dir": "/home/someone/data"}
     batches = Batches(dataset, "cpu")
-    record = make_compressed(network, count_network(network), batches, folder, settings, dataset.name)
+    record = make_compressed(network, count_network(network), batches, folder, settings, dataset.name, [])
     return record, folder
 
 
