@@ -410,6 +410,11 @@ def penalty_falls(history: History) -> Check:
     steps = steps_of(history, acting)
     if math.isfinite(end) and end >= start and steps < ENOUGH_STEPS:
         return Check(SKIP, name, f"{measured}; {steps} steps with a penalty are too few to tell")
+    died = records[-1].structured_sparsity - before[-1].structured_sparsity
+    if math.isfinite(end) and end >= start and died > 0:
+        # Under a weak penalty the norms of a long run's weights grow, and channels die all the same.
+        why = f"the weights grow all the same, and {100 * died:.1f} % of the filters have died since"
+        return Check(SKIP, name, f"{measured}; {why}")
     return judge(end < start, name, measured, penalty_cause(history))
 
 
