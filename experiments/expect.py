@@ -156,6 +156,11 @@ class Subject:
             return self.own_network  # where it is an error, which the checks shall name
         return True
 
+    def must_run_in_float64(self) -> None:
+        """Raises: NotApplicableError for a network that does not."""
+        if not self.runs_in_float64:
+            raise NotApplicableError("the network casts to another type, and cannot run in float64")
+
     def float64_step(self, runs: bool = True) -> TrainingStep:
         """The run's step on this rank alone, in float64, with planted numbers that let errors show.
 
@@ -165,8 +170,8 @@ class Subject:
         Raises: NotApplicableError for a network that is too large for several copies in float64, and for one
             that cannot run in it, if it `runs`.
         """
-        if runs and not self.runs_in_float64:
-            raise NotApplicableError("the network casts to another type, and cannot run in float64")
+        if runs:
+            self.must_run_in_float64()
         parameters = sum(p.numel() for p in self.pipeline.model.parameters())
         if parameters > MOST_PARAMETERS:
             raise NotApplicableError(f"{parameters:,} parameters are too many for copies in float64")

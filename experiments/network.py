@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -38,13 +39,26 @@ def make_network(name: str, classes: int) -> nn.Module:
         ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"--model is {name!r}, which returns {network!r:.60}; expected an nn.Module")
-    for training in (True, False):
-        _try(name, network, classes, training)
     _refuse_shared_weights(name, network)
-    _freeze_unused(name, network)
-    if not _runs_in_channels_last(network):
+    twin, ran = _copied(name, network), set[nn.Module]()
+    for module in twin.modules():
+        module.register_forward_hook(lambda module, *_: ran.add(module))
+    logits = _try(name, twin.train(), classes)
+    _try(name, twin.eval(), classes)
+    _freeze_unused(name, network, twin, logits, ran)
+    if not _runs_in_channels_last(twin):
         network.register_forward_pre_hook(contiguous_images)
     return network
+
+
+def _copied(name: str, network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:
+        raise ValueError(
+            f"--model is {name!r}, and copying it raises {type(error).__name__} ({first_line(error)}); "
+            f"expected a network that copy.deepcopy copies, since the checks work on copies"
+        ) from error
 
 
 def _refuse_shared_weights(name: str, network: nn.Module) -> None:
@@ -60,33 +74,26 @@ def _refuse_shared_weights(name: str, network: nn.Module) -> None:
                 )
 
 
-def _freeze_unused(name: str, network: nn.Module) -> None:
+def _freeze_unused(
+    name: str, network: nn.Module, twin: nn.Module, logits: Tensor, ran: Collection[nn.Module]
+) -> None:
     """Let parameters of modules that no image passes be none that are trained.
 
-    What training leaves out at random, and not in evaluation mode, is trained.
+    `twin` is a copy of the network that gave the logits in training mode, `ran` are its modules that ran in
+    either mode: what training leaves out at random is trained.
     Raises: ValueError for a network in which nothing is.
     """
-    twin = copy.deepcopy(network)
-    ran: set[nn.Module] = set()
-    for module in twin.modules():
-        module.register_forward_hook(lambda module, *_: ran.add(module))
+    if not logits.requires_grad:
+        raise ValueError(f"--model is {name!r}, whose logits have no gradient to any parameter; expected one")
     trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        twin.eval()(torch.zeros(TRIED))
-        loss = twin.train()(torch.zeros(TRIED)).sum()
-        if not loss.requires_grad:
-            raise ValueError(
-                f"--model is {name!r}, whose logits have no gradient to any parameter; expected one"
-            )
-        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    found = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
     for which, gradient in zip(trained, found, strict=True):
         if gradient is None and twin.get_submodule(which.rpartition(".")[0]) not in ran:
             network.get_parameter(which).requires_grad_(False)
 
 
-def _runs_in_channels_last(network: nn.Module) -> bool:
+def _runs_in_channels_last(twin: Any) -> bool:
     images = torch.zeros(TRIED).to(memory_format=torch.channels_last)
-    twin: Any = copy.deepcopy(network).eval()
     try:
         with torch.no_grad():
             twin.to(memory_format=torch.channels_last)(images)
@@ -118,23 +125,27 @@ def _takes(build: object, argument: str) -> bool:
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _try(name: str, network: nn.Module, classes: int, training: bool) -> None:
-    """Raises: ValueError if the network does not give its logits for images of 3x32x32."""
-    mode = "training" if training else "evaluation"
-    with torch.set_grad_enabled(training), torch.random.fork_rng(devices=[]):
+def _try(name: str, network: nn.Module, classes: int) -> Tensor:
+    """The logits for two images, in the network's mode, in training mode with a gradient.
+
+    Raises: ValueError if the network does not give its logits for images of 3x32x32.
+    """
+    mode = "training" if network.training else "evaluation"
+    with torch.set_grad_enabled(network.training), torch.random.fork_rng(devices=[]):
         try:
-            logits: object = copy.deepcopy(network).train(training)(torch.zeros(TRIED))
+            logits: object = network(torch.zeros(TRIED))
         except Exception as error:
             raise ValueError(
                 f"--model is {name!r}, and in {mode} mode it raises {type(error).__name__} for images "
                 f"{TRIED} ({first_line(error)}); expected a network for 3x32x32 images"
             ) from error
+    if isinstance(logits, Tensor) and logits.shape == (TRIED[0], classes):
+        return logits
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (TRIED[0], classes):
-        raise ValueError(
-            f"--model is {name!r}, and in {mode} mode it gives {shape} for {TRIED[0]} images; "
-            f"expected {(TRIED[0], classes)}, a logit for each class of the data set"
-        )
+    raise ValueError(
+        f"--model is {name!r}, and in {mode} mode it gives {shape} for {TRIED[0]} images; "
+        f"expected {(TRIED[0], classes)}, a logit for each class of the data set"
+    )
 
 
 def excluded_layers(settings: Settings, network: nn.Module, dense: NetworkCount) -> list[str]:

@@ -219,10 +219,11 @@ def _over_epochs(history: History, title: str, panels: int = 1) -> Any:
 
 
 def _legend(*axes: Axes) -> None:
-    """Draw one legend below the figure, for all of these axes."""
+    """Draw one legend below the axes, for all of them."""
     entries = [entry for a in axes for entry in zip(*a.get_legend_handles_labels(), strict=True)]
     handles, labels = zip(*entries, strict=True)
-    axes[0].legend(handles, labels, loc="upper center", fontsize=8, bbox_to_anchor=(0.5, -0.12), ncols=2)
+    figure: Any = axes[0].figure
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=2)
 
 
 def channel_liveness_figure(count: NetworkCount, title: str = "Channels of each convolution") -> Figure:

@@ -301,8 +301,7 @@ def ranks_agree(subject: Subject) -> str:
     processes = subject.step.processes
     if processes.count == 1:
         raise NotApplicableError("one rank")
-    if not subject.runs_in_float64:
-        raise NotApplicableError("the network casts to another type, and cannot run in float64")
+    subject.must_run_in_float64()
     step, alone = subject.copied_step(), subject.copied_step()
     images, labels = subject.first_batch
     for copy in (step, alone):

@@ -22,6 +22,7 @@ from experiments.expect import (
     stored_weight,
     used_weights,
 )
+from experiments.network import SIZE
 from experiments.settings import MACS, STORED
 from metrics import NetworkCount
 from src.graph import trace_network
@@ -46,7 +47,7 @@ def layers_are_quantized(subject: Subject) -> str:
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     counted = {layer.name for layer in subject.pipeline.evaluator.dense.layers}
     if not subject.own_network:
-        counted -= set(trace_network(model, (3, 32, 32)).computing_their_weights())
+        counted -= set(trace_network(model, SIZE).computing_their_weights())
     wanted = [n for n in layers if n in counted and not any(re.search(pattern, n) for pattern in patterns)]
     found = quantized_layers(model)
     missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]

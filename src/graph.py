@@ -82,13 +82,6 @@ def path(node: Any) -> str:
     return next(reversed(node.meta.get("nn_module_stack", {"": ("", "")}).values()))[0]
 
 
-def dimension_of_images(node: Any, image: Any) -> int | None:
-    """Along which dimension the images lie in a node's value; None where they lie along none alone."""
-    value, number = node.meta.get("val"), str(image.meta["val"].shape[0])
-    sizes = list(map(str, value.shape)) if isinstance(value, Tensor) else []
-    return sizes.index(number) if number in sizes else None
-
-
 @cache
 def is_pointwise(target: Any) -> bool:
     return _kind(target) in COPIES or torch.Tag.pointwise in getattr(target, "tags", ())

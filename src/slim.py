@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
-from src.graph import PADS, aten, dimension_of_images, is_move, is_norm, is_pointwise, kind, move
+from src.graph import PADS, aten, is_move, is_norm, is_pointwise, kind, move
 from utils_quantization import without_quantizers
 
 REDUCTIONS = {aten.mean, aten.sum, aten.amax}
@@ -168,8 +168,8 @@ class _Builder:
         self.graph, self.parts = fx.Graph(), dict[str, Any]()
         self.held: dict[fx.Node, Any] = {}
         self.image: Any = None
-        self.input: Any = next(n for n in self.account.graph.nodes if self.signals[n].flow is not None)
-        self.number = str(self.input.meta["val"].shape[0])  # of images
+        image = next(n for n in self.account.graph.nodes if self.signals[n].flow is not None)
+        self.number = str(image.meta["val"].shape[0])  # of images
 
     def network(self) -> nn.Module:
         layers = {use.out: (use, channels) for use, channels in self.uses.values()}
@@ -199,13 +199,13 @@ class _Builder:
 
     # What the smaller network computes with
 
-    def _images_first(self, node: fx.Node) -> bool:
-        """Whether the images lie along the first dimension of a node's value, or of each of its values."""
+    def _images_along(self, node: fx.Node) -> int | None:
+        """The dimension of a node's value, or of each of its values, along which the images lie, if any."""
         value = node.meta.get("val")
-        return all(
-            isinstance(v, Tensor) and v.ndim > 0 and str(v.shape[0]) == self.number
-            for v in (value if isinstance(value, tuple | list) else [value])
-        )
+        values = value if isinstance(value, tuple | list) else [value]
+        sizes = [list(map(str, v.shape)) if isinstance(v, Tensor) else [] for v in values]
+        along = {of.index(self.number) if self.number in of else None for of in sizes}
+        return along.pop() if len(along) == 1 else None
 
     def _sized_by_images(self, node: fx.Node) -> bool:
         """Whether a constant is made of the number of images, and so has to be made anew for each batch."""
@@ -289,14 +289,14 @@ class _Builder:
         if use.norm is not None:
             weight = weight * _scale(use.norm).view(-1, *[1] * (weight.ndim - 1))
         source: Any = use.node.args[0]
-        whole = weight.ndim == 2 and (use.entering.constant.ndim > 2 or not self._images_first(source))
+        whole = weight.ndim == 2 and (use.entering.constant.ndim > 2 or self._images_along(source) != 0)
         if whole:  # its channels lie in the last dimension
             shift = use.shift_of_all(channels.inputs)
-            if dimension_of_images(use.node, self.input) is None and (shift != shift[:1]).any():
-                # Each image has several rows here, whose constants differ: let the weights make them.
+        if whole and self._images_along(use.node) is None:  # each image has several rows
+            if (shift != shift[:1]).any():  # whose constants differ: let the weights make them
                 channels = replace(channels, inputs=torch.ones_like(channels.inputs))
                 shift = use.shift_of_all(channels.inputs)
-            shift = shift if dimension_of_images(use.node, self.input) is not None else shift[:1]
+            shift = shift[:1]
         x = self._whole(source) if whole else self._settle(source).node
         index = torch.arange(weight.shape[1]) if whole else self.held[source].index
         count = weight.shape[1] if whole else self.held[source].count
@@ -323,7 +323,7 @@ class _Builder:
         """The smaller version of an operation, by the first rule that holds for it."""
         value = self.signals[node].constant
         flowing = (n for n in node.all_input_nodes if self.signals[n].flow is not None)
-        first = all(map(self._images_first, (node, *flowing)))
+        first = all(self._images_along(n) == 0 for n in (node, *flowing))
         if first and isinstance(value, Tensor) and value.ndim > 1:
             alive = self._alive(node)
             if not alive.any():

@@ -866,7 +866,7 @@ FAULTS_BY_AREA = {
         fault("the bits are those of the epoch before", r"another column",
               (PLOTS, "bits = [r.learned_bits for r in records]", "bits = [r.learned_bits for r in records[:1] + records[:-1]]")),
         fault("the legend's lines are in another order than its names", r"legend",
-              (PLOTS, "axes[0].legend(handles, labels,", "axes[0].legend(handles[::-1], labels,")),
+              (PLOTS, "figure.legend(handles, labels,", "figure.legend(handles[::-1], labels,")),
         fault("the axis of the bits is named after the coefficient", r"axis",
               (PLOTS, 'lower.set(ylabel="bits a weight (before rounding)")', 'lower.set(ylabel="the penalty\'s coefficient")')),
         fault("shares are drawn for percent", r"another column",

@@ -184,7 +184,7 @@ class Casting(Small):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(x)))
         x = F.relu(self.left(x) + self.right(x)).float()
-        return self.head(torch.cat([x, F.leaky_relu(self.deep(x))], 1).mean((2, 3)))
+        return self.head(torch.cat([x, F.leaky_relu(self.deep(x))], 1).mean((2, 3))).float()
 
 
 class Attending(nn.Module):
@@ -286,6 +286,11 @@ class WritingIntoAWeight(Small):
 class Detached(Small):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).detach()
+
+
+class Uncopied(Small):
+    def __deepcopy__(self, memo: object) -> "Uncopied":
+        raise TypeError("there is only one")
 
 
 class WithoutLayers(nn.Module):

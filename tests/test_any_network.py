@@ -474,6 +474,33 @@ def test_the_graph_is_torchs_own_without_writes(way, monkeypatch):
     assert found[0] == found[1]
 
 
+class Rows(nn.Module):
+    """Patches whose dead channels hold what the places say; linear layers in three layouts of one network."""
+
+    def __init__(self, merged: bool) -> None:
+        super().__init__()
+        self.merged = merged
+        self.patches, self.places = nn.Conv2d(3, 8, 4, stride=4), nn.Parameter(torch.randn(9, 1, 8))
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).permute(2, 0, 1) + self.places  # (9, N, 8)
+        count = x.shape[1]
+        x = x.transpose(0, 1).reshape(-1, 8) if self.merged else x
+        x = self.second(F.relu(self.first(x)))
+        return self.last(x.view(count, 9, 8).mean(1) if self.merged else x.mean(0))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_constants_that_differ_from_row_to_row_are_kept_in_any_layout(merged, seed):
+    model = plant(Rows(merged), seed, 0.3)
+    with torch.no_grad():
+        model.patches.weight[[1, 4]], model.patches.bias[[1, 4]] = 0, 0
+    x, small = images(3, SMALL), slim_network(model, SMALL)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 def wider(net: Written, x: Tensor) -> Tensor:
     return net.conv(x).double().relu().float()
 

@@ -92,6 +92,7 @@ def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_preci
         (f"{HERE}:Sharing", ["left and again share one weight"]),
         (f"{HERE}:WritingIntoAWeight", ["in training mode it raises RuntimeError", "in-place"]),
         (f"{HERE}:Detached", ["no gradient to any parameter"]),
+        (f"{HERE}:Uncopied", ["copying it raises TypeError (there is only one)"]),
         (f"{HERE}:WithoutLayers", ["no image passes a convolution or linear layer"]),
     ],
 )
@@ -268,6 +269,12 @@ def test_what_people_write_raises_no_alarm(run, tmp_path, capsys, name):
     assert (failed, status) == ([], 0)
     received = [str(tmp_path / "compressed.codeq"), "--data", "synthetic", "--limit-test", "64"]
     assert verify.main([*received, "--model", f"{HERE}:{name}"]) == 0
+
+
+def test_logits_in_float32_of_a_run_in_bfloat16_raise_no_alarm(run):
+    history, status, _ = run(f"{HERE}:Casting", "--epochs", "1", "--precision", "bf16")
+    failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]
+    assert (failed, status) == ([], 0)
 
 
 def test_what_is_otherwise_is_said_in_the_first_lines_and_in_the_history(run):

@@ -146,7 +146,8 @@ def test_the_warmup_is_shaded_where_the_coefficient_climbs(make, epochs, warmup,
 @over_epochs
 def test_the_legend_names_every_curve_and_the_shade(make):
     figure = make(good_run(), "t")
-    (drawn,) = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    (drawn,) = figure.legends
+    assert not any(axes.get_legend() for axes in figure.axes)
     legend = [text.get_text() for text in drawn.get_texts()]
     assert sorted(legend) == sorted([*curves(figure), "the penalty's warm-up"])
 

@@ -135,6 +135,17 @@ def test_the_packed_files_check_compares_what_its_receiver_finds(tmp_path, monke
     assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == status
 
 
+def test_behind_a_barrier_torch_may_count_otherwise(tmp_path, monkeypatch):
+    made = runs.compressed()
+    received = Received({}, {"accuracy": made.packed_accuracy}, macs=made.dense_macs + 1)
+    monkeypatch.setattr(rehearsal, "check_file", lambda *_: received)
+    history = runs.good_run()
+    history.compressed, history.retest = made, runs.retest()
+    for barriers, status in (([], "FAIL"), (["aten.matmul in the network"], "PASS")):
+        history.barriers = barriers
+        assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == status
+
+
 def test_without_a_packed_file_there_is_nothing_to_verify(tmp_path):
     assert rehearse_verifying(runs.good_run(), random_dataset(16), tmp_path, print).status == "SKIP"
 

@@ -428,6 +428,22 @@ def test_batch_norms_taken_afresh_hold_the_plain_means_over_the_first_batches_an
     assert_same_bits(again, state(model))
 
 
+def test_a_batch_norm_that_its_network_keeps_in_evaluation_mode_is_not_taken_afresh():
+    model = quantized()
+    model.bn1.running_mean.fill_(0.5)
+    train = model.train
+
+    def without_first(mode: bool = True) -> nn.Module:
+        train(mode)
+        model.bn1.eval()
+        return model
+
+    model.train = without_first
+    renew_batch_norms(model, planted(2), 0, 2)
+    assert (model.bn1.running_mean == 0.5).all() and model.bn1.num_batches_tracked == 0
+    assert model.layer1[0].bn1.num_batches_tracked == 2
+
+
 def test_batch_norms_taken_afresh_over_more_batches_than_there_are_use_each_once():
     one, other = quantized(), quantized()
     renew_batch_norms(one, planted(2), 0, 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_networks import Attending
 
 from experiments.compressed import PACKED, SLIM, CompressedRecord, make_compressed
 from experiments.data import TestBatches as Batches
@@ -82,6 +83,19 @@ def test_what_a_run_left_is_verified_on_the_data_that_it_names(name, made, tmp_p
     macs = made.dense_macs if name == "compressed.codeq" else made.slim_macs
     assert f"{macs:,} as the network runs" in out
     assert out.splitlines()[-1].startswith("VERIFIED")
+
+
+def test_the_exported_network_of_one_with_attention_is_verified_as_it_is_counted(tmp_path, capsys):
+    """torch counts the products of activations in it too."""
+    network = Attending()
+    attach_weight_quantizers(network, ["^patches$", "^head$"], DeadZoneLDZCompander, {})
+    dataset = load_dataset("synthetic", tmp_path, 10, 40, print)
+    count, batches = count_network(network), Batches(dataset, "cpu")
+    settings = {"model": "own_networks:Attending"}
+    record = make_compressed(network, count, batches, tmp_path, settings, dataset.name, [])
+    assert record.slim_macs == count.total("structured_macs")
+    status, line = answer([str(tmp_path / SLIM), *FEW], capsys)
+    assert status == 0 and line.startswith("VERIFIED")
 
 
 def test_a_packed_file_is_described(made, tmp_path, capsys):
