@@ -157,10 +157,9 @@ def find_checkpoint(
 
 def resume(
     checkpoint: Checkpoint, history: History, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[str]:
-    """Put the checkpoint's state into model, optimizer and history.
+) -> None:
+    """Put the checkpoint's state into model, optimizer and history, which says what is different now.
 
-    Returns: lines for the head of the run's output, which say where it resumes and what is different now.
     Raises: ValueError if the checkpoint is of another network or another data set.
     """
     saved = checkpoint.history
@@ -168,7 +167,6 @@ def resume(
     restore(checkpoint, model, optimizer)
     history.start, history.epochs, history.rehearsal = saved.start, saved.epochs, saved.rehearsal
     history.resumed = [*saved.resumed, Resumption(checkpoint.epochs, differences)]
-    return ["; ".join([f"Resumed:   after epoch {checkpoint.epochs}", *differences])]
 
 
 def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:

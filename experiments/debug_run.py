@@ -142,10 +142,10 @@ def main(arguments: list[str] | None = None) -> int:
         history = new_history(
             settings, dataset, device, processes, model, quantized, evaluator.dense, arguments
         )
-        notes = resume(checkpoint, history, model, optimizer) if checkpoint else []
+        if checkpoint:
+            resume(checkpoint, history, model, optimizer)
         end.inputs_are_good()
-        notes += report.left_out_lines(evaluator.dense, history.full_precision)
-        live.say(report.first_lines(history, settings, notes))
+        live.say(report.first_lines(history, settings, evaluator.dense))
         subject = Subject(pipeline, dataset, history, one_epoch, arguments, resumed=bool(checkpoint))
         if not passes_preflight(subject, settings, live):
             end.status = EXIT_FAILED

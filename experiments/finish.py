@@ -71,19 +71,18 @@ def write_report(
     keep(errors, write_json, path, history.to_json())
     checks = [*history.verdict, history_is_kept(path, history)]
     colour = live.on_terminal and "NO_COLOR" not in os.environ
-    title, line = report.picture_title(history, settings), report.run_line(history, checks)
     page, table = settings.output_dir / report.PAGE, settings.output_dir / report.CSV
     shown = {name: rendered(figure) for name, figure in drawn.items()}
     keep(
         errors,
         write_whole,
         page,
-        report_page(history, title, line, checks, shown).encode(errors="backslashreplace"),  # of paths
+        report_page(history, settings, checks, shown).encode(errors="backslashreplace"),  # of paths
     )
     live.say(report.verdict_lines(checks, colour))
     made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
     live.say(report.file_lines([p for p in (*pictures, path, table, page, *made) if p.exists()]))
-    live.say("\n".join(["", *report.failed_lines(checks, colour), line]))
+    live.say("\n".join(["", *report.failed_lines(checks, colour), report.run_line(history, checks)]))
     if errors:
         raise OutputError("; ".join(map(str, errors)))
     return EXIT_FAILED if any(check.status == FAIL for check in checks) else 0

@@ -28,8 +28,8 @@ PICTURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png",
             "channels_over_time.png")  # fmt: skip
 
 
-def first_lines(history: History, settings: Settings, notes: Sequence[str] = ()) -> str:
-    """What runs, on what and with which data; `notes` say what else is out of the ordinary."""
+def first_lines(history: History, settings: Settings, dense: NetworkCount) -> str:
+    """What runs, on what and with which data, and what else is out of the ordinary."""
     data, auto_cpu = history.data, settings.device == "auto" and history.device.startswith("cpu")
     layers = len(history.quantized) + len(history.full_precision)
     stand_in = f"*** NOT CIFAR-10: this run uses the {data.name}. {data.source} ***"
@@ -54,7 +54,8 @@ def first_lines(history: History, settings: Settings, notes: Sequence[str] = ())
           if history.layout == "contiguous" and not history.device.startswith("mps") else []),
         *([f"Barriers:  no channel is followed through {', '.join(history.barriers)}"]
           if history.barriers else []),
-        *notes,
+        *("; ".join([f"Resumed:   after epoch {r.after_epoch}", *r.differences]) for r in history.resumed),
+        *_left_out(dense, history.full_precision),
     ]  # fmt: skip
     return "\n".join(line for each in lines for line in _wrapped(each, 80, 11))
 
@@ -82,6 +83,18 @@ def _wrapped(line: str, width: int, indent: int = 6) -> list[str]:
     )
 
 
+def _left_out(dense: NetworkCount, full_precision: Sequence[str]) -> list[str]:
+    """A warning where --exclude-layers leaves so much in full precision that little can be gained."""
+    left = sum(layer.dense_macs for layer in dense.layers if layer.name in full_precision)
+    share = left / dense.total("dense_macs")
+    if len(full_precision) == len(dense.layers) or share < MUCH_LEFT_OUT:
+        return []
+    return [
+        f"Warning:   --exclude-layers leaves {100 * share:.1f} % of the MACs in full precision "
+        f"({len(full_precision)} layers): no more than {format_ratio(1 / share)} fewer are possible"
+    ]
+
+
 def preflight_lines(checks: Sequence[Check], seconds: float, whole: bool = False) -> str:
     """What the preflight found: a line where all holds, else what fails; with `whole` a line a check."""
     failed, skipped = ([c for c in checks if c.status == status] for status in ("FAIL", "SKIP"))
@@ -94,18 +107,6 @@ def preflight_lines(checks: Sequence[Check], seconds: float, whole: bool = False
     )
     lines += _wrapped(f"Preflight: {said}, {seconds:.0f} s{left_out}", 80, 11)
     return "\n".join(lines)
-
-
-def left_out_lines(dense: NetworkCount, full_precision: Sequence[str]) -> list[str]:
-    """A warning where --exclude-layers leaves so much in full precision that little can be gained."""
-    left = sum(layer.dense_macs for layer in dense.layers if layer.name in full_precision)
-    share = left / dense.total("dense_macs")
-    if len(full_precision) == len(dense.layers) or share < MUCH_LEFT_OUT:
-        return []
-    return [
-        f"Warning:   --exclude-layers leaves {100 * share:.1f} % of the MACs in full precision "
-        f"({len(full_precision)} layers): no more than {format_ratio(1 / share)} fewer are possible"
-    ]
 
 
 def table_header(data: DataRecord) -> str:

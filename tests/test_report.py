@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runs import ALIVE, CONSTANT, NULL, good_run, layer_count
 
 import resnet
-from experiments.history import Check, DataRecord, History, Origin
+from experiments.history import Check, DataRecord, History, Origin, Resumption
 from experiments.page import report_page
 from experiments.report import (
     check_lines,
@@ -24,7 +24,6 @@ from experiments.report import (
     file_lines,
     first_lines,
     layer_table,
-    left_out_lines,
     metrics_csv,
     metrics_lines,
     picture_title,
@@ -40,6 +39,7 @@ from metrics import NetworkCount, count_network
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 STAND_IN = DataRecord("synthetic stand-in", "CIFAR-10 could not be had: no network", True, 10, 5000, 1000)
 OVERRIDDEN = Settings(sparsity_weight=1.0, weights_lr=1e-3)
+DENSE = count_network(resnet.resnet20())
 
 
 def by_label(text: str) -> dict[str, str]:
@@ -56,7 +56,7 @@ def on_stand_in(history: History) -> History:
 
 
 def test_the_first_lines_say_what_runs_on_what_with_which_data():
-    lines = by_label(first_lines(good_run(), Settings(seed=3, device="cpu")))
+    lines = by_label(first_lines(good_run(), Settings(seed=3, device="cpu"), DENSE))
     assert lines == {
         "Versions": "python 3.11.7, torch 2.9.0",
         "Device": "cpu (2 threads), float32",
@@ -76,7 +76,7 @@ def test_the_first_lines_say_what_runs_on_what_with_which_data():
     ],
 )
 def test_a_preset_that_flags_override_is_said_with_them_in_lines_and_titles(chosen, described):
-    assert by_label(first_lines(good_run(), chosen))["Preset"] == described
+    assert by_label(first_lines(good_run(), chosen, DENSE))["Preset"] == described
     assert picture_title(good_run(7), chosen) == f"ResNet-20 on CIFAR-10, preset {described}, epoch 7"
 
 
@@ -90,18 +90,18 @@ def test_a_preset_that_flags_override_is_said_with_them_in_lines_and_titles(chos
     ],
 )
 def test_a_cpu_that_nobody_asked_for_is_explained(asked, device, said):
-    lines = by_label(first_lines(replace(good_run(), device=device), Settings(device=asked)))
+    lines = by_label(first_lines(replace(good_run(), device=device), Settings(device=asked), DENSE))
     assert lines["Device"] == f"{device}, float32" + (" (auto: no CUDA or MPS here)" if said else "")
 
 
 def test_a_network_that_is_quantized_throughout_has_no_layer_named_as_not():
-    lines = by_label(first_lines(replace(good_run(), full_precision=[]), Settings()))
+    lines = by_label(first_lines(replace(good_run(), full_precision=[]), Settings(), DENSE))
     assert lines["Quantized"] == "4 of 4 layers; not: none"
 
 
 def test_the_stand_in_is_told_loudly_in_the_very_first_line_with_the_reason_and_over_the_table():
     history = on_stand_in(good_run())
-    first, *others = re.sub(r"\n {11}", " ", first_lines(history, Settings())).splitlines()
+    first, *others = re.sub(r"\n {11}", " ", first_lines(history, Settings(), DENSE)).splitlines()
     assert first.startswith("*** NOT CIFAR-10") and STAND_IN.name in first and STAND_IN.source in first
     assert [line for line in others if line.startswith("***")] == []
     assert f"[{STAND_IN.name}]" in table_header(STAND_IN)
@@ -110,18 +110,20 @@ def test_the_stand_in_is_told_loudly_in_the_very_first_line_with_the_reason_and_
 
 def test_cifar10_bears_no_mark_of_the_stand_in():
     history = good_run()
-    for text in (first_lines(history, Settings()), table_header(history.data)):
+    for text in (first_lines(history, Settings(), DENSE), table_header(history.data)):
         assert "***" not in text and "[" not in text
     assert "NOT" not in picture_title(history, Settings())
 
 
-def test_notes_come_last_in_their_order():
-    notes = ["Resumed:   after epoch 3", "Earlier:   the files were moved to earlier-1"]
-    assert first_lines(good_run(), Settings(), notes).splitlines()[-2:] == notes
+def test_each_time_that_a_run_was_resumed_is_said_with_what_was_otherwise():
+    history = replace(good_run(), resumed=[Resumption(3, []), Resumption(5, ["torch 2.9.0 before", "a b"])])
+    *_, third, fifth = first_lines(history, Settings(), DENSE).splitlines()
+    assert third == "Resumed:   after epoch 3"
+    assert fifth == "Resumed:   after epoch 5; torch 2.9.0 before; a b"
 
 
 def test_every_first_line_has_its_words_in_the_same_column():
-    lines = first_lines(good_run(), OVERRIDDEN).splitlines()
+    lines = first_lines(good_run(), OVERRIDDEN, DENSE).splitlines()
     assert all(len(line) <= 80 for line in lines)
     for line in re.sub(r"\n {11}", " ", "\n".join(lines)).splitlines():
         assert re.fullmatch(r"[A-Z][a-z]+: +", line[:11]) and line[11] != " ", line
@@ -273,12 +275,14 @@ def test_a_status_is_coloured_only_where_it_is_asked_for():
 
 
 def test_much_that_is_left_in_full_precision_is_warned_of_once_with_its_share():
-    dense = count_network(resnet.resnet20())
-    of_plan = [x.name for x in dense.layers if re.search("conv1|linear", x.name)]
-    (line,) = left_out_lines(dense, of_plan)
-    assert line.startswith("Warning:") and "47.6 %" in line and "11 layers" in line and "2.10x" in line
-    assert left_out_lines(dense, ["conv1", "linear"]) == []  # 1.1 %
-    assert left_out_lines(dense, [x.name for x in dense.layers]) == []  # the baseline, on purpose
+    def warned(*layers: str) -> str | None:
+        history = replace(good_run(), full_precision=list(layers))
+        return by_label(first_lines(history, Settings(), DENSE)).get("Warning")
+
+    line = warned(*(x.name for x in DENSE.layers if re.search("conv1|linear", x.name)))
+    assert line and "47.6 %" in line and "11 layers" in line and "2.10x" in line
+    assert warned("conv1", "linear") is None  # 1.1 %
+    assert warned(*(x.name for x in DENSE.layers)) is None  # the baseline, on purpose
 
 
 def test_a_preflight_is_one_line_where_all_holds_and_tells_what_fails_or_all_of_it():
@@ -365,7 +369,12 @@ def test_the_files_are_listed_by_their_folder_in_lines_of_80_columns():
 
 def test_the_page_holds_verdict_tables_and_pictures_and_needs_nothing_outside_it():
     checks = [Check("PASS", "loss", "2.0 -> 1.0"), Check("FAIL", "bits <fall>", "8 & 8. Likely cause: x")]
-    page = report_page(finished(), "ResNet-20 on CIFAR-10", "the line", checks, {"a.png": b"\x89PNG"})
+    history = finished(
+        preflight=[Check("FAIL", "labels", "shifted <by one>")],
+        resumed=[Resumption(2, [])],
+        origin=Origin("2026-01-02", ["--seed", "0", "--output-dir", "a b"], "0123456789"),
+    )
+    page = report_page(history, OVERRIDDEN, checks, {"a.png": b"\x89PNG"})
     reader = html.parser.HTMLParser()
     found: dict[str, list] = {"img": [], "td": []}
     reader.handle_starttag = lambda tag, attrs: found.setdefault(tag, []).append(dict(attrs))  # type: ignore[method-assign]
@@ -373,5 +382,15 @@ def test_the_page_holds_verdict_tables_and_pictures_and_needs_nothing_outside_it
     (image,) = found["img"]
     assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == b"\x89PNG"
     assert {attrs.get("class") for attrs in found["td"]} >= {"PASS", "FAIL"}
-    assert "bits &lt;fall&gt;" in page and "8 &amp; 8" in page and "the line" in page
+    assert "bits &lt;fall&gt;" in page and "8 &amp; 8" in page and run_line(history, checks) in page
+    text = html.unescape(page)
+    for said in (
+        "Preset:    debug, with --sparsity-weight 1 --weights-lr 0.001",
+        "Resumed:   after epoch 2",
+        "Started:   2026-01-02, commit 0123456789",
+        "python -m experiments.debug_run --seed 0 --output-dir 'a b'",
+        "shifted <by one>",
+    ):
+        assert said in text
+    assert "<p>off</p>" in report_page(finished(), OVERRIDDEN, checks, {})
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
