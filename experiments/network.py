@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import resnet
 from experiments.settings import Settings
@@ -115,6 +117,38 @@ def memory_layout(network: nn.Module, device: torch.device) -> str:
     """
     hooked = contiguous_images in network._forward_pre_hooks.values()
     return "contiguous" if hooked or device.type == "mps" else "channels_last"
+
+
+class _Copies(TorchFunctionMode):
+    """Notices, on the meta device, what an accelerator would have to fetch from the host."""
+
+    seen = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        # A single number goes along with an operation, but not where a tensor is made of it.
+        from_host = function in (torch.tensor, torch.as_tensor) or any(t.is_cpu and t.ndim for t in given)
+        listed = function is Tensor.__getitem__ and any(
+            isinstance(i, list) for i in (args[1] if isinstance(args[1], tuple) else args[1:])
+        )
+        on_device = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(made))
+        self.seen |= on_device and (from_host or listed)
+        return made
+
+
+def needs_the_host(model: nn.Module) -> bool:
+    """Whether the forward pass copies from the host or waits for it, which no CUDA graph can hold.
+
+    It is tried on the meta device: what looks at the numbers in a tensor raises an error there.
+    """
+    twin = copy.deepcopy(model).to("meta").train()
+    try:
+        with torch.random.fork_rng(devices=[]), _Copies() as copies:
+            twin(torch.zeros(TRIED, device="meta"))
+    except Exception:  # someone's own code may raise anything
+        return True
+    return copies.seen
 
 
 def _takes(build: object, argument: str) -> bool:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from experiments.data import TestBatches, TrainBatches
 from experiments.distributed import ALONE, Processes, sum_gradients
 from experiments.evaluator import Evaluator
+from experiments.network import needs_the_host
 from experiments.schedules import Schedule
 from experiments.settings import Settings
 from src.quantizer import NotFiniteWeightError
@@ -118,7 +119,8 @@ class TrainingStep:
         self.keep_dead, self.processes = keep_dead, processes
         self.device = next(model.parameters()).device
         self.coefficient = torch.zeros((), device=self.device)  # of the penalty
-        self.captures = self.device.type == "cuda" and processes.count == 1  # graphs, once it has warmed up
+        alone = self.device.type == "cuda" and processes.count == 1
+        self.captures = alone and not needs_the_host(model)  # graphs, once it has warmed up
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
         self.left: dict[str, Tensor] = {}  # what the last epoch left, for the ledger to compare

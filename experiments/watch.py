@@ -151,9 +151,10 @@ class EpochWatch:
         norms: list[Any] = [norm for norm in self.norms.values() if norm.running_mean is not None]
         variances = flat([norm.running_var for norm in norms], device)
         counts = [self.step.optimizer.state.get(p, {}).get("step") for p in self.parameters.values()]
+        counted = iter(numbers([count for count in counts if count is not None]))
         return State(
             values=flat(self.parameters.values(), device),
-            steps=numbers([torch.zeros(()) if count is None else count for count in counts]),
+            steps=[0.0 if count is None else next(counted) for count in counts],
             statistics=torch.cat([flat([norm.running_mean for norm in norms], device), variances]),
             variances=variances,
             tracked=[int(count) for count in numbers([norm.num_batches_tracked for norm in norms])],

@@ -344,9 +344,15 @@ class _Builder:
         return self._all_of(value, made) if isinstance(value, Tensor) else made
 
     def _call(self, node: Any, args: Any, kwargs: Any) -> fx.Node:
-        """The operation of a node; where it names float64, as which it was traced, the network's dtype."""
+        """The operation of a node.
+
+        It was traced in float64 on the CPU: where it names these, it gets the network's dtype, and the device
+        that the image is on.
+        """
 
         def named(value: Any) -> Any:
+            if isinstance(value, torch.device):
+                return self.graph.call_function(getattr, (self.image, "device"))
             return self.dtype if value is torch.float64 else value
 
         kwargs = {name: named(value) for name, value in kwargs.items()}

@@ -20,6 +20,7 @@ from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
+from experiments.watch import EpochWatch
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantized_layers, quantizers, toggle_quantization
@@ -481,3 +482,21 @@ def test_every_quantized_layer_was_looked_at():
     whole = pipeline()
     record, _ = one_epoch(whole, PENALISED)
     assert list(record.layers) == list(quantized_layers(whole.model))
+
+
+def test_what_computes_on_the_device_makes_no_tensor_anywhere_else():
+    whole = pipeline()
+    whole.model.unused = nn.Linear(2, 2)  # that the optimizer has no state of
+    whole.step.optimizer.add_param_group(
+        {"params": list(whole.model.unused.parameters())} | whole.step.optimizer.defaults
+    )
+    images, labels = next(iter(whole.train_batches.epoch(0)))
+    # As on a GPU: what is made without saying where does not meet what lies on the device, the CPU here.
+    with torch.device("meta"):
+        for _ in range(2):
+            assert whole.step(images, labels, 0.01).isfinite().all()
+        state = EpochWatch(whole, 0).state()
+        count = whole.evaluator.evaluate(whole.model).count
+    steps = dict(zip((n for n, _ in whole.model.named_parameters()), state.steps, strict=True))
+    assert {n for n, step in steps.items() if step == 0} == {"unused.weight", "unused.bias"}
+    assert count.total("dense_macs") > 0

@@ -3,17 +3,19 @@
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 
 import own_networks
 import pytest
 import torch
 from own_networks import Pointwise, Small, WithTable
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from experiments import verify
 from experiments.debug_run import main
 from experiments.history import History
-from experiments.network import excluded_layers, make_network
+from experiments.network import excluded_layers, make_network, needs_the_host
 from experiments.recount import recount
 from experiments.settings import PRESETS, Settings
 from metrics import count_network
@@ -21,6 +23,7 @@ from resnet import ResNet, resnet20
 from src.encoding import PackingError
 from src.packing import MAX_FILE_BYTES, pack_network, read_header, unpack_network
 from src.quantizer import DeadZoneLDZCompander
+from src.slim import slim_network
 from utils_quantization import attach_weight_quantizers
 
 HERE = "own_networks"  # pytest puts this folder on the path
@@ -287,6 +290,46 @@ def test_what_is_otherwise_is_said_in_the_first_lines_and_in_the_history(run):
     assert history.layout == "contiguous" and "Layout:    contiguous, because" in out
     history, _, out = run(f"{HERE}:Small", "--epochs", "1", "--preflight", "off")
     assert history.layout == "channels_last" and "Layout:" not in out and "Frozen:" not in out
+
+
+class Shifting(Small):
+    """Its images are shifted by what `shifted` makes of them and of the network."""
+
+    def __init__(self, shifted: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.shifted, self.mean = shifted, torch.zeros(3, 1, 1)
+        self.register_buffer("buffer", torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.shifted(self, x))
+
+
+@pytest.mark.parametrize(
+    ("needed", "shifted"),
+    [
+        (False, lambda net, x: x - net.buffer),
+        (False, lambda net, x: x * torch.tensor(0.5)),
+        (False, lambda net, x: x + torch.zeros(3, 1, 1, device=x.device)),
+        (False, lambda net, x: F.dropout(x[:, :, torch.arange(16, device=x.device)], 0.5, net.training)),
+        (True, lambda net, x: x - net.mean.to(x.device)),
+        (True, lambda net, x: x - torch.tensor([1.0, 2.0, 3.0], device=x.device).view(3, 1, 1)),
+        (True, lambda net, x: x[:, :, torch.arange(16)]),
+        (True, lambda net, x: x[:, :, [0, 1, 2]]),
+        (True, lambda net, x: x * float(x.amax())),
+    ],
+)
+def test_what_no_graph_of_a_step_can_hold_is_known_without_a_gpu(needed, shifted):
+    model = quantized(Shifting(shifted))
+    torch.manual_seed(0)
+    assert needs_the_host(model) is needed
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1)) and not model.training
+
+
+def test_the_smaller_network_makes_its_tensors_where_its_images_are():
+    small = slim_network(quantized(own_networks.Recurrent())).to("meta")
+    assert small(torch.zeros(3, 3, 32, 32, device="meta")).shape == (3, 10)
 
 
 def test_a_network_that_is_cut_in_two_is_caught(run):

@@ -115,6 +115,13 @@ def test_cifar10_bears_no_mark_of_the_stand_in():
     assert "NOT" not in picture_title(history, Settings())
 
 
+def test_a_step_that_no_graph_holds_is_said():
+    history = good_run()
+    assert "Graphs" not in by_label(first_lines(history, Settings(), DENSE))
+    history.needs_host = True
+    assert by_label(first_lines(history, Settings(), DENSE))["Graphs"].startswith("none, because")
+
+
 def test_each_time_that_a_run_was_resumed_is_said_with_what_was_otherwise():
     history = replace(good_run(), resumed=[Resumption(3, []), Resumption(5, ["torch 2.9.0 before", "a b"])])
     *_, third, fifth = first_lines(history, Settings(), DENSE).splitlines()
