@@ -61,7 +61,7 @@ def make_compressed(
     name = settings.get("model", "")
     said = {k: v for k, v in settings.items() if k not in FOLDERS}
     logits = {"quantized": predict(model, batches)[0]}
-    right = (logits["quantized"].argmax(1) == batches.labels).double().mean().item()
+    right = _share(logits["quantized"].argmax(1) == batches.labels)
     claims = {"data": data, "test_images": len(batches.labels), "accuracy": right}
     claims["structured_macs"] = count.total("structured_macs")
     # The packed file first: it is the smallest, and the trained weights are in it.
@@ -77,7 +77,7 @@ def make_compressed(
     packed_settings, packed_metrics = read_claims(content)
     logits |= {n: predict(network, batches)[0] for n, network in {"slim": slim, "packed": packed}.items()}
     hits = {name: of_network.argmax(1) == batches.labels for name, of_network in logits.items()}
-    accuracy = {name: right.double().mean().item() for name, right in hits.items()}
+    accuracy = {name: _share(right) for name, right in hits.items()}
     dense = without_quantizers(model, stored=True)
     return CompressedRecord(
         images=len(batches.labels),
@@ -88,7 +88,7 @@ def make_compressed(
         structured_macs=count.total("structured_macs"),
         largest_logit=logits["quantized"].abs().max().item(),
         largest_difference=(logits["quantized"] - logits["slim"]).abs().max().item(),
-        agreement=(logits["quantized"].argmax(1) == logits["slim"].argmax(1)).double().mean().item(),
+        agreement=_share(logits["quantized"].argmax(1) == logits["slim"].argmax(1)),
         quantized_accuracy=accuracy["quantized"],
         slim_accuracy=accuracy["slim"],
         packed_accuracy=accuracy["packed"],
@@ -131,6 +131,10 @@ def _coded(model: nn.Module, count: NetworkCount) -> dict[str, Any]:
 
 def _parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
+
+
+def _share(flags: Tensor) -> float:
+    return int(flags.sum()) / len(flags)
 
 
 def _saved_bytes(network: nn.Module) -> int:

@@ -5,6 +5,7 @@ import os
 import sys
 
 import torch
+from torch import Tensor
 
 from experiments.distributed import ALONE, Processes
 from experiments.settings import Settings
@@ -24,6 +25,16 @@ def choose_device(name: str) -> torch.device:
         usable = ", ".join(kind for kind, there in found.items() if there)
         raise ValueError(f"--device is {name!r}, which this machine does not have; it has {usable}")
     return torch.device(name)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where tensors of this device are computed with in float64: there, or for MPS on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its own device has none."""
+    return tensor.to(float64_device(tensor.device)).double()
 
 
 def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.device:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from experiments import schedules, sparsity
 from experiments.data import Dataset
+from experiments.device import float64_device, in_float64
 from experiments.distributed import ALONE, use_local_batch_norms
 from experiments.history import History
 from experiments.training import Pipeline, TrainingStep
@@ -132,9 +133,7 @@ class Subject:
 
     @property
     def probe_device(self) -> torch.device:
-        """Where float64 is at hand: MPS has none."""
-        device = self.step.device
-        return torch.device("cpu") if device.type == "mps" else device
+        return float64_device(self.step.device)
 
     def copied_step(self) -> TrainingStep:
         """The run's step with a model and an optimizer of its own; what it does leaves the run alone.
@@ -178,11 +177,11 @@ class Subject:
         step = self.copied_step()
         use_local_batch_norms(step.model)
         step.processes, step.precision = ALONE, "float32"
-        step.model.double().to(self.probe_device)
+        step.model.to(self.probe_device).double()
         for state in step.optimizer.state.values():  # a resumed run has moments, and they are float32
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(self.probe_device, torch.float64)
-        step.device, step.coefficient = self.probe_device, step.coefficient.double().to(self.probe_device)
+        step.device, step.coefficient = self.probe_device, in_float64(step.coefficient)
         plant(step.model, self.own_quantizers)
         return step
 

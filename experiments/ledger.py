@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from experiments import reference
 from experiments.data import TestBatches, TrainBatches
+from experiments.device import in_float64
 from experiments.history import Check, EpochRecord
 from experiments.settings import MACS, STORED
 from experiments.watch import EpochWatch, Pass, State, numbers
@@ -189,7 +190,8 @@ class Ledger:
             if n in gradients:
                 rate, decay = self._used(n)
                 # A million numbers of a tensor tell as much as all; the tensors of resnet.py have fewer.
-                w, after, m, v, g = (x[:LOOKED_AT] for x in (w, after, m, v, gradients[n].flatten()))
+                looked_at = (in_float64(x[:LOOKED_AT]) for x in (w, after, m, v, gradients[n].flatten()))
+                w, after, m, v, g = looked_at
                 off = _off_adamw(w, after, m, v, g, t + 1, rate, decay, self.settings.beta2)
                 flags[n] = torch.where(after == 0, 0, off) if self.masked else off
         for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
@@ -208,7 +210,7 @@ class Ledger:
         found = []
         for (n, (before, after)), t in zip(parts.items(), self.before.steps, strict=True):
             rate, decay = self._used(n)
-            before, after = before.double(), after.double()
+            before, after = in_float64(before), in_float64(after)
             far = (after - before * (1 - rate * decay) ** steps).abs()
             slack = 1.001 * rate * reaches[t] + 2e-7 * steps * (before.abs() + rate * min(reaches[t], 1e9))
             beyond = far / slack if rate * decay <= 1 and rate else after * 0
@@ -273,7 +275,8 @@ class Ledger:
         if self.our_batches:
             expected, _ = self._expected_labels(self.epoch)
             labels = expected.to(labels.device) if len(expected) == len(labels) else labels
-        logits = torch.cat([p.logits for p in passes]).double()
+        logits = in_float64(torch.cat([p.logits for p in passes]))
+        labels = labels.to(logits.device)
         if len(logits) != len(labels):
             wrong.append(f"{len(logits):,} images went through the network, {len(labels):,} were handed out")
             return _judge(wrong, name, "", "images are left out or used twice in a batch")
@@ -385,7 +388,7 @@ class Ledger:
         wrong.unless(all(p.quantized for p in passes), "they ran with quantizers switched off")
         if due and len(self.watch.last_norm) == due and self.processes.count == 1:
             last = list(self.norms)[-1]
-            mean, var = (torch.stack(v).double().mean(0) for v in zip(*self.watch.last_norm, strict=True))
+            mean, var = (in_float64(torch.stack(v)).mean(0) for v in zip(*self.watch.last_norm, strict=True))
             stored_mean, stored_var = self.watch.ready_norm
             off_mean = (stored_mean - mean).abs() / (var.sqrt() + mean.abs() + 1e-6)
             off_var = (stored_var - var).abs() / (var + mean.square() + 1e-6)
@@ -430,7 +433,7 @@ class Ledger:
     def check_accuracy(self) -> Check:
         name, wrong, labels = "accuracy", Wrong(), self.pipeline.test_batches.labels
         logits = [p.logits for p in self.passes["test"]]
-        here = torch.zeros(3, dtype=torch.double)
+        here = torch.zeros(3, dtype=torch.long)
         here[0], here[1] = len(labels), sum(len(x) for x in logits)
         if logits and here[0] == here[1]:
             here[2] = int((torch.cat(logits).float().argmax(1) == labels).sum())
@@ -761,7 +764,6 @@ def _off_adamw(
     beta2: float,
 ) -> Tensor:
     """How far `after` is from AdamW's update of w, in what float32 may round: 1 and less is no difference."""
-    w, after, m, v, g = (x.double() for x in (w, after, m, v, g))
     expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, int(t))
     parts = (m.abs() + g.abs()) / ((second / (1 - beta2**t)).sqrt() + 1e-8)
     return (after - expected).abs() / (3e-5 * rate * (1 + parts) + 5e-7 * w.abs() + 1e-12)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import resnet
 from experiments import reference
+from experiments.device import in_float64
 from experiments.expect import (
     EXACT,
     BrokenError,
@@ -133,7 +134,7 @@ def start_is_fresh(subject: Subject) -> str:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             w = _trained_weight(layer)
             expected = math.sqrt(2 / w[0].numel())
-            off = abs(w.double().std().item() / expected - 1)
+            off = abs(in_float64(w).std().item() / expected - 1)
             expect(
                 off < 5 / math.sqrt(2 * w.numel()),
                 f"the weights of {name} have standard deviation "
@@ -275,7 +276,7 @@ def quantizers_keep_their_word(subject: Subject) -> str:
         )
         g = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype).to(w.device)
         (gradient,) = torch.autograd.grad((out * g).sum(), leaf, retain_graph=True, allow_unused=True)
-        reached = 0.0 if gradient is None else (gradient[w != 0] != 0).double().mean().item()
+        reached = 0.0 if gradient is None else (gradient[w != 0] != 0).float().mean().item()
         expect(
             reached > REACHED or not w.any(),  # of a layer that has died, none is due
             f"{name}: a gradient reaches {100 * reached:.0f} % of the stored weights",

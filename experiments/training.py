@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from experiments.data import TestBatches, TrainBatches
+from experiments.device import in_float64
 from experiments.distributed import ALONE, Processes, sum_gradients
 from experiments.evaluator import Evaluator
 from experiments.network import needs_the_host
@@ -278,7 +279,7 @@ def train_epoch(
             raise NotFiniteError(_not_finite(step, images, i)) from error
         if progress:
             progress(i + 1, len(batches), time.perf_counter() - started)
-    sums = losses.double().cpu()
+    sums = in_float64(losses).cpu()
     if not sums.isfinite().all():
         raise NotFiniteError(_not_finite(step, images, int((~sums.isfinite()).any(1).nonzero()[0])))
     if not torch.stack([p.isfinite().all() for p in step.model.parameters()]).all():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.device import in_float64
 from experiments.training import EpochLosses, Pipeline
 from src.graph import only_looks
 from utils_quantization import WeightQuantization, quantizers
@@ -142,7 +143,7 @@ class EpochWatch:
         if self.norms:
             last: Any = list(self.norms.values())[-1]
             self.ready_norm = [
-                x.double().clone() for x in (last.running_mean, last.running_var) if x is not None
+                in_float64(x).clone() for x in (last.running_mean, last.running_var) if x is not None
             ]
 
     @torch.no_grad()
@@ -231,4 +232,4 @@ def flat(tensors: Any, device: torch.device | str = "cpu") -> Tensor:
 
 def numbers(scalars: Sequence[Tensor]) -> list[float]:
     """The numbers that scalars hold, with one wait for the device."""
-    return torch.stack([s.detach().double() for s in scalars]).tolist() if scalars else []
+    return torch.stack([in_float64(s.detach()) for s in scalars]).tolist() if scalars else []
