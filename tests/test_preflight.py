@@ -215,6 +215,7 @@ def test_a_setting_that_is_not_what_was_typed_is_named_with_both_values(monkeypa
         return replace(parse_settings(arguments), bit_lr=0.5)
 
     monkeypatch.setattr(debug_run, "parse_settings", other)
+    monkeypatch.setattr("experiments.preflight.CHECKS", CHECKS[:1])
     checks, status = checks_of(monkeypatch, tmp_path, "--bit-lr", "0.25")
     assert status == 1 and failed(checks)[0].startswith("FAIL  settings: --bit-lr is 0.5, and 0.25 is typed")
     checks, status = checks_of(monkeypatch, tmp_path, "--preset", "plan")
