@@ -68,6 +68,12 @@ class WithDropout(Small):
         self.head = nn.Sequential(nn.Dropout(0.5), self.head)  # type: ignore[assignment]
 
 
+class WithMuchDropout(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Dropout(0.95), self.head)  # type: ignore[assignment]
+
+
 class LooksAtNumbers(Small):
     """Its way depends on the image, which no graph can hold."""
 

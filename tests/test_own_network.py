@@ -274,6 +274,11 @@ def test_what_people_write_raises_no_alarm(run, tmp_path, capsys, name):
     assert verify.main([*received, "--model", f"{HERE}:{name}"]) == 0
 
 
+def test_the_noise_of_dropout_does_not_pass_for_a_network_that_cannot_learn(run):
+    status = main([*SHORT, "--model", f"{HERE}:WithMuchDropout", "--preflight", "only"])
+    assert status == 0
+
+
 def test_logits_in_float32_of_a_run_in_bfloat16_raise_no_alarm(run):
     history, status, _ = run(f"{HERE}:Casting", "--epochs", "1", "--precision", "bf16")
     failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]
