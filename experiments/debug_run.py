@@ -140,7 +140,15 @@ def main(arguments: list[str] | None = None) -> int:
         # Made before anything is trained, so that it learns of the run by the checkpoint alone.
         spare = replace(pipeline, step=copy.deepcopy(step)) if settings.rehearse else None
         history = new_history(
-            settings, dataset, device, processes, model, quantized, evaluator.dense, arguments
+            settings,
+            dataset,
+            device,
+            processes,
+            model,
+            quantized,
+            evaluator.dense,
+            arguments,
+            step.needs_host,
         )
         if checkpoint:
             resume(checkpoint, history, model, optimizer)

@@ -23,7 +23,7 @@ from experiments.data import Dataset
 from experiments.device import describe_device
 from experiments.distributed import Processes
 from experiments.evaluator import Compression
-from experiments.network import memory_layout, needs_the_host
+from experiments.network import memory_layout
 from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
 from utils_quantization import has_codes, parameter_groups, quantizers, weight_bits
@@ -222,7 +222,7 @@ class History:
     barriers: list[str] = field(default_factory=list)  # operations that no channel is followed through
     frozen: list[str] = field(default_factory=list)  # parameters of the network that are not trained
     layout: str = "channels_last"  # of images and weights in memory, or "contiguous"
-    needs_host: bool = False  # on CUDA: the forward pass copies from the host, so no graph of it is captured
+    needs_host: bool = False  # on CUDA: the forward pass does, so no graph of the step is captured
     preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
     resumed: list[Resumption] = field(default_factory=list)
@@ -252,6 +252,7 @@ def new_history(
     quantized: list[str],
     dense: NetworkCount,
     command: Sequence[str] = (),
+    needs_host: bool = False,
 ) -> History:
     """The history of a run before its first epoch, with the counts of its dense network."""
     where = describe_device(device) + (f", {processes.count} processes" if processes.count > 1 else "")
@@ -277,7 +278,7 @@ def new_history(
         barriers=list(dense.barriers),
         frozen=[n for n, p in model.named_parameters() if not p.requires_grad and ".quantizer." not in n],
         layout=memory_layout(model, device),
-        needs_host=device.type == "cuda" and needs_the_host(model),
+        needs_host=needs_host,
     )  # fmt: skip
 
 

@@ -189,9 +189,9 @@ class Ledger:
         for (n, (w, after, m, v)), t in zip(parts.items(), self.before.steps, strict=True):
             if n in gradients:
                 rate, decay = self._used(n)
+                g = gradients[n].flatten()
                 # A million numbers of a tensor tell as much as all; the tensors of resnet.py have fewer.
-                looked_at = (in_float64(x[:LOOKED_AT]) for x in (w, after, m, v, gradients[n].flatten()))
-                w, after, m, v, g = looked_at
+                w, after, m, v, g = (in_float64(x[:LOOKED_AT]) for x in (w, after, m, v, g))
                 off = _off_adamw(w, after, m, v, g, t + 1, rate, decay, self.settings.beta2)
                 flags[n] = torch.where(after == 0, 0, off) if self.masked else off
         for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):

@@ -86,13 +86,13 @@ def accuracy_figure(history: History, title: str) -> Figure:
     accuracies, losses = [100 * r.accuracy for r in records], [r.cross_entropy for r in records]
     axes.plot(epochs, accuracies, "o-", color=BLUE, label="test accuracy")
     axes.axhline(100 * history.data.chance, color="grey", linestyle=":", label="chance")
-    _end(axes, accuracies, f"{accuracies[-1]:.2f} %", BLUE)
     axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
+    _end(axes, accuracies, f"{accuracies[-1]:.2f} %", BLUE)
     right = axes.twinx()
     right.plot(epochs, losses, "s--", color=VERMILION, label="training cross-entropy")
-    _end(right, losses, f"{losses[-1]:.3f}", VERMILION)
     right.set(ylabel="training cross-entropy (nats)")
     right.set_ylim(bottom=0)
+    _end(right, losses, f"{losses[-1]:.3f}", VERMILION)
     _legend(axes, right)
     return figure
 
@@ -118,7 +118,7 @@ def sparsity_figure(history: History, title: str) -> Figure:
     right.plot(epochs, coefficients, "^:", color=PURPLE, label="the penalty's coefficient")
     right.set(ylabel="the penalty's coefficient")
     right.set_ylim(0, 1.1 * max(coefficients) or 1)
-    _legend(lower, axes, right)
+    _legend(axes, lower, right)
     return figure
 
 
@@ -187,11 +187,16 @@ def _means_and_ranges(values: Sequence[Sequence[float]]) -> tuple[list[float], l
 
 
 def _end(axes: Axes, values: Sequence[float], text: str, colour: str) -> None:
-    """Write the last number of a curve at its end, on the side that the curve does not come from."""
+    """Write the last number of a curve at its end, on the side that the curve does not come from.
+
+    Near the top and the bottom of the axes it is the side that has room.
+    """
     if math.isfinite(values[-1]):
-        falls = len(values) > 1 and values[-1] < values[-2]
+        bottom, top = axes.get_ylim()
+        height, falls = (values[-1] - bottom) / (top - bottom), values[-1] < values[max(len(values) - 2, 0)]
+        below = height > 0.93 or (falls and height > 0.07)
         axes.annotate(
-            text, (len(values), values[-1]), (-2, -13 if falls else 5), textcoords="offset points",
+            text, (len(values), values[-1]), (-2, -13 if below else 5), textcoords="offset points",
             ha="right", fontsize=8, color=colour,
         )  # fmt: skip
 

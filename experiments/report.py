@@ -52,7 +52,7 @@ def first_lines(history: History, settings: Settings, dense: NetworkCount) -> st
           if history.frozen else []),
         *([f"Layout:    {history.layout}, because the network raises an error for channels_last"]
           if history.layout == "contiguous" and not history.device.startswith("mps") else []),
-        *(["Graphs:    none, because the forward pass copies from the host: kernels are launched one by one"]
+        *(["Graphs:    none, because the forward pass needs the host: kernels are launched one by one"]
           if history.needs_host else []),
         *([f"Barriers:  no channel is followed through {', '.join(history.barriers)}"]
           if history.barriers else []),

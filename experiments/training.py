@@ -120,8 +120,9 @@ class TrainingStep:
         self.keep_dead, self.processes = keep_dead, processes
         self.device = next(model.parameters()).device
         self.coefficient = torch.zeros((), device=self.device)  # of the penalty
-        alone = self.device.type == "cuda" and processes.count == 1
-        self.captures = alone and not needs_the_host(model)  # graphs, once it has warmed up
+        may_capture = self.device.type == "cuda" and processes.count == 1
+        self.needs_host = may_capture and needs_the_host(model)
+        self.captures = may_capture and not self.needs_host  # graphs, once it has warmed up
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
         self.left: dict[str, Tensor] = {}  # what the last epoch left, for the ledger to compare

@@ -19,9 +19,9 @@ from experiments import device, expect
 from experiments.debug_run import main
 
 HOST = torch.device("cpu")  # this object; the run's own device is an equal one
-# What takes an index, or fills a tensor, from the other side.
-BETWEEN = {"__getitem__", "__setitem__", "copy_", "data", "equal"}
-TO_HOST = {"cpu", "from_numpy", "load"}
+# What takes an index, or fills a tensor, from the other side; and `equal`, which a run asks of tensors
+# without a mark, because a file or an initializer made them.
+BETWEEN = {"__getitem__", "__setitem__", "copy_", "equal"}
 FUNCTIONS = (src.channels._Flags, src.quantizer._DeadZoneRound, src.quantizer._RoundStraightThrough)
 
 
@@ -54,8 +54,8 @@ class HostAndDevice(TorchFunctionMode):
         if isinstance(made, torch.device):
             return HOST if given and on_host(given[0]) else made
         targets = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, torch.device)]
-        if name in TO_HOST or (name == "to" and (targets or len(given) > 1)):
-            host = name in TO_HOST or (targets[0] is HOST if targets else on_host(given[1]))
+        if name == "cpu" or (name == "to" and (targets or len(given) > 1)):
+            host = name == "cpu" or (targets[0] is HOST if targets else on_host(given[1]))
             # What is there already is returned as it is; its mark is its own.
             made = made.view_as(made) if any(made is t for t in given) else made
         elif name in BETWEEN:

@@ -332,6 +332,12 @@ def test_what_no_graph_of_a_step_can_hold_is_known_without_a_gpu(needed, shifted
     assert torch.equal(drawn, torch.rand(1)) and not model.training
 
 
+def test_the_debug_runs_own_step_needs_no_host():
+    model = resnet20()
+    attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
+    assert not needs_the_host(model)
+
+
 def test_the_smaller_network_makes_its_tensors_where_its_images_are():
     small = slim_network(quantized(own_networks.Recurrent())).to("meta")
     assert small(torch.zeros(3, 3, 32, 32, device="meta")).shape == (3, 10)

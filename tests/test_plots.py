@@ -144,6 +144,22 @@ def test_the_warmup_is_shaded_where_the_coefficient_climbs(make, epochs, warmup,
 
 
 @over_epochs
+@pytest.mark.parametrize("last", [0.0, 0.03, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("before", [0.0, 1.0])
+def test_the_last_numbers_are_written_within_the_axes(make, last, before):
+    names = ("accuracy", "unstructured_sparsity", "structured_sparsity", "cross_entropy")
+    *records, end = good_run().epochs
+    epochs = [replace(record, **dict.fromkeys(names, before)) for record in records]
+    figure = make(replace(good_run(), epochs=[*epochs, replace(end, **dict.fromkeys(names, last))]), "t")
+    figure.draw_without_rendering()
+    written = [(text, axes) for axes in figure.axes for text in axes.texts]
+    assert len(written) == 2 + (make is sparsity_figure)
+    for text, axes in written:
+        box, inside = text.get_window_extent(), axes.get_window_extent()
+        assert inside.y0 < box.y0 and box.y1 < inside.y1, text.get_text()
+
+
+@over_epochs
 def test_the_legend_names_every_curve_and_the_shade(make):
     figure = make(good_run(), "t")
     (drawn,) = figure.legends
