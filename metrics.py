@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
@@ -201,8 +202,12 @@ def count_by_torch(
     Returns: the counts by module name; "" is the whole network.
     """
     like = next(network.parameters(), torch.empty(0))
-    with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *input_size, device=device, dtype=like.dtype))
+    parametrized = [m for m in network.modules() if parametrize.is_parametrized(m)]
+    with parametrize.cached():  # what makes a weight, an orthogonal one say, is not part of a forward pass
+        for module, name in ((m, name) for m in parametrized for name in m.parametrizations):  # type: ignore[union-attr]
+            getattr(module, name)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, *input_size, device=device, dtype=like.dtype))
     # The counter's keys are "Global", the name of the network's class, and "Class.module.name" for a module.
     by_module = {key.partition(".")[2]: sum(f.values()) // 2 for key, f in counter.get_flop_counts().items()}
     return by_module | {"": counter.get_total_flops() // 2}

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from experiments.distributed import Processes
+from experiments.draws import random_states, set_random_states
 from experiments.files import OutputError, read_file, write_whole
 from experiments.history import History, Resumption
 from experiments.schedules import cosine_anneal, warmed_up
@@ -31,7 +32,7 @@ from experiments.user_code import first_line
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 MOST = 1 << 32  # bytes; weights and moments of the networks of this field take far less
 KEPT = 2  # checkpoints in the output folder
-VERSION = 2  # of the file format
+VERSION = 3  # of the file format
 MAY_CHANGE = (
     "epochs",
     "data_dir",
@@ -48,7 +49,7 @@ class Checkpoint:
     history: History  # with the settings of the run and a record for each finished epoch
     model: dict[str, torch.Tensor]  # its state_dict: weights, quantizers' parameters, batch norms
     optimizer: dict[int, Any]  # AdamW's moments and step counts; its rates follow from the settings
-    random: dict[str, Any]  # the states of torch's random generators
+    random: dict[str, Any]  # the states of the random generators
 
     @property
     def epochs(self) -> int:
@@ -270,19 +271,3 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
             value, shape = state.get(name), () if name == "step" else parameter.shape
             if not isinstance(value, torch.Tensor) or value.shape != shape:
                 raise ValueError(f"{name} of a parameter is {type(value).__name__}, expected numbers {shape}")
-
-
-def random_states() -> dict[str, Any]:
-    """The states of torch's random generators; "cuda" is None in a process that does not use a GPU.
-
-    The order and the augmentation of images do not depend on these states, only on the seed and the epoch.
-    """
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Set torch's random generators to states that `random_states` returned."""
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])

@@ -53,6 +53,7 @@ from experiments.distributed import (
     leave_processes,
     use_global_batch_norms,
 )
+from experiments.draws import seed_draws
 from experiments.evaluator import Compression, Evaluator
 from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.expect import MOST_PARAMETERS, Subject
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = prepare_device(settings, processes)
         make_quantizer = find_quantizer(settings)
 
-        torch.manual_seed(settings.seed)
+        seed_draws(settings.seed)
         model = make_network(settings.model, class_count(settings.data)).to(device)
         if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
             keep_freed_memory(False)  # its copies are so large that what is kept soon fills the machine
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
             quantized,
             evaluator.dense,
             arguments,
-            step.needs_host,
+            step.host,
         )
         if checkpoint:
             resume(checkpoint, history, model, optimizer)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 T = TypeVar("T")
 
@@ -81,6 +82,11 @@ def join_processes() -> Processes:
     """
     if not dist.is_torchelastic_launched():
         return ALONE
+    # The default argument of these functions is the process group that there is when they are imported, and
+    # torch's optimizers import them. Imported before, they do not hold it: threads of a group that outlives
+    # Python end the process by abort().
+    import torch.distributed.nn.functional
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _guarded(dist.init_process_group, backend)
     return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
@@ -108,43 +114,60 @@ def sum_gradients(processes: Processes, parameters: Iterable[nn.Parameter], loss
 def use_global_batch_norms(model: nn.Module, processes: Processes) -> None:
     """Have every batch norm use the statistics of the whole batch instead of those of this rank's shard."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module).forward is _BatchNorm.forward:  # one with a forward of its own stays what it is
+            module.local_class, module.processes = type(module), processes  # type: ignore[assignment]
             module.__class__ = GlobalBatchNorm  # keeps its parameters and its running statistics
-            module.processes = processes  # type: ignore[assignment]
 
 
 def use_local_batch_norms(model: nn.Module) -> None:
     """Undo `use_global_batch_norms`: the network then works in one process alone."""
     for module in model.modules():
         if isinstance(module, GlobalBatchNorm):
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
-            del module.processes
+            module.__class__ = module.local_class  # type: ignore[assignment]
+            del module.local_class, module.processes
 
 
-class GlobalBatchNorm(nn.BatchNorm2d):
+class GlobalBatchNorm(_BatchNorm):
     """A batch norm whose training mode uses the statistics of the whole batch, over the shards of all ranks.
 
     torch's SyncBatchNorm does the same, but on GPUs only. This one also runs on the CPU.
     """
 
+    local_class: type[_BatchNorm]
     processes: Processes
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        self.local_class._check_input_dim(self, input)
+
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
         if not self.training:
             return super().forward(x)
-        y, mean, var, positions = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.processes)
+        weight: Any = self.weight
+        bias: Any = self.bias
+        if not self.affine:
+            weight = x.new_ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+            bias = weight * 0
+        y, mean, var, positions = _GlobalBatchNorm.apply(x, weight, bias, self.eps, self.processes)
+        if self.running_mean is None:
+            return y
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             # As in torch, momentum None asks for the mean over all batches so far.
             cumulative = self.momentum is None
             momentum: Any = 1 / self.num_batches_tracked.item() if cumulative else self.momentum  # type: ignore[union-attr]
-            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
+            self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(var * positions / (positions - 1), momentum)  # type: ignore[union-attr]
         return y
 
 
+def _others(x: Tensor) -> list[int]:
+    """All dimensions but that of the channels."""
+    return [0, *range(2, x.ndim)]
+
+
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Batch norm of x (B, C, H, W), the shard of this rank. All ranks together have N positions a channel.
+    """Batch norm of x (B, C, ...), the shard of this rank. All ranks together have N positions a channel.
 
     With x_hat = (x - mean) / sqrt(var + eps), g the incoming gradient and sums over all N positions:
 
@@ -161,7 +184,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, processes: Processes):  # type: ignore[no-untyped-def]
         positions = x.numel() // x.shape[1]  # of this rank; 0 for an empty shard
         var, mean = (
-            torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
+            torch.var_mean(x.to(weight.dtype), _others(x), correction=0)
             if positions
             else (weight * 0, weight * 0)
         )
@@ -185,10 +208,10 @@ class _GlobalBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
         x, weight, mean, var, counts = ctx.saved_tensors
-        shape = (1, -1, 1, 1)
+        shape = (1, -1, *[1] * (x.ndim - 2))
         inverse = (var + ctx.eps).rsqrt()
         x_hat = (x - mean.view(shape)) * inverse.view(shape)
-        grad_bias, grad_weight = g.sum((0, 2, 3), dtype=weight.dtype), (g * x_hat).sum((0, 2, 3))
+        grad_bias, grad_weight = g.sum(_others(x), dtype=weight.dtype), (g * x_hat).sum(_others(x))
         per_bias, per_weight = ctx.processes.sum(torch.stack([grad_bias, grad_weight])) / counts
         centred = g - per_bias.view(shape) - x_hat * per_weight.view(shape)
         return (centred * (weight * inverse).view(shape)).to(x.dtype), grad_weight, grad_bias, None, None

@@ -1,6 +1,5 @@
 """What the preflight's checks share: the run that they look at, and the ways in which a check can end."""
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from experiments import schedules, sparsity
@@ -38,14 +38,6 @@ class BrokenError(Exception):
 
 class NotApplicableError(Exception):
     """A check says nothing of this run; the text says why."""
-
-
-@contextlib.contextmanager
-def same_draws() -> Iterator[None]:
-    """Let a pass draw the random numbers that every other pass within this context draws, as dropout does."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def expect(holds: bool | Tensor, measured: str, cause: str) -> None:
@@ -96,6 +88,11 @@ class Subject:
     @property
     def own_quantizers(self) -> bool:
         return all(type(q) is DeadZoneLDZCompander for q in self.quantizers(self.pipeline.model).values())
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether the network may leave layers out of a training step."""
+        return self.step.host.decides
 
     @property
     def own_penalty(self) -> bool:
@@ -200,7 +197,7 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
         return (low + (high - low) * torch.rand(like.shape, generator=generator)).to(like)
 
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.affine:
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.affine:
             module.weight.copy_(uniform(module.weight, 0.5, 1.5))
             module.weight[4:5] = 0  # a channel that its batch norm makes constant
             module.bias.copy_(uniform(module.bias, -0.3, 0.3))

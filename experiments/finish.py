@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments import report
 from experiments.checkpoint import checkpoint_path, load_checkpoint
@@ -125,7 +126,7 @@ def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> 
 
 
 def _of_batch_norm(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.batchnorm._BatchNorm)
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), _BatchNorm)
 
 
 def compress(

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.data import Dataset
 from experiments.device import describe_device
 from experiments.distributed import Processes
 from experiments.evaluator import Compression
-from experiments.network import memory_layout
+from experiments.network import NO_USE, HostUse, memory_layout
 from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
 from utils_quantization import has_codes, parameter_groups, quantizers, weight_bits
@@ -223,6 +224,7 @@ class History:
     frozen: list[str] = field(default_factory=list)  # parameters of the network that are not trained
     layout: str = "channels_last"  # of images and weights in memory, or "contiguous"
     needs_host: bool = False  # on CUDA: the forward pass does, so no graph of the step is captured
+    may_skip: bool = False  # the network may leave layers out of a training step
     preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
     resumed: list[Resumption] = field(default_factory=list)
@@ -252,7 +254,7 @@ def new_history(
     quantized: list[str],
     dense: NetworkCount,
     command: Sequence[str] = (),
-    needs_host: bool = False,
+    host: HostUse = NO_USE,
 ) -> History:
     """The history of a run before its first epoch, with the counts of its dense network."""
     where = describe_device(device) + (f", {processes.count} processes" if processes.count > 1 else "")
@@ -278,7 +280,8 @@ def new_history(
         barriers=list(dense.barriers),
         frozen=[n for n, p in model.named_parameters() if not p.requires_grad and ".quantizer." not in n],
         layout=memory_layout(model, device),
-        needs_host=needs_host,
+        needs_host=device.type == "cuda" and processes.count == 1 and any(host),
+        may_skip=host.decides,
     )  # fmt: skip
 
 
@@ -347,7 +350,7 @@ def _signals(model: nn.Module) -> dict[str, float]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             convolution = name
-        elif isinstance(module, nn.BatchNorm2d) and convolution and module.running_var is not None:
+        elif isinstance(module, _BatchNorm) and convolution and module.running_var is not None:
             found[convolution] = (module.running_var / (module.running_var + module.eps)).max().item()
             convolution = None
     return found

@@ -3,15 +3,17 @@
 import copy
 import inspect
 import re
-from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import resnet
+from experiments.distributed import use_local_batch_norms
+from experiments.draws import kept_draws, random_states
 from experiments.settings import Settings
 from experiments.user_code import first_line, import_named
 from metrics import NetworkCount
@@ -42,12 +44,25 @@ def make_network(name: str, classes: int) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ValueError(f"--model is {name!r}, which returns {network!r:.60}; expected an nn.Module")
     _refuse_shared_weights(name, network)
+    for which, parameter in network.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"--model is {name!r}, whose {which} is of {parameter.dtype}; expected torch.float32 "
+                f"(--precision chooses what convolutions compute in)"
+            )
+    if any(map(is_lazy, network.parameters())):  # they get their shapes from the first images
+        _try(name, network.eval(), classes)
+        network.train()
     twin, ran = _copied(name, network), set[nn.Module]()
     for module in twin.modules():
-        module.register_forward_hook(lambda module, *_: ran.add(module))
-    logits = _try(name, twin.train(), classes)
+        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hook
+            module.register_forward_hook(lambda module, *_: ran.add(module))
+    silent = _without_gradient(name, twin, _try(name, twin.train(), classes))
+    _copied(name, twin)  # as the checks do, in the middle of training
     _try(name, twin.eval(), classes)
-    _freeze_unused(name, network, twin, logits, ran)
+    for which in silent:
+        if twin.get_submodule(which.rpartition(".")[0]) not in ran:  # no image passes it
+            network.get_parameter(which).requires_grad_(False)
     if not _runs_in_channels_last(twin):
         network.register_forward_pre_hook(contiguous_images)
     return network
@@ -76,22 +91,15 @@ def _refuse_shared_weights(name: str, network: nn.Module) -> None:
                 )
 
 
-def _freeze_unused(
-    name: str, network: nn.Module, twin: nn.Module, logits: Tensor, ran: Collection[nn.Module]
-) -> None:
-    """Let parameters of modules that no image passes be none that are trained.
+def _without_gradient(name: str, network: nn.Module, logits: Tensor) -> list[str]:
+    """The names of the parameters that the logits, given in training mode, do not depend on.
 
-    `twin` is a copy of the network that gave the logits in training mode, `ran` are its modules that ran in
-    either mode: what training leaves out at random is trained.
-    Raises: ValueError for a network in which nothing is.
+    Raises: ValueError if they depend on none.
     """
     if not logits.requires_grad:
         raise ValueError(f"--model is {name!r}, whose logits have no gradient to any parameter; expected one")
-    trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
-    for which, gradient in zip(trained, found, strict=True):
-        if gradient is None and twin.get_submodule(which.rpartition(".")[0]) not in ran:
-            network.get_parameter(which).requires_grad_(False)
+    logits.sum().backward()
+    return [which for which, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def _runs_in_channels_last(twin: Any) -> bool:
@@ -137,18 +145,33 @@ class _Copies(TorchFunctionMode):
         return made
 
 
-def needs_the_host(model: nn.Module) -> bool:
-    """Whether the forward pass copies from the host or waits for it, which no CUDA graph can hold.
+class HostUse(NamedTuple):
+    """What the forward pass in training mode needs the host for, which no CUDA graph can hold."""
 
-    It is tried on the meta device: what looks at the numbers in a tensor raises an error there.
-    """
-    twin = copy.deepcopy(model).to("meta").train()
-    try:
-        with torch.random.fork_rng(devices=[]), _Copies() as copies:
-            twin(torch.zeros(TRIED, device="meta"))
-    except Exception:  # someone's own code may raise anything
-        return True
-    return copies.seen
+    copies: bool = False  # it fetches tensors from there
+    decides: bool = False  # it draws random numbers there, or looks at a tensor's; it may skip layers by them
+
+
+NO_USE = HostUse()
+
+
+def use_of_the_host(model: nn.Module) -> HostUse:
+    """Try the forward pass on the meta device, where looking at the numbers in a tensor raises an error."""
+    meta = torch.device("meta")
+    twin = copy.deepcopy(model).to(meta).train()
+    use_local_batch_norms(twin)
+    with kept_draws():
+        before, decides = random_states(), False
+        with _Copies() as copies:
+            try:
+                twin(torch.zeros(TRIED, device=meta))
+            except Exception:  # someone's own code may raise anything
+                decides = True
+        after = random_states()
+    drawn = not torch.equal(before.pop("cpu"), after.pop("cpu")) or any(
+        before[own] != after[own] for own in ("numpy", "python")
+    )
+    return HostUse(copies.seen, decides or drawn)
 
 
 def _takes(build: object, argument: str) -> bool:
@@ -165,7 +188,7 @@ def _try(name: str, network: nn.Module, classes: int) -> Tensor:
     Raises: ValueError if the network does not give its logits for images of 3x32x32.
     """
     mode = "training" if network.training else "evaluation"
-    with torch.set_grad_enabled(network.training), torch.random.fork_rng(devices=[]):
+    with torch.set_grad_enabled(network.training), kept_draws():
         try:
             logits: object = network(torch.zeros(TRIED))
         except Exception as error:

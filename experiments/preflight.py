@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from experiments.checkpoint import random_states, set_random_states
+from experiments.draws import kept_draws
 from experiments.expect import BrokenError, NotApplicableError, Subject
 from experiments.history import Check
 from experiments.preflight_data import (
@@ -91,19 +91,19 @@ def preflight(subject: Subject, progress: Callable[[str], None] | None = None) -
     `progress` gets the name of each check before it is made. Model, optimizer and random states are left as
     they were. Every rank takes part, and they all find the same.
     """
-    state, found = random_states(), dict[str, Check]()
+    found = dict[str, Check]()
     # Its tensors are small. Several threads gain little there, and on a busy machine they wait for each other
     # many times longer than they compute.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, check, needs in CHECKS:
-        if progress:
-            progress(f"preflight: {name}")
-        broken = [need for need in needs if found[need].status != PASS and not _harmless(found[need])]
-        outcome = Check(SKIP, name, f"waits for '{broken[0]}'") if broken else _outcome(name, check, subject)
-        found[name] = _of_all_ranks(outcome, subject)
+    with kept_draws():
+        for name, check, needs in CHECKS:
+            if progress:
+                progress(f"preflight: {name}")
+            broken = [need for need in needs if found[need].status != PASS and not _harmless(found[need])]
+            waits = Check(SKIP, name, f"waits for '{broken[0]}'") if broken else None
+            found[name] = _of_all_ranks(waits or _outcome(name, check, subject), subject)
     torch.set_num_threads(threads)
-    set_random_states(state)
     return list(found.values())
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from experiments import report
 from experiments.checkpoint import checkpoint_path, load_checkpoint, resume, save_checkpoint, take_checkpoint
 from experiments.distributed import ALONE, use_local_batch_norms
+from experiments.draws import same_draws
 from experiments.evaluator import Compression
 from experiments.expect import (
     NotApplicableError,
     Subject,
     expect,
     expect_close,
-    same_draws,
     some,
     used_weights,
 )
@@ -40,20 +40,20 @@ def counts_are_the_networks(subject: Subject) -> str:
     """Counts of a network with planted deaths against a recount, the smaller network and a packed file."""
     model = subject.float64_step().model.eval()
     compression = subject.pipeline.evaluator.evaluate(model)
-    images, _ = subject.probe
+    images = subject.probe[0].clone()
     weights, quantizers = used_weights(model), subject.quantizers(model)
     positions: Counter[str] = Counter()  # over all uses of a layer
 
     def note(name: str) -> Any:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            positions[name] += output[0].numel() // len(module.weight)
+            if inputs[0].requires_grad:  # what no image enters is not counted
+                positions[name] += output[0].numel() // len(module.weight)
 
         return hook
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     handles = [m.register_forward_hook(note(n)) for n, m in layers.items()]
-    with torch.no_grad():
-        masked = model(images)
+    masked = model.requires_grad_(False)(images.requires_grad_()).detach()
     for handle in handles:
         handle.remove()
     cause = "a defect in metrics.py or src/channels.py"
@@ -312,7 +312,8 @@ def ranks_agree(subject: Subject) -> str:
     gradients: list[Tensor] = []
     for copy in (step, alone):
         copy.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_gradients(optimizer)))
-    together = step(images.double(), labels, coefficient, size)
+    with same_draws():
+        together = step(images.double(), labels, coefficient, size)
     numbers = torch.cat([p.detach().flatten() for p in step.model.parameters()])
     total = processes.sum(numbers.clone()) / processes.count
     cause = "gradients are not summed over the ranks, or ranks began with other weights"
@@ -320,7 +321,8 @@ def ranks_agree(subject: Subject) -> str:
     whole_images, whole_labels = _gathered(subject, images.double(), labels, size)
     use_local_batch_norms(alone.model)
     alone.processes = ALONE
-    single = alone(whole_images, whole_labels, coefficient, size)
+    with same_draws():
+        single = alone(whole_images, whole_labels, coefficient, size)
     cause = "shards, loss or batch norms are not those of the whole batch"
     expect_close(
         together.double(), single.double(), "the loss of all ranks, against one rank's,", cause, 1e-5

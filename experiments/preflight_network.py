@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 import resnet
 from experiments import reference
 from experiments.device import in_float64
+from experiments.draws import kept_draws
 from experiments.expect import (
     EXACT,
     BrokenError,
@@ -141,14 +143,14 @@ def start_is_fresh(subject: Subject) -> str:
                 f"{w.std().item():.3g}, Kaiming's is {expected:.3g}",
                 "another initialization than resnet.py's (fan-in, ReLU gain)",
             )
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, _BatchNorm):
             neutral = [(layer.weight, 1), (layer.bias, 0), (layer.running_mean, 0), (layer.running_var, 1)]
             expect(
                 all(bool((t == number).all()) for t, number in neutral if t is not None),
                 f"{name} is not neutral (scale 1, shift 0, mean 0, variance 1)",
                 "batch norms were trained, loaded or fed before the first step",
             )
-    with torch.random.fork_rng(devices=[]):
+    with kept_draws():
         torch.manual_seed(subject.pipeline.settings.seed)
         drawn = getattr(resnet, f"resnet{6 * subject.blocks + 2}")(classes)
     layers = {n: m for n, m in drawn.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -170,7 +172,7 @@ def start_is_fresh(subject: Subject) -> str:
             f"the bit and dead-zone parameters of {name} start at {logits}, expected {START_LOGIT} for both",
             "other start values than the quantizer's own, or parameters that were trained or loaded",
         )
-    counts = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[union-attr]
+    counts = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, _BatchNorm)]  # type: ignore[union-attr]
     expect(
         not any(counts),
         f"batch norms have seen up to {max(counts)} batches",
@@ -438,7 +440,7 @@ def _watch_layers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | _BatchNorm | nn.Linear):
             # Copies, because a ReLU may write into what it is given.
             module.register_forward_pre_hook(
                 lambda _, given, name=name: inputs.update({name: given[0].detach().clone()})
@@ -510,8 +512,8 @@ def images_are_independent(subject: Subject) -> str:
         "a batch norm or dropout that acts in evaluation mode, or images that are mixed",
         1e-6,
     )
-    (found,) = torch.autograd.grad(logits[0].square().sum(), leaf, allow_unused=True)
-    gradient = torch.zeros_like(leaf) if found is None else found
+    logits[0].square().sum().backward()
+    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     others = gradient[1:].abs().max().item()
     expect(
         others == 0,

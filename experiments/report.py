@@ -54,6 +54,8 @@ def first_lines(history: History, settings: Settings, dense: NetworkCount) -> st
           if history.layout == "contiguous" and not history.device.startswith("mps") else []),
         *(["Graphs:    none, because the forward pass needs the host: kernels are launched one by one"]
           if history.needs_host else []),
+        *(["Branches:  the network may leave layers out of a training step, which the checks allow, since it "
+           "decides by numbers on the host"] if history.may_skip else []),
         *([f"Barriers:  no channel is followed through {', '.join(history.barriers)}"]
           if history.barriers else []),
         *("; ".join([f"Resumed:   after epoch {r.after_epoch}", *r.differences]) for r in history.resumed),

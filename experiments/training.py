@@ -10,19 +10,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from experiments.data import TestBatches, TrainBatches
 from experiments.device import in_float64
 from experiments.distributed import ALONE, Processes, sum_gradients
 from experiments.evaluator import Evaluator
-from experiments.network import needs_the_host
+from experiments.network import use_of_the_host
 from experiments.schedules import Schedule
 from experiments.settings import Settings
 from src.quantizer import NotFiniteWeightError
 from utils_quantization import PARAMETER_GROUPS, parameter_groups, quantized_layers, quantizers
 
-LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+LAYERS = (nn.Conv2d, nn.Linear, _BatchNorm)
 Penalty = Callable[[nn.Module], Tensor]  # a model's penalty, a scalar
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, seconds since the epoch began
 
@@ -121,8 +122,8 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.coefficient = torch.zeros((), device=self.device)  # of the penalty
         may_capture = self.device.type == "cuda" and processes.count == 1
-        self.needs_host = may_capture and needs_the_host(model)
-        self.captures = may_capture and not self.needs_host  # graphs, once it has warmed up
+        self.host = use_of_the_host(model)
+        self.captures = may_capture and not any(self.host)  # graphs, once it has warmed up
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
         self.left: dict[str, Tensor] = {}  # what the last epoch left, for the ledger to compare
@@ -332,7 +333,7 @@ def renew_batch_norms(
     """
     model.train()
     # A network may keep some of its batch norms in evaluation mode: their statistics are not to be renewed.
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     try:

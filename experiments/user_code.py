@@ -1,6 +1,7 @@
 """What a setting names as module:attribute: someone's own code, imported before anything else is begun."""
 
 import importlib
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -26,4 +27,5 @@ def import_named(flag: str, name: str, expected: str, accepts: Callable[[Any], b
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no reason given"])[0]
+    """What an error says, in one line of a sentence's length."""
+    return textwrap.shorten((str(error).splitlines() or ["no reason given"])[0], 200, placeholder=" ...")

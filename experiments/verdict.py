@@ -307,7 +307,8 @@ def parameters_live(history: History, parameter: str) -> Check:
     """Whether this parameter of every quantizer moved, and had a finite gradient, not 0, in every epoch."""
     words, layers = _words(parameter), history.epochs[-1].layers
     name, noun = f"{words} learn", words.split()[-1]
-    dead = sorted({f"{layer} ({why})" for r in history.epochs for layer, why in _silent(r, parameter)})
+    silent = [pair for r in history.epochs for pair in _silent(r, parameter, history.may_skip)]
+    dead = sorted({f"{layer} ({why})" for layer, why in silent})
     moved = {
         layer: abs(r.parameters[parameter] - history.start[layer].parameters[parameter])
         for layer, r in layers.items()
@@ -327,15 +328,18 @@ def parameters_live(history: History, parameter: str) -> Check:
     return judge(not dead and not still, name, measured, cause)
 
 
-def _silent(record: EpochRecord, parameter: str) -> Iterator[tuple[str, str]]:
+def _silent(record: EpochRecord, parameter: str, may_skip: bool) -> Iterator[tuple[str, str]]:
     """The layers whose quantizer got no usable gradient for this parameter: pairs (layer, what it got).
 
-    A gradient of 0 is right in a layer whose quantized weights are all zero.
+    A gradient of 0 is right in a layer whose quantized weights are all zero; none is in a layer that the last
+    step may have skipped.
     """
     for layer, numbers in record.layers.items():
         if parameter not in numbers.gradients:  # this layer's quantizer does not train the parameter
             continue
         gradient = numbers.gradients[parameter]
+        if gradient is None and may_skip:
+            continue
         if gradient is None or not math.isfinite(gradient):
             yield layer, f"gradient {gradient}"
         elif gradient == 0 and numbers.zero_weights < numbers.weights:
@@ -448,7 +452,7 @@ def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
         or len(layer.states) != layer.filters
         or layer.unstructured_macs * layer.weights != (layer.weights - layer.zero_weights) * layer.dense_macs
         or layer.structured_macs > layer.dense_macs
-        or layer.weights != sizes.get(layer.name)
+        or layer.weights != sizes.get(layer.name, layer.weights)
         or layer.zero_filters * layer.weights > layer.zero_weights * layer.filters
         or (layer.is_convolution and layer.alive_channels > layer.filters - layer.zero_filters)
     ]
@@ -470,7 +474,8 @@ def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]
     macs = count_by_torch(model.eval(), device=next(model.parameters()).device)
     # A weight that is in no layer, as those of torch's attention are, is counted under its own name.
     sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
-    sizes |= {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    sizes |= {name: w.numel() for name, w in weights.items() if isinstance(w, torch.Tensor)}
     for quantization in switched_on:
         quantization.enabled = True
     model.train(was_training)
@@ -617,7 +622,7 @@ def early_warnings(history: History, epochs: int) -> Iterator[tuple[str, str]]:
     now = records[-1]
     for parameter in trained_names(start):
         words = _words(parameter)
-        silent = [f"{layer}: {why}" for layer, why in _silent(now, parameter)]
+        silent = [f"{layer}: {why}" for layer, why in _silent(now, parameter, history.may_skip)]
         if silent:
             yield f"{parameter} gradient", f"{words} without a gradient: {_some(silent)}"
         still = [

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.device import in_float64
 from experiments.training import EpochLosses, Pipeline
@@ -97,7 +98,12 @@ class EpochWatch:
         self.parameters: dict[str, nn.Parameter] = {
             n: p for n, p in self.model.named_parameters() if p.requires_grad
         }
-        self.norms = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        # Those without running statistics count no batches and have nothing to renew.
+        self.norms = {
+            n: m
+            for n, m in self.model.named_modules()
+            if isinstance(m, _BatchNorm) and m.running_mean is not None
+        }
         self.momenta = [norm.momentum for norm in self.norms.values()]
         self.modules = [m for n, m in self.model.named_modules() if "parametrizations" not in n]
         self.quantizations = [m for m in self.model.modules() if isinstance(m, WeightQuantization)]
@@ -142,14 +148,12 @@ class EpochWatch:
         self.phase, self.ready = "test", self.state()
         if self.norms:
             last: Any = list(self.norms.values())[-1]
-            self.ready_norm = [
-                in_float64(x).clone() for x in (last.running_mean, last.running_var) if x is not None
-            ]
+            self.ready_norm = [in_float64(x).clone() for x in (last.running_mean, last.running_var)]
 
     @torch.no_grad()
     def state(self) -> State:
         device = self.step.device
-        norms: list[Any] = [norm for norm in self.norms.values() if norm.running_mean is not None]
+        norms: list[Any] = list(self.norms.values())
         variances = flat([norm.running_var for norm in norms], device)
         counts = [self.step.optimizer.state.get(p, {}).get("step") for p in self.parameters.values()]
         counted = iter(numbers([count for count in counts if count is not None]))
@@ -202,7 +206,7 @@ class EpochWatch:
     @only_looks
     def _note_norm(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.phase == "renewal":
-            var, mean = torch.var_mean(inputs[0].float(), (0, 2, 3))
+            var, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
             self.last_norm.append((mean, var))
 
 

@@ -144,7 +144,7 @@ class ChannelAccount:
     """What `trace_channels` finds out about the channels of a network."""
 
     layers: dict[str, LayerChannels]  # every convolution and linear layer that runs, in order
-    barriers: tuple[str, ...]  # operations without a rule, and the modules that they are in
+    barriers: tuple[str, ...]  # operations without a rule, with the modules that they are in
     graph: fx.Graph
     signals: dict[fx.Node, Signal]
     uses: dict[fx.Node, tuple[LayerUse, LayerChannels]]
@@ -262,10 +262,12 @@ class _Passes:
                 self.signals[node] = Signal(image, self._ones(image.shape))
             elif node.op == "output":
                 self.outputs = [self.signals[n] for n in node.all_input_nodes]
-            elif kind(node) in LAYERS and not any(self._flows(n) for n in node.all_input_nodes[1:]):
+            elif kind(node) in LAYERS and self._which_flow(node) == [node.args[0]]:
                 self.signals[node] = self._layer(node)
             else:
                 self.signals[node] = self._operation(node)
+                if kind(node) in LAYERS and not self._which_flow(node):
+                    self._is_barrier(node)  # a layer of what no image reaches: its result is a constant
 
     def backward(self) -> None:
         reached = [*self.signals.values(), *(use.entering for use in self.uses)]
@@ -283,13 +285,19 @@ class _Passes:
     def _flows(self, node: Any) -> bool:
         return self.signals[node].flow is not None
 
+    def _which_flow(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if self._flows(n)]
+
+    def _is_barrier(self, node: fx.Node) -> None:
+        self.barriers.append(f"{kind(node)} in {path(node) or 'the network'}")
+
     def _layer(self, node: Any) -> Signal:
         x, weight = self.signals[node.args[0]], self.signals[node.args[1]].constant
         bias = (
             self.signals[node.args[2]].constant if len(node.args) > 2 and node.args[2] is not None else None
         )
         # A view: its gradient is what this layer alone reads.
-        flow = 0 * self._ones(x.constant.shape) if x.flow is None else x.flow.view_as(x.flow)
+        flow = x.flow.view_as(x.flow)
         pipe = _Flags.apply(node.target(flow, (weight != 0).to(flow.dtype), None, *node.args[3:]))
         known = x.known
         if known.any():
@@ -320,12 +328,12 @@ class _Passes:
         with torch.random.fork_rng(devices=[]) if random else nullcontext():
             found = op(*args, **kwargs)
         constant: Any = tuple(found) if isinstance(found, list) else found
-        flowing = [self.signals[n] for n in node.all_input_nodes if self._flows(n)]
+        flowing = [self.signals[n] for n in self._which_flow(node)]
         if not isinstance(constant, Tensor | tuple) or not (flowing or random):
             return Signal(constant)
         flow = None if random else self._pipe(node, flowing, constant)
         if flow is None:
-            self.barriers.append(f"{kind(node)} in {path(node) or 'the network'}")
+            self._is_barrier(node)
             entering = [f for s in flowing for f in (s.flow if isinstance(s.flow, tuple) else [s.flow])]
             paths = sum(f.sum() for f in entering if f is not None)
             values: Any = constant if isinstance(constant, tuple) else (constant,)
@@ -384,7 +392,7 @@ class _Passes:
 
         def channels(numbers: Tensor) -> Tensor:
             """Those with a number, but for rounding, above 0: (C,) bool."""
-            return numbers.movedim(dim, 0).flatten(1).amax(1) > 0.5
+            return numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1).amax(1) > 0.5
 
         read, alive, inputs = (
             torch.zeros(s.constant.shape[dim], dtype=torch.bool, device=weight.device)

@@ -28,6 +28,8 @@ _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropo
 DROPOUTS = {getattr(aten, name + end) for name in _DROPOUTS for end in ("", "_")}
 # What gives each element of a tensor as it is, perhaps as another type.
 COPIES = {aten.to, aten._to_copy, aten.type_as, aten.detach, aten.alias, aten.contiguous, aten.clone}
+# Views that read the same bytes as other numbers.
+READ_ANEW = {aten.view_as_real.default, aten.view_as_complex.default}
 PADS = {aten.pad, aten.constant_pad_nd}
 # What only moves elements, next to the views, which say so themselves.
 _MOVES = """
@@ -47,10 +49,19 @@ class NetworkGraph:
     kept: tuple[Any, ...]  # what the fingerprint names by its id
 
     def layer(self, node: Any) -> str:
-        """The name of the layer that a convolution or linear operation is: that of its weight's owner."""
-        weight = node.args[1]
-        assert isinstance(weight, fx.Node)
-        return self.state[weight.name].removesuffix(".weight") if weight.name in self.state else path(node)
+        """The name of the layer that a convolution or linear operation is: that of its weight's owner.
+
+        A weight may be computed, from one that is stored or from others.
+        """
+        sources = [node.args[1]]
+        for source in sources:  # which grows
+            sources += [n for n in source.all_input_nodes if n not in sources]
+        shape = node.args[1].meta["val"].shape
+        stored = [
+            self.state[n.name] for n in sources if n.name in self.state and n.meta["val"].shape == shape
+        ]
+        owners = [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
+        return owners[0] if len(owners) == 1 else path(node) or node.name
 
     def computing_their_weights(self) -> list[str]:
         """The names of layers that compute with other weights than they store."""
@@ -95,7 +106,8 @@ def is_random(target: Any) -> bool:
 @cache
 def is_move(target: Any) -> bool:
     """Whether an operation only moves elements: each of its outputs is an element of an input, or padding."""
-    return _kind(target) in MOVES or (_returns_views(target) and _kind(target) not in COPIES)
+    views = _returns_views(target) and _kind(target) not in COPIES and target not in READ_ANEW
+    return _kind(target) in MOVES or views
 
 
 def is_norm(node: Any) -> bool:
@@ -149,6 +161,8 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot trace
                 program = _exported(plain, like, input_size)
+                if any(node.target is aten.view.dtype for node in program.graph.nodes):
+                    raise ValueError("it reads the bytes of numbers as another type, by view(dtype)")
                 if not _make_functional(program.graph):
                     program = program.run_decompositions({})
                 if _image(program).meta["val"].shape[0] == _MANY:
@@ -169,7 +183,8 @@ def _exported(
 ) -> torch.export.ExportedProgram:
     """Trace a network on any number of images, or on `_MANY` where it asks for a plain number of them."""
     # Two images, of any number: torch.export takes a number of one for the only one that there can be.
-    images, any_number = like.new_zeros(2, *input_size), ({0: torch.export.Dim.AUTO},)
+    images, any_number = like.new_zeros(2, *input_size), torch.export.ShapesCollection()
+    any_number[images] = {0: torch.export.Dim.AUTO}
     program = torch.export.export(plain, (images,), dynamic_shapes=any_number)
     number = _image(program).meta["val"].shape[0]
     if isinstance(number, int) or number.node.maybe_as_int() is not None:  # it took len(images), or the like

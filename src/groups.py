@@ -123,7 +123,8 @@ class _Walk:
         if node in self.account.uses:
             return self._layer(node, self.account.uses[node][0], value)
         if isinstance(value, Tensor) and signal.flow is None:
-            return self._none(value) if value.is_floating_point() else value.cpu()
+            labelled = value.is_floating_point() or value.is_complex()
+            return self._none(value) if labelled else value.cpu()
         inputs = [self.labels[n] for n in node.all_input_nodes]
         if not isinstance(value, Tensor | tuple):
             return value

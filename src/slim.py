@@ -225,6 +225,13 @@ class _Builder:
         self.parts[name] = module
         return self.graph.create_node("call_module", name, (x,))
 
+    def _constant(self, name: str, value: Tensor) -> fx.Node:
+        """A tensor that is stored; of complex numbers both parts, as `Module.to` casts them to real ones."""
+        self.parts[name] = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+        stored = self.graph.get_attr(name)
+        as_complex = aten.view_as_complex.default
+        return self.graph.call_function(as_complex, (stored,)) if value.is_complex() else stored
+
     def _select(self, node: Any, held: _Held, index: Tensor) -> Any:
         """The channels of a node at these places of it, with zeros where the place is -1."""
         assert held.node is not None
@@ -260,8 +267,7 @@ class _Builder:
         if signal.flow is None and node in self.held:
             return self.held[node].node
         if signal.flow is None:
-            self.parts[f"{node.name}_constant"] = signal.constant
-            return self.graph.get_attr(f"{node.name}_constant")
+            return self._constant(f"{node.name}_constant", signal.constant)
         if signal.constant.ndim < 2:
             return self.held[node].node
         held = self._settle(node)
@@ -324,7 +330,7 @@ class _Builder:
         value = self.signals[node].constant
         flowing = (n for n in node.all_input_nodes if self.signals[n].flow is not None)
         first = all(self._images_along(n) == 0 for n in (node, *flowing))
-        if first and isinstance(value, Tensor) and value.ndim > 1:
+        if first and isinstance(value, Tensor) and value.ndim > 1 and not value.is_complex():
             alive = self._alive(node)
             if not alive.any():
                 return self._holding(node, None, torch.arange(0))
@@ -459,8 +465,7 @@ class _Builder:
             if signal.flow is not None and axis == 1:
                 return self._whole(source, wanted)
             name = f"{node.name}_{source.name}"
-            self.parts[name] = signal.constant.index_select(axis, wanted)
-            return self.graph.get_attr(name)
+            return self._constant(name, signal.constant.index_select(axis, wanted))
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
         again = kind(node) is aten.relu and args[0].target == node.target

@@ -1,8 +1,12 @@
 """Networks as someone's own module would hold them, and what looks like one and is none."""
 
+import random
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Small(nn.Module):
@@ -281,6 +285,88 @@ class LeavingOut(Small):
             x = x + self.more(x)
         x = F.relu(self.left(x) + self.right(x))
         return self.head(torch.cat([x, F.leaky_relu(self.deep(x))], 1).mean((2, 3)))
+
+
+class Skipping(nn.Module):
+    """Training skips a layer by a draw of Python, one by a draw of numpy and one by a draw of torch."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, num_classes)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        draws = [random.random(), np.random.rand(), float(torch.rand(()))] if self.training else [0.0] * 3
+        for draw, conv, norm in zip(draws, self.convs, self.norms, strict=True):
+            if draw < 0.5:
+                x = x + F.relu(norm(conv(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Recomputing(nn.Module):
+    """Activations that are computed twice, an orthogonal weight, a norm without weights, a layer that takes
+    the number of its inputs from the first images, and a convolution along one dimension."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8)
+        self.conv = nn.utils.parametrizations.orthogonal(nn.Conv2d(8, 8, 3, padding=1))
+        self.lazy, self.along = nn.LazyConv2d(8, 1), nn.Conv1d(8, 8, 3)
+        self.features, self.head = nn.BatchNorm1d(8, affine=False), nn.Linear(8, num_classes)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.lazy(F.relu(self.conv(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.body, F.relu(self.stem(x)), use_reentrant=True)
+        return self.head(self.features(self.along(x.flatten(2)).mean(2)))
+
+
+class Fourier(nn.Module):
+    """Complex numbers, layers that no image enters, and weights that are computed outside a layer; any number
+    of arguments."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+        self.filter = nn.Parameter(torch.randn(8, 8, 5, 2) / 4 + 1)
+        self.code, self.prompt, self.made = nn.Parameter(torch.randn(4)), nn.Linear(4, 8), nn.Linear(4, 64)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        x = F.relu(self.stem(images[0]))
+        x = torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(self.filter))
+        x = F.relu(F.conv2d(x, torch.tanh(self.conv.weight), self.conv.bias, padding=1))
+        x = F.conv2d(x + self.prompt(self.code)[:, None, None], self.made(self.code).view(8, 8, 1, 1))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class WithoutStatistics(Small):
+    """The norm takes the statistics of its batch in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+class OldSpectral(Small):
+    """torch's former hook leaves a weight in the layer that cannot be copied in the middle of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.utils.spectral_norm(self.left)
+
+
+class Bits(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (x.contiguous().view(torch.int32) > 0))
+
+
+class Double(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep.double()
 
 
 class WritingIntoAWeight(Small):

@@ -25,10 +25,10 @@ from experiments.checkpoint import (
     describe_differences,
     last_checkpoint,
     load_checkpoint,
-    random_states,
     restore,
     save_checkpoint,
 )
+from experiments.draws import random_states
 from experiments.files import OutputError
 from experiments.finish import checkpoint_is_the_runs
 from experiments.history import Resumption

@@ -173,17 +173,47 @@ def test_one_process_alone_sums_and_broadcasts_to_itself():
     assert ALONE.broadcast("x") == "x"
 
 
+# A process alone, connected as torchrun would connect it.
+LEAVES = """
+import os
+import torch
+import torch.distributed as dist
+from experiments.distributed import Processes, join_processes, leave_processes
+join_processes()
+weight = torch.ones(1, requires_grad=True)
+weight.sum().backward()
+torch.optim.AdamW([weight]).step()
+leave_processes(Processes(0, 2))
+print({open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")})
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads in /proc")
+def test_no_thread_of_torchs_outlives_the_connection():
+    """Such a thread may end a rank by abort() when Python has ended, and torchrun then ends the others."""
+    alone = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", LEAVES],
+        env=environment() | alone,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert "gloo" not in found.stdout and found.returncode == 0 and "python" in found.stdout, found
+
+
 # Batch norms over shards, against torch's batch norm on the whole batch.
 
 Batches = list[tuple[Tensor, Tensor, tuple[int, ...]]]  # x, the gradient of y, the shards' inner boundaries
 
 
-def normalise_shards(processes: Processes, norm: nn.BatchNorm2d, batches: Batches) -> list[dict[str, Tensor]]:
+def normalise_shards(processes: Processes, norm: Any, batches: Batches) -> list[dict[str, Tensor]]:
     norm = copy.deepcopy(norm)
     if processes.count > 1:
         use_global_batch_norms(nn.Sequential(norm), processes)
     found = []
-    with exact(norm.weight.dtype):
+    with exact(batches[0][0].dtype):
         for x, g, cuts in batches:
             ends = (0, *cuts, len(x)) if processes.count > 1 else (0, len(x))
             shard = slice(ends[processes.rank], ends[processes.rank + 1])
@@ -194,21 +224,20 @@ def normalise_shards(processes: Processes, norm: nn.BatchNorm2d, batches: Batche
             found.append({
                 "y": y.detach(),
                 "dx": part.grad,
-                "dweight": norm.weight.grad.clone(),
-                "dbias": norm.bias.grad.clone(),
+                **{f"d{name}": parameter.grad.clone() for name, parameter in norm.named_parameters()},
                 **{name: value.clone() for name, value in norm.state_dict().items()},
             })  # fmt: skip
     return found
 
 
-def compare_batch_norms(team: Team, norm: nn.BatchNorm2d, batches: Batches, tolerance: float) -> None:
+def compare_batch_norms(team: Team, norm: nn.Module, batches: Batches, tolerance: float) -> None:
     answers = team.ask(normalise_shards, norm, batches)
     alone = normalise_shards(ALONE, norm, batches)
     for i, expected in enumerate(alone):
         parts = [answer[i] for answer in answers]
         found = (
             {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx")}
-            | {name: sum(part[name] for part in parts) for name in ("dweight", "dbias")}
+            | {f"d{n}": sum(part[f"d{n}"] for part in parts) for n, _ in norm.named_parameters()}
         )  # fmt: skip
         for name in norm.state_dict():
             assert all(torch.equal(part[name], parts[0][name]) for part in parts), name
@@ -254,6 +283,38 @@ def test_a_batch_norm_over_shards_of_any_size_is_torchs_own_over_the_whole_batch
     compare_batch_norms(teams[count], norm, batches, 1e-10 if dtype == torch.double else 2e-5)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("tracks", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "size"), [(nn.BatchNorm1d, ()), (nn.BatchNorm1d, (5,)), (nn.BatchNorm3d, (2, 3, 2))]
+)
+def test_a_batch_norm_of_any_dimensions_is_torchs_own(teams, count, kind, size, affine, tracks):
+    generator = torch.Generator().manual_seed(0)
+    norm = kind(3, affine=affine, track_running_stats=tracks).double()
+    x, g = torch.randn(2, 7, 3, *size, generator=generator, dtype=torch.double)
+    compare_batch_norms(teams[count], norm, [(x, g, (3, 4)[: count - 1])], 1e-10)
+
+
+class OfItsOwn(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_keeps_it():
+    model = nn.Sequential(OfItsOwn(2))
+    use_global_batch_norms(model, Processes(0, 2))
+    assert type(model[0]) is OfItsOwn
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 2, 3)])
+def test_what_a_batch_norm_does_not_take_is_refused_over_shards_too(shape):
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    use_global_batch_norms(model, Processes(0, 2))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model(torch.zeros(shape))
+
+
 def test_a_large_mean_costs_the_variance_no_digits(teams):
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 40, 3, 4, 4, generator=generator)
@@ -291,8 +352,8 @@ def test_a_network_keeps_its_keys_and_values_with_global_batch_norms_and_is_the_
 
     use_global_batch_norms(model, Processes(1, 2))
     assert list(model.state_dict()) == list(before)
-    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
-    assert kinds == {"GlobalBatchNorm"}
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "GlobalBatchNorm" in kinds and "BatchNorm2d" not in kinds
 
     use_local_batch_norms(model)
     assert [type(module) for module in model.modules()] == plain

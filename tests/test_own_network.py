@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import random
 import struct
 from collections.abc import Callable
 
+import numpy as np
 import own_networks
 import pytest
 import torch
@@ -14,8 +16,10 @@ from torch.nn import functional as F
 
 from experiments import verify
 from experiments.debug_run import main
+from experiments.distributed import Processes, use_global_batch_norms
+from experiments.draws import seed_draws
 from experiments.history import History
-from experiments.network import excluded_layers, make_network, needs_the_host
+from experiments.network import HostUse, excluded_layers, make_network, use_of_the_host
 from experiments.recount import recount
 from experiments.settings import PRESETS, Settings
 from metrics import count_network
@@ -96,6 +100,9 @@ def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_preci
         (f"{HERE}:WritingIntoAWeight", ["in training mode it raises RuntimeError", "in-place"]),
         (f"{HERE}:Detached", ["no gradient to any parameter"]),
         (f"{HERE}:Uncopied", ["copying it raises TypeError (there is only one)"]),
+        (f"{HERE}:OldSpectral", ["copying it raises RuntimeError"]),
+        (f"{HERE}:Bits", ["reads the bytes of numbers as another type"]),
+        (f"{HERE}:Double", ["deep.weight is of torch.float64", "expected torch.float32"]),
         (f"{HERE}:WithoutLayers", ["no image passes a convolution or linear layer"]),
     ],
 )
@@ -262,7 +269,10 @@ def test_a_network_that_is_random_in_training_raises_no_alarm(run):
     assert (failed, status) == ([], 0)
 
 
-ALL = ("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "Recurrent", "OddNorms")
+ALL = (
+    *("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "Recurrent", "OddNorms"),
+    *("Recomputing", "Fourier"),
+)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -272,6 +282,25 @@ def test_what_people_write_raises_no_alarm(run, tmp_path, capsys, name):
     assert (failed, status) == ([], 0)
     received = [str(tmp_path / "compressed.codeq"), "--data", "synthetic", "--limit-test", "64"]
     assert verify.main([*received, "--model", f"{HERE}:{name}"]) == 0
+
+
+def test_a_run_that_skips_layers_by_draws_resumes_exactly_and_says_that_it_may(run):
+    """The state of Python's and of numpy's draws is in the checkpoint, and all have the seed."""
+    often = ["--epochs", "3", "--batch-size", "16"]
+    random.seed(1), np.random.seed(1)
+    first, status, out = run(f"{HERE}:Skipping", *often, "--rehearse")
+    failed = [check for check in (*first.preflight, *first.verdict) if check.status == "FAIL"]
+    assert (failed, status) == ([], 0) and "Branches:  the network may leave layers out" in out
+    random.seed(2), np.random.seed(2)
+    again, _, _ = run(f"{HERE}:Skipping", *often, "--preflight", "off")
+    assert [r.loss for r in again.epochs] == [r.loss for r in first.epochs] and again.may_skip
+
+
+def test_a_norm_without_statistics_is_named_and_breaks_nothing(run):
+    history, status, _ = run(f"{HERE}:WithoutStatistics", "--epochs", "1", "--preflight", "warn")
+    failed = [check for check in history.preflight if check.status == "FAIL"]
+    assert [check.name for check in failed] == ["network: images apart"] and status == 1
+    assert "batch norm" in failed[0].message
 
 
 def test_the_noise_of_dropout_does_not_pass_for_a_network_that_cannot_learn(run):
@@ -309,33 +338,41 @@ class Shifting(Small):
         return super().forward(self.shifted(self, x))
 
 
+NOTHING, COPIES, DECIDES = HostUse(), HostUse(copies=True), HostUse(decides=True)
+
+
 @pytest.mark.parametrize(
     ("needed", "shifted"),
     [
-        (False, lambda net, x: x - net.buffer),
-        (False, lambda net, x: x * torch.tensor(0.5)),
-        (False, lambda net, x: x + torch.zeros(3, 1, 1, device=x.device)),
-        (False, lambda net, x: F.dropout(x[:, :, torch.arange(16, device=x.device)], 0.5, net.training)),
-        (True, lambda net, x: x - net.mean.to(x.device)),
-        (True, lambda net, x: x - torch.tensor([1.0, 2.0, 3.0], device=x.device).view(3, 1, 1)),
-        (True, lambda net, x: x[:, :, torch.arange(16)]),
-        (True, lambda net, x: x[:, :, [0, 1, 2]]),
-        (True, lambda net, x: x * float(x.amax())),
+        (NOTHING, lambda net, x: x - net.buffer),
+        (NOTHING, lambda net, x: x * torch.tensor(0.5)),
+        (NOTHING, lambda net, x: x + torch.zeros(3, 1, 1, device=x.device)),
+        (NOTHING, lambda net, x: F.dropout(x[:, :, torch.arange(16, device=x.device)], 0.5, net.training)),
+        (COPIES, lambda net, x: x - net.mean.to(x.device)),
+        (COPIES, lambda net, x: x - torch.tensor([1.0, 2.0, 3.0], device=x.device).view(3, 1, 1)),
+        (COPIES, lambda net, x: x[:, :, torch.arange(16)]),
+        (COPIES, lambda net, x: x[:, :, [0, 1, 2]]),
+        (DECIDES, lambda net, x: x * float(x.amax())),
+        (DECIDES, lambda net, x: x * torch.rand(())),
+        (DECIDES, lambda net, x: x * random.random()),
+        (DECIDES, lambda net, x: x * np.random.rand()),
+        (HostUse(True, True), lambda net, x: x * torch.rand(3, 1, 1).to(x.device)),
     ],
 )
 def test_what_no_graph_of_a_step_can_hold_is_known_without_a_gpu(needed, shifted):
     model = quantized(Shifting(shifted))
-    torch.manual_seed(0)
-    assert needs_the_host(model) is needed
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(drawn, torch.rand(1)) and not model.training
+    seed_draws(0)
+    assert use_of_the_host(model) == needed
+    drawn = torch.rand(1).item(), random.random(), np.random.rand()
+    seed_draws(0)
+    assert drawn == (torch.rand(1).item(), random.random(), np.random.rand()) and not model.training
 
 
 def test_the_debug_runs_own_step_needs_no_host():
     model = resnet20()
     attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
-    assert not needs_the_host(model)
+    use_global_batch_norms(model, Processes(0, 2))  # of which it asks for nothing
+    assert use_of_the_host(model) == NOTHING
 
 
 def test_the_smaller_network_makes_its_tensors_where_its_images_are():

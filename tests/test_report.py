@@ -120,6 +120,9 @@ def test_a_step_that_no_graph_holds_is_said():
     assert "Graphs" not in by_label(first_lines(history, Settings(), DENSE))
     history.needs_host = True
     assert by_label(first_lines(history, Settings(), DENSE))["Graphs"].startswith("none, because")
+    assert "Branches" not in by_label(first_lines(history, Settings(), DENSE))
+    history.may_skip = True
+    assert "may leave layers out" in by_label(first_lines(history, Settings(), DENSE))["Branches"]
 
 
 def test_each_time_that_a_run_was_resumed_is_said_with_what_was_otherwise():
