@@ -54,6 +54,8 @@ class NetworkGraph:
         A weight may be computed, from one that is stored or from others.
         """
         sources = [node.args[1]]
+        if sources[0].name in self.state:
+            return self.state[sources[0].name].removesuffix(".weight")
         for source in sources:  # which grows
             sources += [n for n in source.all_input_nodes if n not in sources]
         shape = node.args[1].meta["val"].shape

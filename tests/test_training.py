@@ -275,12 +275,13 @@ def test_leaving_the_penalty_out_where_its_coefficient_is_zero_gives_the_same_bi
 
 def test_the_quantizers_are_evaluated_once_a_step_for_forward_pass_and_penalty_together(monkeypatch):
     model = quantized()
+    step = stepper(model)
     calls: list[int] = []
     forward = DeadZoneLDZCompander.forward
     monkeypatch.setattr(
         DeadZoneLDZCompander, "forward", lambda self, w: (calls.append(id(self)), forward(self, w))[1]
     )
-    train_epoch(stepper(model), planted(2), 0, 0.01)
+    train_epoch(step, planted(2), 0, 0.01)
     assert sorted(calls) == sorted([id(q) for q in quantizers(model).values()] * 2)
 
 
