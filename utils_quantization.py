@@ -104,7 +104,12 @@ def _check(quantization: WeightQuantization, w: Tensor) -> None:
     name = type(quantizer).__name__
     if not callable(getattr(quantizer, "get_bitwidth", None)):
         raise ValueError(f"{name} has no method get_bitwidth(); expected it to give the bits of a weight")
+    before = w.clone()
     w_hat: object = quantization(w)
+    if not w.is_meta and not torch.equal(w.nan_to_num(), before.nan_to_num()):
+        raise ValueError(
+            f"{name}.forward writes into the weight that it is given; expected it to leave that alone"
+        )
     found = (tuple(w_hat.shape), w_hat.dtype) if isinstance(w_hat, Tensor) else type(w_hat).__name__
     if found != (tuple(w.shape), w.dtype):
         raise ValueError(

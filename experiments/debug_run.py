@@ -119,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             model.to(memory_format=torch.channels_last)
         if processes.count > 1:
             use_global_batch_norms(model, processes)
+        model.eval()  # as each epoch leaves it: a quantizer of one's own may take statistics in training mode
 
         dataset = processes.broadcast(load(settings, live) if processes.first else None)
         train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)

@@ -235,12 +235,21 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
 
 @torch.no_grad()
 def used_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that convolutions and linear layers compute with, by name."""
+    """The weights that convolutions and linear layers compute with in evaluation mode, by name.
+
+    In training mode someone's own quantizer may take statistics each time that it is called.
+    """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    return {
-        n: (m.parametrizations.weight() if parametrize.is_parametrized(m, "weight") else m.weight).detach()  # type: ignore[operator,union-attr]
-        for n, m in layers.items()
-    }
+    used: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if not parametrize.is_parametrized(layer, "weight"):
+            used[name] = layer.weight.detach()
+            continue
+        weight: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+        training = weight.training
+        used[name] = weight.eval()().detach()
+        weight.train(training)
+    return used
 
 
 def stored_weight(layer: nn.Module) -> Tensor:

@@ -157,7 +157,9 @@ class FileLayer:
 
     coded: bool  # whether its weights are integer codes, and not float32
     bits: int  # of a weight
-    levels: int  # different weights
+    levels: (
+        int  # different weights; of float32 those of the filter with the most, since each may have its scale
+    )
     weights: int
     zero_weights: int
     filters: int

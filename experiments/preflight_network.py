@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 import resnet
 from experiments import reference
 from experiments.device import in_float64
-from experiments.draws import kept_draws
+from experiments.draws import kept_draws, same_draws
 from experiments.expect import (
     EXACT,
     BrokenError,
@@ -238,8 +238,8 @@ def _learns(subject: Subject, name: str) -> bool:
 
 def quantizers_keep_their_word(subject: Subject) -> str:
     """Properties of any quantizer, on each layer's weights: levels, order, sign, zeros, a gradient to all."""
-    model = subject.float64_step(runs=False).model
-    computed, tested = used_weights(model.train()), used_weights(model.eval())
+    model = subject.float64_step(runs=False).model.eval()
+    tested = used_weights(model)
     for name, layer in quantized_layers(model).items():
         quantizer = subject.quantizers(model)[name]
         w = stored_weight(layer)
@@ -250,9 +250,13 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             f"{name}: shape {tuple(out.shape)}, finite: {bool(out.isfinite().all())}",
             "the quantizer breaks its input",
         )
+        expect(
+            torch.equal(quantizer(w), out),
+            f"{name}: the quantizer gives other weights each time, in evaluation mode",
+            "a random number or a counter in the quantizer, which evaluation mode does not switch off",
+        )
         bits = float(torch.as_tensor(quantizer.get_bitwidth()).detach())
-        # Rounded, because a straight-through w + (q - w).detach() leaves q's last digits to chance.
-        levels = len((out / (out.abs().max() + 1e-30)).detach().round(decimals=9).unique())
+        levels = _levels(out, subject.own_quantizers)
         cause = (
             "bit-widths are not rounded" if bits != round(bits) else "the bit-width's formula, or its sign"
         )
@@ -262,8 +266,15 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             f"{name} has {levels} different values where {bits:.0f} bits give at most {2**bits:.0f}",
             "the number of levels does not follow from the bit-width that is counted",
         )
-        order = w.flatten().argsort()
-        falls = (out.detach().flatten()[order].diff() < -1e-9 * out.abs().max()).any()
+        other = w.flip(0)
+        expect(
+            torch.equal(w, other) or not out.any() or not torch.equal(quantizer(other), out),
+            f"{name}: the quantizer gives the same for other weights",
+            "quantized weights are cached from one call to the next",
+        )
+        order = _rows(w, subject.own_quantizers).argsort(1)
+        climbs = _rows(out, subject.own_quantizers).gather(1, order).diff(dim=1)
+        falls = (climbs < -1e-9 * out.abs().max()).any()
         expect(
             not falls,
             f"{name}: a larger weight becomes a smaller one",
@@ -277,24 +288,58 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             "the quantizer's shift or rounding at zero",
         )
         g = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype).to(w.device)
-        (gradient,) = torch.autograd.grad((out * g).sum(), leaf, retain_graph=True, allow_unused=True)
-        reached = 0.0 if gradient is None else (gradient[w != 0] != 0).float().mean().item()
+        gradient = (
+            torch.autograd.grad((out * g).sum(), leaf, allow_unused=True)[0] if out.requires_grad else None
+        )
+        # Whether a weight that it prunes gets one is someone's own quantizer's choice.
+        due = out != 0 if out.any() and not subject.own_quantizers else w != 0
+        reached = 0.0 if gradient is None else (gradient[due] != 0).float().mean().item()
         expect(
             reached > REACHED or not w.any(),  # of a layer that has died, none is due
             f"{name}: a gradient reaches {100 * reached:.0f} % of the stored weights",
             "no straight-through gradient: rounding, clipping or the dead zone cuts it off",
         )
         expect(
-            bool((computed[name] == quantizer(w)).all()),
+            torch.equal(tested[name], out),
             f"{name} computes with other weights than its quantizer gives",
             "quantization is not applied in the layer",
         )
-        expect(
-            bool((computed[name] == tested[name]).all()),
-            f"{name} computes with other weights in evaluation mode than in training mode",
-            "quantization is switched off in one of the two modes, or depends on it",
-        )
+        _compare_modes(name, layer, tested[name], 2 * 2**bits, subject.own_quantizers)
     return f"{len(quantized_layers(model))} quantizers: levels, order, zeros and gradients"
+
+
+def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, own: bool) -> None:
+    """What a layer computes with in training mode, in which another quantizer may draw or take statistics."""
+    weight = copy.deepcopy(layer.parametrizations.weight).train()
+    with same_draws():
+        computed = weight()
+    weight = copy.deepcopy(layer.parametrizations.weight).train()
+    with same_draws():
+        given = weight[0].quantizer(stored_weight(layer))
+    expect(
+        torch.equal(computed, given),
+        f"{name} computes with other weights than its quantizer gives, in training mode",
+        "quantization is not applied in the layer",
+    )
+    quantized = torch.equal(computed, tested) if own else _levels(computed, own) <= most
+    expect(
+        quantized,
+        f"{name} computes with other weights in evaluation mode than in training mode",
+        "quantization is switched off in one of the two modes, or depends on it",
+    )
+
+
+def _levels(w: Tensor, own: bool) -> int:
+    """The number of different values, of a row the most. A straight-through w + (q - w).detach() leaves
+    q's last digits to chance, so that such values count as one."""
+    rows = _rows(w, own)
+    apart = rows.sort(1).values.diff(dim=1) > 1e-9 * rows.abs().amax(1, keepdim=True)
+    return int(apart.sum(1).max()) + 1
+
+
+def _rows(w: Tensor, own: bool) -> Tensor:
+    """The weight as one row, or its filters as rows, as another quantizer may have a scale for each."""
+    return w.detach().flatten()[None] if own else w.detach().flatten(1)
 
 
 def quantizers_follow_the_formula(subject: Subject) -> str:
@@ -388,21 +433,25 @@ def network_is_the_reference(subject: Subject) -> str:
     model: Any = subject.float64_step().model
     images, _ = subject.probe
     worst = 0.0
-    first = model.train()(images)
+    with parametrize.cached():  # another quantizer may draw in training mode
+        first = model.train()(images)
+        repeats = all(torch.equal(model(images), first) for _ in range(REPEATS))
     expect(
-        all(torch.equal(model(images), first) for _ in range(REPEATS)),
+        repeats,
         f"the same images give other logits in one of {REPEATS} more passes in training mode",
         "something random in the forward pass (dropout, stochastic depth, noise)",
     )
     model = subject.float64_step().model
     for training in (True, False):
         model.train(training)
-        weights = used_weights(model)
-        leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
         values = {n: v.detach().clone() for n, v in model.state_dict().items()}
-        plain = reference.Network(values, leaves, subject.blocks, training)
         inputs, outputs = _watch_layers(model)
-        wanted, found = plain(images), model(images)
+        with parametrize.cached():
+            found = model(images)
+            layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+            leaves = {n: layer.weight.detach().clone().requires_grad_() for n, layer in layers.items()}
+        plain = reference.Network(values, leaves, subject.blocks, training)
+        wanted = plain(images)
         mode = "training" if training else "evaluation"
         for name in plain.outputs:
             for found_there, wanted_there, what, cause in (

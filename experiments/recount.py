@@ -176,12 +176,18 @@ def _macs(weights: dict[str, Array], left: dict[str, tuple[int, int]]) -> dict[s
     return macs
 
 
+def _values(row: Array) -> int:
+    """The number of different values in a row, but for rounding."""
+    apart = np.diff(np.sort(row)) > 1e-6 * np.abs(row).max(initial=0)
+    return int(apart.sum()) + 1
+
+
 def _layer(w: Array, bits: int | None, structured: int | None, unstructured: int | None) -> FileLayer:
     zeros = int(w.size - np.count_nonzero(w))
     return FileLayer(
         coded=bits is not None,
         bits=FULL_PRECISION if bits is None else bits,
-        levels=len(np.unique(w)),
+        levels=len(np.unique(w)) if bits is not None else max(map(_values, w.reshape(len(w), -1)), default=0),
         weights=int(w.size),
         zero_weights=zeros,
         filters=len(w),

@@ -14,7 +14,7 @@ from torch import nn
 
 from experiments.history import Check, CompressedRecord, EpochRecord, History, LayerStart, Retest
 from experiments.network import SIZE
-from experiments.settings import FOLDERS
+from experiments.settings import FOLDERS, Settings
 from metrics import NetworkCount, count_by_torch, of_layers
 from src.encoding import PackingError
 from src.graph import trace_network
@@ -569,7 +569,7 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
 def _own_quantizers(history: History) -> bool:
     """Whether the quantizers are CoDeQ's own. These have 2^b - 1 levels, as many below zero as above; another
     quantizer of b bits may use all 2^b."""
-    return set(history.parameter_groups) <= LOGITS.keys()
+    return history.settings["quantizer"] == Settings.quantizer
 
 
 def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> list[Check]:

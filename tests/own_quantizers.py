@@ -1,4 +1,6 @@
-"""Quantizers such as a researcher might bring: LSQ, and two that have no more than they must."""
+"""Quantizers such as a researcher might bring: LSQ, others that work, and what is none or a broken one."""
+
+import random
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +60,99 @@ class PerFilter(Ternary):
 
     def forward(self, w: Tensor) -> Tensor:
         return super().forward(w) * self.factor.mean()
+
+
+class Drawing(nn.Module):
+    """In training mode it rounds up or down at random, and takes the moving average of each filter's largest
+    weight, which is the filter's scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", None)
+
+    def get_bitwidth(self) -> int:
+        return 4
+
+    def forward(self, w: Tensor) -> Tensor:
+        now = w.detach().abs().flatten(1).amax(1)
+        if self.largest is None:
+            self.largest = now
+        if self.training:
+            self.largest = 0.9 * self.largest + 0.1 * now
+        s = self.largest.clamp_min(1e-8).view(-1, *[1] * (w.ndim - 1)) / 7
+        drawn = random.random() - 0.5 if self.training else 0.0
+        q = (w / s + drawn).round().clamp(-7, 7)
+        return w + (q * s - w).detach()
+
+
+class OneBit(nn.Module):
+    """Of each weight the sign, and no more."""
+
+    def get_bitwidth(self) -> int:
+        return 1
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w + (w.sign() * w.abs().mean() - w).detach()
+
+
+class AllSixteen(Ternary):
+    """All levels that four bits have, the lowest with no counterpart above zero."""
+
+    def get_bitwidth(self) -> int:
+        return 4
+
+    def forward(self, w: Tensor) -> Tensor:
+        s = w.detach().abs().max() / 8
+        return w + ((w / s).round().clamp(-8, 7) * s - w).detach()
+
+
+class Pruning(Ternary):
+    """Weights below the median are zero, and get no gradient; the others stay as they are."""
+
+    def get_bitwidth(self) -> int:
+        return 32
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w * (w.abs() > w.detach().abs().median())
+
+
+class WithoutGradient(Ternary):
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward(w).detach()
+
+
+class Writing(Ternary):
+    def forward(self, w: Tensor) -> Tensor:
+        w.data.mul_(0.999)
+        return super().forward(w)
+
+
+class Caching(Ternary):
+    held: Tensor | None = None
+
+    def forward(self, w: Tensor) -> Tensor:
+        self.held = super().forward(w).detach() if self.held is None else self.held
+        return w + (self.held - w).detach()
+
+
+class Counting(Ternary):
+    calls = 0
+
+    def forward(self, w: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(w) * (1 + self.calls % 7)
+
+
+class InEvaluation(Ternary):
+    """Training goes on with the stored weights."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w if self.training else super().forward(w)
+
+
+class ManyLevels(Ternary):
+    def forward(self, w: Tensor) -> Tensor:
+        return w + ((100 * w).round() / 100 - w).detach()
 
 
 class WithoutBits(nn.Module):

@@ -128,6 +128,7 @@ def test_a_class_gets_only_the_arguments_that_it_takes():
         (["--quantizer", f"{HERE}:UnknownParameter"], ["'scale'", "factor"]),
         (["--quantizer", f"{HERE}:NeedsAnArgument"], ["TypeError", "levels"]),
         (["--quantizer", f"{HERE}:DividesByZero"], ["ZeroDivisionError"]),
+        (["--quantizer", f"{HERE}:Writing"], ["Writing.forward writes into the weight"]),
         (["--quantizer", f"{HERE}:OtherCodes"], ["other weights"]),
         (["--quantizer", f"{HERE}:TooLargeCodes"], ["-2 to 1", "2 bits"]),
         (["--quantizer", f"{HERE}:StepOfEachFilter"], ["16 step sizes"]),
@@ -155,6 +156,34 @@ def test_what_cannot_be_a_quantizer_is_refused_in_one_sentence_before_the_data(
 
 
 # Runs.
+
+
+@pytest.mark.parametrize("name", ["Drawing", "OneBit", "AllSixteen", "Pruning"])
+@pytest.mark.parametrize("penalty_on", ["stored", "quantized"])
+def test_what_people_write_raises_no_alarm_and_resumes_exactly(tmp_path, name, penalty_on):
+    flags = ["--quantizer", f"{HERE}:{name}", "--penalty-on", penalty_on, "--epochs", "3", "--rehearse"]
+    flags += ["--preflight", "stop", "--sparsity-delay", "0", "--sparsity-ramp", "1"]
+    flags += ["--model", "resnet20" if name == "Drawing" else "own_networks:Small"]
+    history, status = short_run(tmp_path, *flags)
+    failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]
+    assert (failed, status) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("WithoutGradient", ["reaches 0 % of the stored weights"]),
+        ("Caching", ["the same for other weights", "cached"]),
+        ("Counting", ["other weights each time", "a counter"]),
+        ("InEvaluation", ["in evaluation mode than in training mode"]),
+        ("ManyLevels", ["different values where 2 bits give at most 4"]),
+    ],
+)
+def test_a_broken_one_is_named_before_the_first_epoch(tmp_path, capsys, name, words):
+    flags = ["--quantizer", f"{HERE}:{name}", "--model", "own_networks:Small", "--preflight", "only"]
+    assert main([*SHORT, "--output-dir", str(tmp_path), *flags]) == 1
+    _, _, first = " ".join(capsys.readouterr().out.split()).partition("FAIL ")
+    assert first.startswith("quantizer: properties") and all(word in first for word in words), first
 
 
 def test_lsq_runs_to_its_packed_file_and_its_step_sizes_are_judged(tmp_path, capsys):
