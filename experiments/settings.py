@@ -36,7 +36,7 @@ class Settings:
     preset: str = _setting("debug", "where the other settings start from", ("debug", "smoke", "plan"))
     epochs: int = _setting(20, "passes over the training set")
     batch_size: int = _setting(512, "images a training step")
-    seed: int = _setting(0, "of the weights, the order of the images, and the augmentation")
+    seed: int = _setting(0, "of weights, order and augmentation of the images, and a network's own draws")
     device: str = _setting("auto", "auto: CUDA, else MPS, else the CPU", DEVICES)
     threads: int | None = _setting(None, "CPU threads; without it, one a core that this process may use")
     precision: str = _setting(
