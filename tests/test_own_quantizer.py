@@ -158,8 +158,13 @@ def test_what_cannot_be_a_quantizer_is_refused_in_one_sentence_before_the_data(
 # Runs.
 
 
-@pytest.mark.parametrize("name", ["Drawing", "OneBit", "AllSixteen", "Pruning"])
-@pytest.mark.parametrize("penalty_on", ["stored", "quantized"])
+@pytest.mark.parametrize(
+    ("name", "penalty_on"),
+    [
+        *(("Drawing", "stored"), ("Drawing", "quantized")),
+        *(("OneBit", "stored"), ("AllSixteen", "quantized"), ("Pruning", "stored")),
+    ],
+)
 def test_what_people_write_raises_no_alarm_and_resumes_exactly(tmp_path, name, penalty_on):
     flags = ["--quantizer", f"{HERE}:{name}", "--penalty-on", penalty_on, "--epochs", "3", "--rehearse"]
     flags += ["--preflight", "stop", "--sparsity-delay", "0", "--sparsity-ramp", "1"]
