@@ -332,14 +332,29 @@ class Fourier(nn.Module):
         super().__init__()
         self.stem, self.conv, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
         self.filter = nn.Parameter(torch.randn(8, 8, 5, 2) / 4 + 1)
+        self.shift = nn.Parameter(torch.randn(8, 1, 1, 2))
+        self.filter.data[0] = 0  # of channel 0 the shift is left
         self.code, self.prompt, self.made = nn.Parameter(torch.randn(4)), nn.Linear(4, 8), nn.Linear(4, 64)
 
     def forward(self, *images: Tensor) -> Tensor:
         x = F.relu(self.stem(images[0]))
-        x = torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(self.filter))
+        waves = torch.fft.rfft2(x) * torch.view_as_complex(self.filter) + torch.view_as_complex(self.shift)
+        x = torch.fft.irfft2(waves) + torch.view_as_real(waves)[..., 0].mean(3, keepdim=True)
         x = F.relu(F.conv2d(x, torch.tanh(self.conv.weight), self.conv.bias, padding=1))
         x = F.conv2d(x + self.prompt(self.code)[:, None, None], self.made(self.code).view(8, 8, 1, 1))
         return self.head(F.relu(x).mean((2, 3)))
+
+
+class Prompted(Small):
+    """A layer that no image enters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.prompt = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x))) + self.prompt(self.code).mean(0)[:, None, None]
+        return self.head(torch.cat([self.left(x) + self.right(x), self.deep(x)], 1).mean((2, 3)))
 
 
 class WithoutStatistics(Small):

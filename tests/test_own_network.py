@@ -375,6 +375,15 @@ def test_the_debug_runs_own_step_needs_no_host():
     assert use_of_the_host(model) == NOTHING
 
 
+def test_a_layer_that_no_image_enters_is_a_constant_and_is_named():
+    model = quantized(own_networks.Prompted())
+    count = count_network(model)
+    assert count.barriers == ("aten.linear in prompt",)
+    assert "prompt" not in [layer.name for layer in count.layers]
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(slim_network(model)(images), model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_the_smaller_network_makes_its_tensors_where_its_images_are():
     small = slim_network(quantized(own_networks.Recurrent())).to("meta")
     assert small(torch.zeros(3, 3, 32, 32, device="meta")).shape == (3, 10)
