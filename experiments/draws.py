@@ -43,6 +43,15 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
 
 
+def drawn_since(states: dict[str, Any]) -> bool:
+    """Whether any generator has moved on from these states."""
+
+    def moved(now: Any, then: Any) -> bool:
+        return not torch.equal(now, then) if isinstance(then, torch.Tensor) else now != then
+
+    return any(moved(state, states[name]) for name, state in random_states().items())
+
+
 @contextlib.contextmanager
 def kept_draws() -> Iterator[None]:
     """Let what is done within this context take no draw from those that come after it."""

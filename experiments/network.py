@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import resnet
 from experiments.distributed import use_local_batch_norms
-from experiments.draws import kept_draws, random_states
+from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.settings import Settings
 from experiments.user_code import first_line, import_named
 from metrics import NetworkCount
@@ -167,11 +167,7 @@ def use_of_the_host(model: nn.Module) -> HostUse:
                 twin(torch.zeros(TRIED, device=meta))
             except Exception:  # someone's own code may raise anything
                 decides = True
-        after = random_states()
-    drawn = not torch.equal(before.pop("cpu"), after.pop("cpu")) or any(
-        before[own] != after[own] for own in ("numpy", "python")
-    )
-    return HostUse(copies.seen, decides or drawn)
+        return HostUse(copies.seen, decides or drawn_since(before))
 
 
 def _takes(build: object, argument: str) -> bool:

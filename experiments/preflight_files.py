@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from experiments import report
 from experiments.checkpoint import checkpoint_path, load_checkpoint, resume, save_checkpoint, take_checkpoint
 from experiments.distributed import ALONE, use_local_batch_norms
-from experiments.draws import same_draws
+from experiments.draws import drawn_since, random_states, same_draws
 from experiments.evaluator import Compression
 from experiments.expect import (
     NotApplicableError,
@@ -312,17 +312,18 @@ def ranks_agree(subject: Subject) -> str:
     gradients: list[Tensor] = []
     for copy in (step, alone):
         copy.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_gradients(optimizer)))
-    with same_draws():
-        together = step(images.double(), labels, coefficient, size)
+    states = random_states()
+    together = step(images.double(), labels, coefficient, size)
     numbers = torch.cat([p.detach().flatten() for p in step.model.parameters()])
     total = processes.sum(numbers.clone()) / processes.count
     cause = "gradients are not summed over the ranks, or ranks began with other weights"
     expect_close(numbers, total, "this rank's parameters, against the mean of all ranks',", cause, 1e-12)
+    if drawn_since(states):
+        raise NotApplicableError("the ranks stay equal, but each draws its own numbers, as for dropout")
     whole_images, whole_labels = _gathered(subject, images.double(), labels, size)
     use_local_batch_norms(alone.model)
     alone.processes = ALONE
-    with same_draws():
-        single = alone(whole_images, whole_labels, coefficient, size)
+    single = alone(whole_images, whole_labels, coefficient, size)
     cause = "shards, loss or batch norms are not those of the whole batch"
     expect_close(
         together.double(), single.double(), "the loss of all ranks, against one rank's,", cause, 1e-5

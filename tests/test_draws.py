@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.draws import kept_draws, random_states, same_draws, seed_draws, set_random_states
+from experiments.draws import (
+    drawn_since,
+    kept_draws,
+    random_states,
+    same_draws,
+    seed_draws,
+    set_random_states,
+)
 
 
 def draw() -> tuple[float, ...]:
@@ -23,6 +30,14 @@ def test_a_seed_is_every_generators(seed):
     assert draw() == first
     seed_draws(seed - 1 if seed else 1)
     assert not set(draw()) & set(first)
+
+
+@pytest.mark.parametrize("one", [lambda: torch.rand(1), np.random.rand, random.random])
+def test_one_draw_of_any_generator_is_noticed(one):
+    states = random_states()
+    assert not drawn_since(states)
+    one()
+    assert drawn_since(states)
 
 
 def test_states_bring_back_what_came_after_them():
