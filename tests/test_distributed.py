@@ -682,13 +682,6 @@ def resume_by_two_and_terminate(base: Path, alone: Future[LaunchedRun]) -> Launc
     return run.end()
 
 
-def check_dropout_by_two(base: Path) -> LaunchedRun:
-    (base / "dropout").mkdir()
-    shutil.copy(Path(__file__).parent / "own_networks.py", base / "dropout")
-    network = ["--model", "own_networks:WithDropout", "--preflight", "only"]
-    return LaunchedRun(base / "dropout", 2, *SMALL, "--epochs", "2", *network).end()
-
-
 def refuse(base: Path, name: str) -> LaunchedRun:
     return LaunchedRun(base / name, 2, *REFUSED[name][0]).end()
 
@@ -715,7 +708,6 @@ def runs(tmp_path_factory) -> Iterator[dict[str, Future[Any]]]:
             "two": pool.submit(train_by_two, base),
             "resumed": pool.submit(resume_by_two_and_terminate, base, alone),
             "killed": pool.submit(kill_one_and_resume_by_one, base),
-            "dropout": pool.submit(check_dropout_by_two, base),
             **{name: pool.submit(refuse, base, name) for name in REFUSED},
         }
         pool.shutdown(wait=False, cancel_futures=True)
@@ -817,11 +809,6 @@ def test_sigterm_to_the_launcher_still_writes_the_finished_epochs_files(runs):
     assert [record["epoch"] for record in run.history["epochs"]] == [1, 2]
     assert run.files == sorted([*STOPPED_FILES, "checkpoint_0001.pt", "checkpoint_0002.pt"])
     assert_none_left(run)
-
-
-def test_the_ranks_checks_hold_for_a_network_that_is_random_in_training(runs):
-    run = runs["dropout"].result()
-    assert "FAIL" not in run.out and "SKIP  ranks: the ranks stay equal" in run.out and run.status == 0
 
 
 @pytest.mark.parametrize("name", ["setting", "batch"])

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from experiments import debug_run
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from experiments.expect import BrokenError, expect_close
+from experiments.distributed import Processes
+from experiments.expect import BrokenError, NotApplicableError, expect_close
 from experiments.history import Check, History
 from experiments.preflight import CHECKS, preflight
+from experiments.preflight_files import ranks_agree
 from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, STATES, small_history
 from experiments.preflight_settings import read_flags
 from experiments.schedules import linear_warmup
@@ -101,6 +103,25 @@ def test_no_check_fails_on_a_run_that_resumes_with_moments_and_a_dead_layer(monk
     checks, status = checks_of(monkeypatch, tmp_path, *again)
     assert failed(checks) == [] and status == 0
     assert {n for n, c in checks.items() if "waits for" in c.message} == set()
+
+
+class Both(Processes):
+    """Two ranks that hold the same."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(2)
+
+
+def test_ranks_that_draw_their_own_numbers_are_not_held_against_one(monkeypatch, tmp_path):
+    def of_ranks(subject, progress=None):
+        subject.step.processes = Both(0, 2)
+        with pytest.raises(NotApplicableError, match="each draws its own numbers"):
+            ranks_agree(subject)
+        return []
+
+    monkeypatch.setattr(debug_run, "preflight", of_ranks)
+    network = ["--model", "own_networks:WithDropout", "--preflight", "only"]
+    assert debug_run.main([*SHORT, "--output-dir", str(tmp_path), *network]) == 0
 
 
 def test_what_is_not_this_projects_own_is_skipped_with_the_reason(monkeypatch, tmp_path):
