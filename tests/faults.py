@@ -961,7 +961,7 @@ FAULTS = [
 # One of every area, for `make test`.
 FAST = (
     "the two sparsities are exchanged",
-    "a preset wins over the flags",
+    "settings are rounded to two decimals where they are kept",
     "training labels are shifted by one image",
     "no ReLU after the sum",
     "no straight-through gradient",

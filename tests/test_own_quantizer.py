@@ -166,7 +166,7 @@ def test_what_cannot_be_a_quantizer_is_refused_in_one_sentence_before_the_data(
     ],
 )
 def test_what_people_write_raises_no_alarm_and_resumes_exactly(tmp_path, name, penalty_on):
-    flags = ["--quantizer", f"{HERE}:{name}", "--penalty-on", penalty_on, "--epochs", "3", "--rehearse"]
+    flags = ["--quantizer", f"{HERE}:{name}", "--penalty-on", penalty_on, "--epochs", "2", "--rehearse"]
     flags += ["--preflight", "stop", "--sparsity-delay", "0", "--sparsity-ramp", "1"]
     flags += [] if (name, penalty_on) == ("Drawing", "quantized") else ["--model", "own_networks:Small"]
     history, status = short_run(tmp_path, *flags)
