@@ -202,10 +202,10 @@ def count_by_torch(
     Returns: the counts by module name; "" is the whole network.
     """
     like = next(network.parameters(), torch.empty(0))
-    parametrized = [m for m in network.modules() if parametrize.is_parametrized(m)]
     with parametrize.cached():  # what makes a weight, an orthogonal one say, is not part of a forward pass
-        for module, name in ((m, name) for m in parametrized for name in m.parametrizations):  # type: ignore[union-attr]
-            getattr(module, name)
+        for module in filter(parametrize.is_parametrized, network.modules()):
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                getattr(module, name)
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, *input_size, device=device, dtype=like.dtype))
     # The counter's keys are "Global", the name of the network's class, and "Class.module.name" for a module.

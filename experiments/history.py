@@ -157,9 +157,7 @@ class FileLayer:
 
     coded: bool  # whether its weights are integer codes, and not float32
     bits: int  # of a weight
-    levels: (
-        int  # different weights; of float32 those of the filter with the most, since each may have its scale
-    )
+    levels: int  # different weights; of float32 the most in a filter, as each may have its scale
     weights: int
     zero_weights: int
     filters: int

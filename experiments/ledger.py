@@ -21,7 +21,7 @@ from experiments import reference
 from experiments.data import TestBatches, TrainBatches
 from experiments.device import in_float64
 from experiments.history import Check, EpochRecord
-from experiments.settings import MACS, STORED
+from experiments.settings import MACS, STORED, Settings
 from experiments.watch import EpochWatch, Pass, State, numbers
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
@@ -68,9 +68,6 @@ class Ledger:
         self.places = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         self.rates = [[float(rate) for rate in step] for step in self.batches.rates]  # step, group
         self.ours, self.may_skip = type(self.model) is ResNet, self.step.host.decides
-        self.own_quantizers = all(
-            type(quantizer) is DeadZoneLDZCompander for quantizer in quantizers(self.model).values()
-        )
         self.our_batches = type(self.pipeline.train_batches) is TrainBatches
         # Two checks hold rates and coefficient against the settings. The others take those that were used, so
         # that one fault is not said twice, under two names.
@@ -337,7 +334,7 @@ class Ledger:
                          "not this project's")  # fmt: skip
         last = self._lasso(self.weights, self.end)
         # In training mode another quantizer may give other weights than in evaluation mode.
-        if c and (self.settings.penalty_on == STORED or self.own_quantizers):
+        if c and (self.settings.penalty_on == STORED or self.settings.quantizer == Settings.quantizer):
             first = self._lasso(self.weights_before, self.before)
             said = self.losses.steps[0][2]
             wrong.unless(

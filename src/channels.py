@@ -144,7 +144,7 @@ class ChannelAccount:
     """What `trace_channels` finds out about the channels of a network."""
 
     layers: dict[str, LayerChannels]  # every convolution and linear layer that runs, in order
-    barriers: tuple[str, ...]  # operations without a rule, with the modules that they are in
+    barriers: tuple[str, ...]  # operations without a rule, and the modules that they are in
     graph: fx.Graph
     signals: dict[fx.Node, Signal]
     uses: dict[fx.Node, tuple[LayerUse, LayerChannels]]

@@ -17,7 +17,7 @@ from experiments.evaluator import Evaluator
 from experiments.history import Check, EpochRecord
 from experiments.ledger import FAIL, PASS, SKIP, adamw_reach
 from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
-from experiments.settings import Settings
+from experiments.settings import QUANTIZED, STORED, Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
 from experiments.watch import EpochWatch
@@ -205,10 +205,11 @@ def test_a_coefficient_that_leaves_zero_in_another_epoch_is_named():
     assert_only(checks, "penalty coefficient", "expected 0.0014", "used 0")
 
 
-def test_a_penalty_that_is_not_added_is_named(monkeypatch):
+@pytest.mark.parametrize("penalty_on", [STORED, QUANTIZED])
+def test_a_penalty_that_is_not_added_is_named(monkeypatch, penalty_on):
     run = TrainingStep._run
     monkeypatch.setattr(TrainingStep, "_run", lambda self, x, y, penalised, *a: run(self, x, y, False, *a))
-    checks = found(pipeline())
+    checks = found(pipeline(dataclasses.replace(SETTINGS, penalty_on=penalty_on)))
     assert "loss and penalty" in failures(checks)
     assert "the first step's penalty is 0" in checks["loss and penalty"].message
 

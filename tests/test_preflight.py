@@ -13,6 +13,7 @@ import torch
 from own_quantizers import LSQ
 from runs import good_run
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from experiments import debug_run
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
@@ -20,12 +21,14 @@ from experiments.distributed import Processes
 from experiments.expect import BrokenError, NotApplicableError, expect_close
 from experiments.history import Check, History
 from experiments.preflight import CHECKS, preflight
+from experiments.preflight_epoch import _is_stale
 from experiments.preflight_files import ranks_agree
 from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, STATES, small_history
 from experiments.preflight_settings import read_flags
 from experiments.schedules import linear_warmup
 from experiments.settings import Settings, parse_settings
 from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers
 
 pytestmark = pytest.mark.usefixtures("small_stand_in", "quick_end")
 
@@ -103,6 +106,17 @@ def test_no_check_fails_on_a_run_that_resumes_with_moments_and_a_dead_layer(monk
     checks, status = checks_of(monkeypatch, tmp_path, *again)
     assert failed(checks) == [] and status == 0
     assert {n for n, c in checks.items() if "waits for" in c.message} == set()
+
+
+def test_weights_that_are_held_over_a_step_are_stale():
+    layer = torch.nn.Conv2d(8, 8, 3)
+    attach_weight_quantizers(torch.nn.Sequential(layer), [], DeadZoneLDZCompander, {})
+    with torch.no_grad(), parametrize.cached():
+        assert layer.weight.any() and not _is_stale(layer)
+        layer.parametrizations.weight.original.mul_(1 + 1e-7)  # as statistics move that have settled
+        assert not _is_stale(layer)
+        layer.parametrizations.weight.original.mul_(1.01)
+        assert _is_stale(layer)
 
 
 class Both(Processes):
