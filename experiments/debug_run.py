@@ -60,6 +60,7 @@ from experiments.expect import MOST_PARAMETERS, Subject
 from experiments.files import OutputError, archive_files, lock_folder, write_whole
 from experiments.finish import write_report
 from experiments.history import (
+    Check,
     EpochRecord,
     History,
     epoch_record,
@@ -238,11 +239,15 @@ def passes_preflight(subject: Subject, settings: Settings, live: LiveLine) -> bo
     if settings.preflight == "off":
         live.say("Preflight: off, nothing was checked before the first epoch")
         return True
+
+    def tell(check: Check) -> None:
+        if check.status == FAIL or settings.preflight == "only":
+            live.say("\n".join(report.check_lines(check)))
+
     began = time.perf_counter()
-    subject.history.preflight = preflight(subject, live.progress)
-    seconds = time.perf_counter() - began
-    live.say(report.preflight_lines(subject.history.preflight, seconds, whole=settings.preflight == "only"))
-    return settings.preflight == "warn" or all(check.status != FAIL for check in subject.history.preflight)
+    checks = subject.history.preflight = preflight(subject, live.progress, tell)
+    live.say(report.preflight_line(checks, time.perf_counter() - began))
+    return settings.preflight == "warn" or all(check.status != FAIL for check in checks)
 
 
 def begin(settings: Settings, processes: Processes, live: LiveLine) -> None:

@@ -57,13 +57,15 @@ def write_report(
     if settings.rehearse and history.compressed:
         live.say("\n--- The Packed File, as experiments.verify Sees It ---")
         history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))
-    from experiments.plots import figures, rendered, save_figure  # matplotlib takes half a second to import
+    from experiments.plots import figures, rendered  # matplotlib takes half a second to import
 
     live.progress("drawing the pictures")
     drawn = figures(history, report.picture_title(history, settings))
-    pictures = [(settings.output_dir / n).with_suffix(f".{settings.figure_format}") for n in drawn]
-    for picture, figure in zip(pictures, drawn.values(), strict=True):
-        keep(errors, save_figure, figure, picture)
+    shown = {name: rendered(figure) for name, figure in drawn.items()}
+    kind = settings.figure_format
+    pictures = [(settings.output_dir / name).with_suffix(f".{kind}") for name in drawn]
+    for picture, (name, figure) in zip(pictures, drawn.items(), strict=True):
+        keep(errors, write_whole, picture, shown[name] if kind == "png" else rendered(figure, kind))
     history.verdict = [
         *verdict(history, compression.count, model, pictures, compressed),
         *([] if history.stopped else [checkpoint_is_the_runs(settings.output_dir, history, model)]),
@@ -73,7 +75,6 @@ def write_report(
     checks = [*history.verdict, history_is_kept(path, history)]
     colour = live.on_terminal and "NO_COLOR" not in os.environ
     page, table = settings.output_dir / report.PAGE, settings.output_dir / report.CSV
-    shown = {name: rendered(figure) for name, figure in drawn.items()}
     keep(
         errors,
         write_whole,

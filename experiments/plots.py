@@ -6,7 +6,6 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
@@ -16,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from experiments.files import write_whole
 from experiments.history import History
 from experiments.report import PICTURES
 from metrics import NetworkCount
@@ -54,14 +52,6 @@ def figures(history: History, title: str) -> dict[str, Figure]:
         channels_over_time_figure(history, f"Channels alive: {title}"),
     )
     return dict(zip(PICTURES, drawn, strict=True))
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure atomically, as a PNG or PDF file, as its name says.
-
-    Raises: OutputError naming the file if it cannot be written.
-    """
-    write_whole(path, rendered(figure, path.suffix.removeprefix(".")))
 
 
 def rendered(figure: Figure, kind: str = "png") -> bytes:

@@ -85,11 +85,16 @@ CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
 )
 
 
-def preflight(subject: Subject, progress: Callable[[str], None] | None = None) -> list[Check]:
+def preflight(
+    subject: Subject,
+    progress: Callable[[str], None] | None = None,
+    tell: Callable[[Check], None] | None = None,
+) -> list[Check]:
     """Every check of the run, in an order in which the first that fails is nearest to the cause.
 
-    `progress` gets the name of each check before it is made. Model, optimizer and random states are left as
-    they were. Every rank takes part, and they all find the same.
+    `progress` gets the name of each check before it is made, and `tell` what it found as soon as that is
+    known: the checks of a large network take minutes. Model, optimizer and random states are left as they
+    were. Every rank takes part, and they all find the same.
     """
     found = dict[str, Check]()
     # Its tensors are small. Several threads gain little there, and on a busy machine they wait for each other
@@ -103,6 +108,8 @@ def preflight(subject: Subject, progress: Callable[[str], None] | None = None) -
             broken = [need for need in needs if found[need].status != PASS and not _harmless(found[need])]
             waits = Check(SKIP, name, f"waits for '{broken[0]}'") if broken else None
             found[name] = _of_all_ranks(waits or _outcome(name, check, subject), subject)
+            if tell:
+                tell(found[name])
     torch.set_num_threads(threads)
     return list(found.values())
 

@@ -99,18 +99,16 @@ def _left_out(dense: NetworkCount, full_precision: Sequence[str]) -> list[str]:
     ]
 
 
-def preflight_lines(checks: Sequence[Check], seconds: float, whole: bool = False) -> str:
-    """What the preflight found: a line where all holds, else what fails; with `whole` a line a check."""
+def preflight_line(checks: Sequence[Check], seconds: float) -> str:
+    """How many checks of the preflight hold or fail, and which were skipped."""
     failed, skipped = ([c for c in checks if c.status == status] for status in ("FAIL", "SKIP"))
-    lines = [line for c in checks if whole or c.status == "FAIL" for line in check_lines(c)]
     left_out = f" (skipped: {', '.join(c.name for c in skipped)})" if skipped else ""
     said = (
         f"{len(failed)} of {len(checks)} checks FAIL"
         if failed
         else f"{len(checks) - len(skipped)} checks hold"
     )
-    lines += _wrapped(f"Preflight: {said}, {seconds:.0f} s{left_out}", 80, 11)
-    return "\n".join(lines)
+    return "\n".join(_wrapped(f"Preflight: {said}, {seconds:.0f} s{left_out}", 80, 11))
 
 
 def table_header(data: DataRecord) -> str:

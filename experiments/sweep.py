@@ -309,7 +309,7 @@ def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder
         f"{network_name(common.model)} on {', '.join(sorted(data)) or 'nothing yet'}, {common.epochs} epochs"
     )
     title = f"Accuracy over BOPs: {what}\npreset {common.described(but=AXES)}"
-    plots.save_figure(plots.trade_off_figure(series, full, title), folder / PICTURE)
+    write_whole(folder / PICTURE, plots.rendered(plots.trade_off_figure(series, full, title)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ import signal
 
 import pytest
 
-from experiments.files import write_whole
-
 # The workers of pytest-xdist ignore SIGTERM, and so would the programs that tests start.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -30,7 +28,7 @@ def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda content, network, images: (sum(p.numel() for p in network.parameters()), 0.0),
     )
     monkeypatch.setattr("experiments.compressed.measure_latency", lambda networks, images: {})
-    monkeypatch.setattr("experiments.plots.save_figure", lambda figure, path: write_whole(path, b"a picture"))
+    monkeypatch.setattr("experiments.plots.rendered", lambda figure, kind="png": b"a picture")
 
 
 # Files whose tests run programs take longest: begun first, they leave no process idle at the end.

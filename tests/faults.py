@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -1011,8 +1012,15 @@ def snapshot(sources: Path, folder: Path) -> Path:
     return tree
 
 
-def run(tree: Path, flags: Sequence[str], output: Path) -> None:
-    """Run `experiments.debug_run` of a tree in a forked process; what it prints goes to the file `output`."""
+# A whole check that fails, and the next line: what comes after the first is told as soon as it is known.
+FIRST_FAIL = re.compile(r"^FAIL.*\n(?: .*\n)*\S", re.MULTILINE)
+
+
+def run(tree: Path, flags: Sequence[str], output: Path, to_its_end: bool = True) -> None:
+    """Run `experiments.debug_run` of a tree in a forked process; what it prints goes to the file `output`.
+
+    Where it need not come `to_its_end`, it is killed when the first check has failed.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -1033,7 +1041,11 @@ def run(tree: Path, flags: Sequence[str], output: Path) -> None:
             with contextlib.suppress(BaseException):
                 sys.stdout.flush()
             os._exit(0)
-    os.waitpid(child, 0)
+    while os.waitpid(child, 0 if to_its_end else os.WNOHANG) == (0, 0):
+        if output.exists() and FIRST_FAIL.search(output.read_text()):
+            os.kill(child, signal.SIGKILL)
+            to_its_end = True
+        time.sleep(0.05)
 
 
 def said(text: str) -> Iterator[tuple[str, str]]:
@@ -1050,23 +1062,23 @@ def said(text: str) -> Iterator[tuple[str, str]]:
 
 
 def examine(
-    fault: Fault, tree: Path, folder: Path, more: Sequence[str] = (), preflight_only: bool = False
+    fault: Fault, tree: Path, folder: Path, more: Sequence[str] = (), first_alone: bool = False
 ) -> Result:
     """Run the preflight on a patched copy of the tree, and a short run where that is silent.
 
-    `more` are flags for both.
+    With `first_alone` it is the preflight alone, until a check has failed. `more` are flags for both.
     """
     began = time.monotonic()
     # Flags of a fault's own set up what the preflight is to see, and may be no short run, such as --epochs 400.
-    preflight_only = preflight_only or bool(fault.flags)
-    stages = [[*SETTINGS, "--preflight", "only"], *([] if preflight_only else [SHORT_RUN])]
+    stages = [[*SETTINGS, "--preflight", "only"], *([] if first_alone or fault.flags else [SHORT_RUN])]
     with tempfile.TemporaryDirectory(dir=folder) as made:
         patched, output = Path(made) / "tree", Path(made) / "output.txt"
         shutil.copytree(tree, patched)
         for edit in fault.edits:
             edit.apply(patched)
         for stage in stages:
-            run(patched, [*stage, *fault.flags, *more, "--output-dir", str(Path(made) / "run")], output)
+            flags = [*stage, *fault.flags, *more, "--output-dir", str(Path(made) / "run")]
+            run(patched, flags, output, to_its_end=not first_alone)
             text = output.read_text()
             lines = list(said(text))
             crash = text.strip().splitlines()[-1] if "Traceback (most recent" in text else ""
@@ -1107,7 +1119,7 @@ def examine_all(
     faults: Sequence[Fault],
     workers: int,
     more: Sequence[str] = (),
-    preflight_only: bool = False,
+    first_alone: bool = False,
     sources: Path = ROOT,
 ) -> Iterator[Result]:
     """The result of each, in order, so many at a time, all on one snapshot of the sources."""
@@ -1122,7 +1134,7 @@ def examine_all(
     with tempfile.TemporaryDirectory() as folder:
         tree = snapshot(sources, Path(folder))
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            jobs = partial(examine, tree=tree, folder=Path(folder), more=more, preflight_only=preflight_only)
+            jobs = partial(examine, tree=tree, folder=Path(folder), more=more, first_alone=first_alone)
             yield from pool.imap(jobs, faults)
 
 
@@ -1130,7 +1142,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Seed faults into a copy of the sources, one at a time.")
     parser.add_argument("--area", action="append", choices=FAULTS_BY_AREA)
     parser.add_argument("--only", default="", help="regular expression, looked for in the faults' names")
-    parser.add_argument("--fast", action="store_true", help="the few that `make test` runs, preflight alone")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="the few that `make test` runs, until a check of the preflight fails",
+    )
     parser.add_argument("--sources", type=Path, default=ROOT, help="another checkout")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--shown", action="store_true", help="all lines that were said, not the first alone")

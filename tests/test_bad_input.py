@@ -765,7 +765,7 @@ compressed.measure_latency = lambda networks, images: {}
 """
 NO_PICTURES = """
 from experiments import plots
-plots.save_figure = lambda figure, path: path.write_bytes(b"a picture")
+plots.rendered = lambda figure, kind="png": b"a picture"
 """
 WHOLE_RUN = [sys.executable, "-c", SMALL_STAND_IN + "sys.exit(debug_run.main())"]
 DRAWING_RUN = [sys.executable, "-c", SMALL_STAND_IN + QUICK_END + "sys.exit(debug_run.main())"]

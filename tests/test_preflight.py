@@ -54,9 +54,9 @@ def checks_of(monkeypatch, folder, *arguments) -> tuple[dict[str, Check], int]:
     """
     found: list[Check] = []
 
-    def keep(subject, progress=None):
+    def keep(subject, progress, tell):
         tensors, rest = states(subject)
-        found.extend(preflight(subject, progress))
+        found.extend(preflight(subject, progress, tell))
         tensors_after, rest_after = states(subject)
         assert [name for name, t in tensors.items() if not torch.equal(t, tensors_after[name])] == []
         assert rest == rest_after
@@ -127,7 +127,7 @@ class Both(Processes):
 
 
 def test_ranks_that_draw_their_own_numbers_are_not_held_against_one(monkeypatch, tmp_path):
-    def of_ranks(subject, progress=None):
+    def of_ranks(subject, *_):
         subject.step.processes = Both(0, 2)
         with pytest.raises(NotApplicableError, match="each draws its own numbers"):
             ranks_agree(subject)
@@ -187,6 +187,20 @@ def test_a_check_that_fails_stops_the_run_with_its_figures_and_cause_and_touches
     assert "FAIL  first: 7 is not 8" in out and "Likely cause: a test" in out
     assert "Epoch |" not in out and "1 of 3 checks FAIL" in out
     assert [p.read_text() for p in tmp_path.iterdir()] == ["of an earlier run"]
+
+
+def test_what_fails_is_told_before_the_next_check_is_made(monkeypatch, tmp_path, capsys):
+    told = []
+
+    def second(subject):
+        told.append(capsys.readouterr().out)
+        return "fine"
+
+    monkeypatch.setattr("experiments.preflight.CHECKS", (("first", broken_check, ()), ("second", second, ())))
+    assert run(tmp_path) == 1
+    assert "FAIL  first: 7 is not 8" in told[0] and "second" not in capsys.readouterr().out
+    run(tmp_path, "--preflight", "only")
+    assert "PASS  second: fine" in capsys.readouterr().out
 
 
 def test_warn_goes_on_and_the_history_keeps_what_was_found(one_broken_check, tmp_path, capsys):

@@ -27,7 +27,7 @@ from experiments.report import (
     metrics_csv,
     metrics_lines,
     picture_title,
-    preflight_lines,
+    preflight_line,
     run_line,
     table_header,
     table_row,
@@ -295,14 +295,10 @@ def test_much_that_is_left_in_full_precision_is_warned_of_once_with_its_share():
     assert warned(*(x.name for x in DENSE.layers)) is None  # the baseline, on purpose
 
 
-def test_a_preflight_is_one_line_where_all_holds_and_tells_what_fails_or_all_of_it():
+def test_a_line_says_how_many_checks_of_a_preflight_hold_or_fail():
     checks = [Check("PASS", "a", "1"), Check("SKIP", "b", "no GPU"), Check("FAIL", "c", "2. Likely cause: d")]
-    good = checks[:2]
-    assert preflight_lines(good, 1.6) == "Preflight: 1 checks hold, 2 s (skipped: b)"
-    assert preflight_lines(checks, 1.6).splitlines() == [
-        "FAIL  c: 2", "      Likely cause: d", "Preflight: 1 of 3 checks FAIL, 2 s (skipped: b)"]  # fmt: skip
-    whole = preflight_lines(checks, 1.6, whole=True).splitlines()
-    assert whole[:3] == ["PASS  a: 1", "SKIP  b: no GPU", "FAIL  c: 2"] and len(whole) == 5
+    assert preflight_line(checks[:2], 1.6) == "Preflight: 1 checks hold, 2 s (skipped: b)"
+    assert preflight_line(checks, 1.6) == "Preflight: 1 of 3 checks FAIL, 2 s (skipped: b)"
 
 
 # The table of layers
