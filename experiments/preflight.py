@@ -85,6 +85,9 @@ CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
 )
 
 
+ONE_THREAD_BELOW = 5_000_000  # parameters of a network
+
+
 def preflight(
     subject: Subject,
     progress: Callable[[str], None] | None = None,
@@ -97,10 +100,11 @@ def preflight(
     were. Every rank takes part, and they all find the same.
     """
     found = dict[str, Check]()
-    # Its tensors are small. Several threads gain little there, and on a busy machine they wait for each other
-    # many times longer than they compute.
+    # On small tensors several threads gain little, and on a busy machine they wait for each other many times
+    # longer than they compute.
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if sum(p.numel() for p in subject.pipeline.model.parameters()) < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
     with kept_draws():
         for name, check, needs in CHECKS:
             if progress:
