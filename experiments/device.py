@@ -1,8 +1,10 @@
 """The machine that a run computes on: choose the device, set the threads and the memory allocator."""
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -53,7 +55,8 @@ def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.de
     if processes.count > 1 and device.type == "mps":
         raise ValueError("--device is mps, which several processes cannot train on; give --device cpu")
     if processes.count > 1 and device.type == "cuda":
-        if processes.local_rank >= torch.cuda.device_count():
+        # Every rank of this machine finds that, not only those without a GPU: rank 0 alone prints.
+        if processes.local_count > torch.cuda.device_count():
             raise ValueError(
                 f"torchrun started more processes here than there are GPUs ({torch.cuda.device_count()}); "
                 f"give --nproc-per-node={torch.cuda.device_count()}, or --device cpu"
@@ -71,6 +74,16 @@ def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.de
     torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = False
     return device
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let convolutions on CUDA compute in float32 also where --precision tf32 has them round their inputs."""
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def usable_cores() -> int:

@@ -34,6 +34,7 @@ class Processes:
     rank: int = 0
     count: int = 1  # of processes
     local_rank: int = 0  # rank among the processes on this machine, and the number of its GPU
+    local_count: int = 1  # of processes on this machine
 
     @property
     def first(self) -> bool:
@@ -89,7 +90,8 @@ def join_processes() -> Processes:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _guarded(dist.init_process_group, backend)
-    return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, local_count)
 
 
 def leave_processes(processes: Processes) -> None:

@@ -175,12 +175,18 @@ class Subject:
         use_local_batch_norms(step.model)
         step.processes, step.precision = ALONE, "float32"
         step.model.to(self.probe_device).double()
-        for state in step.optimizer.state.values():  # a resumed run has moments, and they are float32
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = state[name].to(self.probe_device, torch.float64)
+        moments_in_float64(step.optimizer)
         step.device, step.coefficient = self.probe_device, in_float64(step.coefficient)
         plant(step.model, self.own_quantizers)
         return step
+
+
+def moments_in_float64(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer go on with parameters in float64: a resumed run has moments, and they are float32."""
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = in_float64(state[name])
+        state["step"] = state["step"].to(float64_device(state["step"].device))
 
 
 @torch.no_grad()

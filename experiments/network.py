@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -136,11 +137,13 @@ class _Copies(TorchFunctionMode):
         made = function(*args, **(kwargs or {}))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         # A single number goes along with an operation, but not where a tensor is made of it.
-        from_host = function in (torch.tensor, torch.as_tensor) or any(t.is_cpu and t.ndim for t in given)
-        listed = function is Tensor.__getitem__ and any(
-            isinstance(i, list) for i in (args[1] if isinstance(args[1], tuple) else args[1:])
+        makes = function in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        from_host = makes or any(t.is_cpu and t.ndim for t in given)
+        listed = function in (Tensor.__getitem__, Tensor.__setitem__) and any(
+            isinstance(i, list | tuple) for i in (args[1] if isinstance(args[1], tuple) else args[1:2])
         )
-        on_device = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(made))
+        # An operation in place may return nothing, so what it was given counts too.
+        on_device = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((made, given)))
         self.seen |= on_device and (from_host or listed)
         return made
 
@@ -150,24 +153,37 @@ class HostUse(NamedTuple):
 
     copies: bool = False  # it fetches tensors from there
     decides: bool = False  # it draws random numbers there, or looks at a tensor's; it may skip layers by them
+    remembers: bool = False  # it changes plain values, a counter say, which a graph would hold as they were
 
 
 NO_USE = HostUse()
 
 
 def use_of_the_host(model: nn.Module) -> HostUse:
-    """Try the forward pass on the meta device, where looking at the numbers in a tensor raises an error."""
+    """Try the forward pass on the meta device, where looking at the numbers in a tensor raises an error.
+
+    Two passes are tried, since the first may fill caches: only what the second changes is remembered.
+    """
     meta = torch.device("meta")
     twin = copy.deepcopy(model).to(meta).train()
     use_local_batch_norms(twin)
     with kept_draws():
-        before, decides = random_states(), False
+        before, decides, remembers = random_states(), False, False
         with _Copies() as copies:
             try:
                 twin(torch.zeros(TRIED, device=meta))
+                values = _plain_values(twin)
+                twin(torch.zeros(TRIED, device=meta))
+                remembers = _plain_values(twin) != values
             except Exception:  # someone's own code may raise anything
                 decides = True
-        return HostUse(copies.seen, decides or drawn_since(before))
+        return HostUse(copies.seen, decides or drawn_since(before), remembers)
+
+
+def _plain_values(network: nn.Module) -> list[object]:
+    """The numbers, strings and None among its modules' attributes, also in tuples, lists and dicts."""
+    values = [value for module in network.modules() for value in tree_leaves(vars(module))]
+    return [value for value in values if value is None or isinstance(value, Number | str)]
 
 
 def _takes(build: object, argument: str) -> bool:

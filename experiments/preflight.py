@@ -40,6 +40,7 @@ from experiments.preflight_network import (
     start_is_fresh,
 )
 from experiments.preflight_pictures import pictures_show_the_history
+from experiments.preflight_report import lines_show_the_history
 from experiments.preflight_settings import settings_are_what_was_typed
 from experiments.preflight_step import (
     gradients_are_the_losss,
@@ -78,6 +79,7 @@ CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
     ("schedules", schedules_are_the_settings, ()),
     ("epoch: report", an_epoch_reports_what_it_did, ("step: loss", "schedules")),
     ("counts", counts_are_the_networks, ("quantizer: properties",)),
+    ("report", lines_show_the_history, ()),
     ("pictures", pictures_show_the_history, ()),
     ("files: checkpoint", checkpoints_restore_everything, ("step: loss",)),
     ("ranks", ranks_agree, ("step: loss",)),

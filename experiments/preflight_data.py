@@ -19,6 +19,7 @@ LOOKED_AT = 192  # images that are compared with all their crops: they miss an o
 GREY = 2e-3  # of 255 grey levels: float32 stays a hundred times closer, half precision does not
 WALKED = 2048  # images of the second epoch that are looked at; the first is walked wholly
 FEW = 16  # images that are looked at for the cause
+ENOUGH_TO_AVERAGE = 16  # images whose mean and standard deviation are those of the set, to a factor of two
 MIN_PROBED = 1000  # training images below which the linear probe tells nothing
 CIFAR_IMAGES = (50_000, 10_000)  # for training and for the test
 # Of each data set: the folder, its files for training and for the test, and the key of their labels.
@@ -441,6 +442,8 @@ def test_images_are_untouched(subject: Subject) -> str:
         "the last test batch is dropped or one is tested twice",
     )
     images = subject.first_batch[0].float()
+    if len(images) < ENOUGH_TO_AVERAGE:
+        return f"{seen:,} images as they are; too few in a batch for their standard deviations"
     mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
     shown = ", ".join(f"{x:.2f}" for x in std.tolist())
     expect(

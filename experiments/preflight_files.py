@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import report
 from experiments.checkpoint import checkpoint_path, load_checkpoint, resume, save_checkpoint, take_checkpoint
 from experiments.distributed import ALONE, use_local_batch_norms
 from experiments.draws import drawn_since, random_states, same_draws
-from experiments.evaluator import Compression
 from experiments.expect import (
+    BrokenError,
     NotApplicableError,
     Subject,
     expect,
     expect_close,
+    moments_in_float64,
     some,
     used_weights,
 )
-from experiments.history import epoch_record, final_counts
+from experiments.history import epoch_record
 from experiments.recount import recount
 from experiments.training import TrainingStep
-from metrics import NetworkCount, count_by_torch, count_slim_by_torch, format_ratio, of_layers, ratio
+from metrics import NetworkCount, count_by_torch, count_slim_by_torch, of_layers, ratio
+from src.channels import ChannelState
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
 from utils_quantization import quantized_layers, without_quantizers
@@ -105,7 +106,6 @@ def counts_are_the_networks(subject: Subject) -> str:
     _compare_shares(count, weights, quantizers)
     if subject.own_network:
         _compare_inner_channels(model, count, weights)
-    _compare_metrics_text(compression)
     return _compare_compressed(subject, model, count, masked, images)
 
 
@@ -138,14 +138,26 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
     """Between a block's convolutions no channel lives that is not made, is scaled by 0, or is not read.
 
     Fewer may: what makes it may see dead channels alone, what reads it may be dead too, as in a resumed run.
-    That too many are taken for dead shows in the smaller network's logits.
+    That too many are taken for dead shows in the smaller network's logits. What a dead filter leaves is its
+    batch norm's shift behind the ReLU: nothing where it is not above 0.
     """
     for layer in count.layers:
         if layer.name.endswith(".conv1"):
             block = layer.name.removesuffix(".conv1")
+            norm: Any = model.get_submodule(f"{block}.bn1")
+            read = weights[f"{block}.conv2"].transpose(0, 1).flatten(1).any(1)
+            zero = ~weights[layer.name].flatten(1).any(1) & read
+            shift = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
+            left = [ChannelState.NULL if s <= 0 else ChannelState.CONSTANT for s in shift[zero].tolist()]
+            said = [s for s, is_zero in zip(layer.states, zero.tolist(), strict=True) if is_zero]
+            expect(
+                said == left,
+                f"the filters of {layer.name} that are all zero leave {[int(s) for s in left]} "
+                f"({ChannelState.NULL:d}: nothing, {ChannelState.CONSTANT:d}: a constant), counted as {said}",
+                "what a dead channel leaves (the states of src/channels.py)",
+            )
             made = weights[layer.name].flatten(1).any(1)
             scaled = model.get_parameter(f"{block}.bn1.weight") != 0
-            read = weights[f"{block}.conv2"].transpose(0, 1).flatten(1).any(1)
             alive = int((made & scaled & read).sum())
             expect(
                 layer.alive_channels <= alive,
@@ -153,23 +165,6 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
                 "the account of channels (src/channels.py): a dead filter, a batch norm's scale of 0 or a "
                 "channel that nothing reads is overlooked",
             )
-
-
-def _compare_metrics_text(compression: Compression) -> None:
-    """Each ratio that is printed at the end stands behind its own name."""
-    text = report.metrics_lines(final_counts(compression))
-    for name, value in (
-        ("Structured BOPs", compression.structured_bops_ratio),
-        ("Unstructured BOPs", compression.unstructured_bops_ratio),
-        ("Structured MACs", compression.structured_mac_ratio),
-        ("Unstructured MACs", compression.unstructured_mac_ratio),
-    ):
-        (line,) = [line for line in text.splitlines() if line.startswith(name)] or [""]
-        expect(
-            line.split()[-1:] == [format_ratio(value)],
-            f"{line!r} is printed where the ratio is {format_ratio(value)}",
-            "the final metrics as they are printed (experiments/report.py)",
-        )
 
 
 def _compare_compressed(
@@ -277,7 +272,15 @@ def checkpoints_restore_everything(subject: Subject) -> str:
     for step in (first, second):
         with same_draws():
             step(images, labels, coefficient, len(labels))
-    _expect_same(first, second, "a step after restoring", cause)
+    try:
+        _expect_same(first, second, "a step after restoring", cause)
+    except BrokenError as broken:
+        if subject.own_network or subject.step.device.type == "cpu":
+            raise
+        # Some operations of an accelerator, attention's backward pass say, sum in another order each time.
+        raise NotApplicableError(
+            f"what is restored is equal; {broken.measured}, which {subject.step.device.type} may do by itself"
+        ) from None
     return "weights, moments and statistics, and the step after them"
 
 
@@ -306,6 +309,7 @@ def ranks_agree(subject: Subject) -> str:
     images, labels = subject.first_batch
     for copy in (step, alone):
         copy.model.double().train()
+        moments_in_float64(copy.optimizer)
         copy.coefficient, copy.precision = copy.coefficient.double(), "float32"
     size = subject.pipeline.train_batches.sizes[0]
     coefficient = subject.pipeline.settings.sparsity_weight

@@ -62,16 +62,21 @@ def pictures_show_the_history(subject: Subject) -> str:
 def small_history(history: History) -> History:
     """The run's history with a few epochs and layers in which no two curves or rows are alike."""
     counts = [
-        LayerCount(name, True, 3 + i, 3.25 + i, 90, 0, len(states), 0, tuple(map(int, states)), 90, 90, 90)
+        LayerCount(
+            name, True, bits=3 + i, learned_bits=3.25 + i, weights=90, zero_weights=11 + 7 * i,
+            filters=len(states), zero_filters=1 + i, states=tuple(map(int, states)),
+            dense_macs=9000 + 10 * i, structured_macs=5000 + i, unstructured_macs=3000 + i,
+        )
         for i, (name, states) in enumerate(STATES.items())
-    ]
-    linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 90, 90, False)
-    numbers: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(FinalCounts)), 1.0)
+    ]  # fmt: skip
+    linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 80, 70, False)
+    # Of all ratios no two are alike.
+    numbers: dict[str, Any] = {f.name: 1.37 + i for i, f in enumerate(dataclasses.fields(FinalCounts))}
     return dataclasses.replace(
         history,
         settings=history.settings | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP)},
         epochs=[_record(epoch) for epoch in range(1, len(COEFFICIENTS) + 1)],
-        final=FinalCounts(**(numbers | {"totals": {}, "layers": [*counts, linear]})),
+        final=FinalCounts(**(numbers | {"totals": {"dense_macs": 27_120}, "layers": [*counts, linear]})),
     )
 
 
@@ -134,6 +139,7 @@ def _compare_curves(
             f"{picture}: the axis of {label!r} runs from {low:g} to {high:g} alone",
             _cause("less"),
         )
+    _compare_ends(picture, figure)
     legend = _legend(figure)
     for label, line in lines.items():
         shown = _style(legend[label]) if label in legend else "nothing"
@@ -154,6 +160,20 @@ def _compare_curves(
         f"{picture}: the shade of the penalty's warm-up",
         "another epoch",
     )
+
+
+def _compare_ends(picture: str, figure: Any) -> None:
+    """The number at the end of a curve, in its colour, is its last."""
+    lines = {line.get_color(): line.get_ydata() for axes in figure.axes for line in axes.get_lines()}
+    for text in (text for axes in figure.axes for text in axes.texts):
+        said = text.get_text().split()[0]
+        last = float(lines[text.get_color()][-1])
+        digits = len(said.partition(".")[2])
+        expect(
+            abs(float(said) - last) <= 0.5001 * 10.0**-digits,
+            f"{picture}: {text.get_text()!r} stands at the end of a curve that ends at {last:g}",
+            _cause("another epoch"),
+        )
 
 
 def _compare_cells(figure: Any, layers: Sequence[LayerCount]) -> None:

@@ -166,6 +166,9 @@ def accuracy_climbs(history: History) -> Check:
     steps = steps_of(history, records)
     if not climbed and (steps < ENOUGH_STEPS or len(records) < 2):
         return Check(SKIP, name, f"{measured}; {steps} steps are too few to tell")
+    known_before = ":" in history.settings["model"] and min(first, last) >= 100 * CLIMBED * chance
+    if not climbed and known_before:
+        return Check(SKIP, name, f"{measured}; someone's own network may have begun with trained weights")
     cause = penalty_cause(history) if _swamped(history) else "a wrong --weights-lr"
     if (gone := records[-1].structured_sparsity) > MOSTLY_GONE:
         cause = f"a --sparsity-weight that is too strong: {100 * gone:.0f} % of the filters are zero"
@@ -219,7 +222,9 @@ def accuracy_is_the_files(history: History) -> Check:
     measured += f" of {n:,} images"
     if made.images != n:
         wrong.append(f"the packed file was tested on {made.images:,} images")
-    apart = again.ties + 0.5 if not history.precision.startswith("bf16") else 2 * again.ties + 0.005 * n
+    # The row and the second test are in the run's precision, the packed network is tested in float32.
+    exact = history.precision == "float32"
+    apart = again.ties + 0.5 if exact else 2 * again.ties + 0.005 * n
     if abs(made.quantized_accuracy * made.images - again.right) > apart:
         wrong.append("the network that was packed is not the one that was tested (another copy or epoch)")
     if made.packed_differs == 0 and made.packed_accuracy != made.quantized_accuracy:
@@ -276,7 +281,9 @@ def training_images_are_known(history: History) -> Check:
         return judge(False, name, measured, cause)
     whole = history.data.train_images
     at_chance = whole >= 2_000 and train > KNOWN_CLASSES and test < history.data.chance + noise + 0.02
-    far = whole >= 40_000 and train - test > noise + 0.25
+    # Of many classes a large network knows its training images by heart, and the test's little better for it.
+    overfit = 0.25 if history.data.classes <= 10 else 0.5
+    far = whole >= 40_000 and train - test > noise + overfit
     cause = "test labels, the test images' order or their normalisation are not the training set's"
     return judge(not (at_chance or far), name, measured, cause)
 
@@ -363,7 +370,7 @@ def unstructured_grows(history: History) -> Check:
     steps = steps_of(history, records)
     if last <= first and (steps < ENOUGH_STEPS or len(records) < 2):
         return Check(SKIP, name, f"{measured}; {steps} steps are too few to tell")
-    if "deadzone" not in history.parameter_groups.values() and last == first:
+    if "deadzone" not in history.parameter_groups.values() and last <= first:
         return Check(SKIP, name, f"{measured}; the quantizers train no dead zone")
     return judge(last > first, name, measured, "a --deadzone-decay too weak against the cross-entropy's pull")
 

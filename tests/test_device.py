@@ -11,9 +11,9 @@ import pytest
 import torch
 from programs import DEADLINE, environment
 
-from experiments import device
+from experiments import device, distributed
 from experiments.device import choose_device, describe_device, keep_freed_memory, prepare_device, usable_cores
-from experiments.distributed import Processes
+from experiments.distributed import Processes, join_processes
 from experiments.settings import Settings
 
 ACCELERATORS = ["cuda", "mps"]
@@ -84,7 +84,8 @@ def test_a_device_that_is_missing_is_refused_before_anything_of_the_process_is_c
     [
         (Settings(device="cpu", batch_size=2), Processes(0, 3), ["--batch-size is 2", "3 processes"]),
         (Settings(device="mps"), Processes(0, 2), ["--device is mps", "--device cpu"]),
-        (Settings(device="cuda"), Processes(2, 3, local_rank=2), ["--nproc-per-node=2", "--device cpu"]),
+        (Settings(device="cuda"), Processes(0, 3, 0, local_count=3), ["--nproc-per-node=2", "--device cpu"]),
+        (Settings(device="cuda"), Processes(2, 3, 2, local_count=3), ["--nproc-per-node=2", "--device cpu"]),
     ],
 )
 def test_more_processes_than_there_is_work_or_hardware_for_are_refused_before_anything_is_changed(
@@ -99,13 +100,24 @@ def test_more_processes_than_there_is_work_or_hardware_for_are_refused_before_an
     assert torch.get_num_threads() == threads and process == []
 
 
-def test_each_process_takes_the_gpu_of_its_place_on_this_machine(machine, process, monkeypatch):
+@pytest.mark.parametrize("rank", range(6))
+def test_each_process_takes_the_gpu_of_its_place_on_this_machine(machine, process, monkeypatch, rank):
+    """Six processes on three machines of two GPUs each."""
     machine("cuda")
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    got = prepare_device(Settings(threads=1), Processes(rank=5, count=6, local_rank=1))
-    assert [got] == taken == [torch.device("cuda", 1)]
+    got = prepare_device(Settings(threads=1), Processes(rank, 6, local_rank=rank % 2, local_count=2))
+    assert [got] == taken == [torch.device("cuda", rank % 2)]
+
+
+def test_torchrun_says_how_many_processes_this_machine_has(monkeypatch):
+    answers = {"is_torchelastic_launched": True, "init_process_group": None}
+    for name, answer in (answers | {"get_rank": 3, "get_world_size": 6}).items():
+        monkeypatch.setattr(distributed.dist, name, lambda *_, answer=answer: answer)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert join_processes() == Processes(rank=3, count=6, local_rank=1, local_count=2)
 
 
 def test_the_device_is_described_with_its_threads():

@@ -1,4 +1,4 @@
-"""The example of docs/library.md runs, in the 25 lines that it promises."""
+"""The example of docs/library.md runs."""
 
 import re
 from pathlib import Path

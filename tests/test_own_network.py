@@ -338,7 +338,40 @@ class Shifting(Small):
         return super().forward(self.shifted(self, x))
 
 
+def counting(net: nn.Module, x: Tensor) -> Tensor:
+    net.steps = getattr(net, "steps", 0) + 1
+    return x * net.steps
+
+
+def counting_in_a_dict(net: nn.Module, x: Tensor) -> Tensor:
+    counts = vars(net).setdefault("counts", {"steps": [0]})
+    counts["steps"][0] += 1
+    return x * counts["steps"][0]
+
+
+def alternating(net: nn.Module, x: Tensor) -> Tensor:
+    net.mode = "odd" if getattr(net, "mode", None) == "even" else "even"
+    return x * (net.mode == "odd")
+
+
+def filling_a_cache(net: nn.Module, x: Tensor) -> Tensor:
+    """The first pass fills it, and the others only read it."""
+    if not hasattr(net, "cache"):
+        net.cache, net.size = {"ramp": torch.arange(32, device=x.device)}, tuple(x.shape)
+    return (x * net.cache["ramp"]).view(net.size)
+
+
+def writing_columns(columns: object) -> Callable[[nn.Module, Tensor], Tensor]:
+    def shifted(net: nn.Module, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, :, columns] = 0
+        return y
+
+    return shifted
+
+
 NOTHING, COPIES, DECIDES = HostUse(), HostUse(copies=True), HostUse(decides=True)
+REMEMBERS = HostUse(remembers=True)
 
 
 @pytest.mark.parametrize(
@@ -352,11 +385,22 @@ NOTHING, COPIES, DECIDES = HostUse(), HostUse(copies=True), HostUse(decides=True
         (COPIES, lambda net, x: x - torch.tensor([1.0, 2.0, 3.0], device=x.device).view(3, 1, 1)),
         (COPIES, lambda net, x: x[:, :, torch.arange(16)]),
         (COPIES, lambda net, x: x[:, :, [0, 1, 2]]),
+        (COPIES, lambda net, x: x - x.new_tensor([1.0, 2.0, 3.0]).view(3, 1, 1)),
+        (COPIES, writing_columns([0, 2])),
+        (COPIES, writing_columns((0, 2))),
+        (COPIES, writing_columns(torch.tensor([0, 2]))),
+        (NOTHING, writing_columns(slice(0, 2))),
+        (NOTHING, writing_columns(2)),
+        (NOTHING, writing_columns(torch.arange(2, device="meta"))),
         (DECIDES, lambda net, x: x * float(x.amax())),
         (DECIDES, lambda net, x: x * torch.rand(())),
         (DECIDES, lambda net, x: x * random.random()),
         (DECIDES, lambda net, x: x * np.random.rand()),
-        (HostUse(True, True), lambda net, x: x * torch.rand(3, 1, 1).to(x.device)),
+        (HostUse(copies=True, decides=True), lambda net, x: x * torch.rand(3, 1, 1).to(x.device)),
+        (REMEMBERS, counting),
+        (REMEMBERS, counting_in_a_dict),
+        (REMEMBERS, alternating),
+        (NOTHING, filling_a_cache),
     ],
 )
 def test_what_no_graph_of_a_step_can_hold_is_known_without_a_gpu(needed, shifted):
@@ -366,6 +410,19 @@ def test_what_no_graph_of_a_step_can_hold_is_known_without_a_gpu(needed, shifted
     drawn = torch.rand(1).item(), random.random(), np.random.rand()
     seed_draws(0)
     assert drawn == (torch.rand(1).item(), random.random(), np.random.rand()) and not model.training
+
+
+def test_a_quantizer_that_counts_its_passes_is_noticed():
+    class Counting(DeadZoneLDZCompander):
+        passes = 0
+
+        def forward(self, w: Tensor) -> Tensor:
+            self.passes += 1
+            return super().forward(w) * min(1, self.passes / 100)
+
+    network = Small()
+    attach_weight_quantizers(network, ["stem", "head"], Counting, {})
+    assert use_of_the_host(network) == REMEMBERS
 
 
 def test_the_debug_runs_own_step_needs_no_host():

@@ -2,7 +2,7 @@
 
     KILLS=50 python -m pytest tests/test_resume.py
 
-kills runs 50 times at random moments; without KILLS it is 5 times.
+kills runs 50 times at random moments; without KILLS it is 3 times.
 """
 
 import contextlib

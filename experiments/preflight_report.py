@@ -1,0 +1,178 @@
+"""Preflight check of what is said: the lines and tables of a small history are what that history says."""
+
+import csv
+import dataclasses
+import io
+import math
+import re
+from typing import Any
+
+import torch
+
+from experiments import report
+from experiments.expect import Subject, expect, some
+from experiments.history import Check, DataRecord, EpochRecord, FinalCounts, History
+from experiments.preflight_pictures import small_history
+from experiments.verdict import FAIL, PASS, SKIP
+from metrics import LayerCount, format_ratio
+from src.channels import ChannelState
+
+LAST_DIGIT = re.compile(r"\d*\.?(\d*)")
+
+
+def lines_show_the_history(subject: Subject) -> str:
+    """The history's start against the network, and what is printed of a history against its numbers."""
+    _compare_start(subject)
+    history = small_history(subject.history)
+    for record in history.epochs:
+        _compare_row(record)
+    _compare_run_line(history)
+    _compare_layer_table(history)
+    _compare_csv(history)
+    assert history.final
+    _compare_metrics_text(history.final)
+    return "the table, the final metrics, the last line and metrics.csv"
+
+
+def _compare_start(subject: Subject) -> None:
+    """What is noted of the data and of each quantizer before the first epoch."""
+    history, data = subject.history, subject.dataset
+    found = history.data.classes, history.data.train_images, history.data.test_images
+    due = data.classes, len(data.train_labels), len(data.test_labels)
+    expect(
+        found == due,
+        f"{found} classes, training and test images are noted, the data have {due}",
+        "the record of the data set (experiments/history.py)",
+    )
+    if subject.resumed:
+        return
+    for name, quantizer in subject.quantizers(subject.pipeline.model).items():
+        noted = history.start[name]
+        bits: Any = getattr(quantizer, "get_learned_bitwidth", quantizer.get_bitwidth)()
+        learned = torch.as_tensor(bits).detach().flatten().tolist()
+        numbers = {n: p.detach().mean().item() for n, p in quantizer.named_parameters() if p.requires_grad}
+        expect(
+            noted.parameters == numbers
+            and (len(learned) != 1 or math.isclose(noted.learned_bits, learned[0], rel_tol=1e-6)),
+            f"{name} is noted to begin at {noted.learned_bits:.6g} bits and {noted.parameters}, "
+            f"and it begins at {learned} and {numbers}",
+            "the record of how the quantizers begin (experiments/history.py)",
+        )
+
+
+def _shows(said: str, value: float) -> bool:
+    """Whether a printed number is this value, rounded to the digits that it has."""
+    match = LAST_DIGIT.search(said.replace(",", "").lstrip("-"))
+    digits = len(match[1]) if match else 0
+    try:
+        return abs(float(said.replace(",", "")) - value) <= 0.5001 * 10.0**-digits
+    except ValueError:
+        return False
+
+
+def _expect_shown(what: str, said: dict[str, str], due: dict[str, float]) -> None:
+    odd = [f"{n} {said.get(n)} where it is {value:.6g}" for n, value in due.items()
+           if not _shows(said.get(n, ""), value)]  # fmt: skip
+    expect(
+        not odd,
+        f"{what} shows {some(odd)}",
+        f"{what} shows other numbers than its names say: a column or an epoch is mixed up "
+        f"(experiments/report.py)",
+    )
+
+
+def _compare_row(record: EpochRecord) -> None:
+    """The table's row has each number below its name."""
+    data = DataRecord("CIFAR-10", "", False, 10, 1, 1)
+    (header,) = [line for line in report.table_header(data).splitlines() if line.startswith("Epoch")]
+    names = [cell.strip() for cell in header.split("|")]
+    cells = [cell.strip() for cell in report.table_row(record).split("|")]
+    due = {"Epoch": record.epoch, "Loss": record.loss, "Acc": 100 * record.accuracy}
+    due |= {"Unstr": 100 * record.unstructured_sparsity, "Struct": 100 * record.structured_sparsity}
+    due |= {"Bits": record.learned_bits, "Time": record.seconds}
+    _expect_shown("a row of the table", dict(zip(names, cells, strict=True)), due)
+
+
+def _compare_run_line(history: History) -> None:
+    """The last line, which is made to be quoted: the last epoch's numbers, and the checks that hold."""
+    assert history.final
+    checks = [Check(PASS, "a", ""), Check(PASS, "b", ""), Check(FAIL, "c", ""), Check(SKIP, "d", "")]
+    line, last = report.run_line(history, checks), history.epochs[-1]
+    pattern = (
+        r"(\S+), seed (\S+), .*: (\S+) % accuracy, (\S+) % zeros, (\S+) % filters, (\S+) bits, BOPs "
+        r"(\S+)x / (\S+)x, .*, (\d+) of (\d+) checks"
+    )
+    found = re.fullmatch(pattern, line)
+    names = ("seed", "accuracy", "zeros", "filters", "bits", "structured", "unstructured", "held", "checks")
+    said = dict(zip(names, found.groups()[1:], strict=True)) if found else {}
+    due = {
+        "seed": history.settings["seed"],
+        "accuracy": 100 * last.accuracy,
+        "zeros": 100 * last.unstructured_sparsity,
+        "filters": 100 * last.structured_sparsity,
+        "bits": last.learned_bits,
+        "structured": history.final.structured_bops_ratio,
+        "unstructured": history.final.unstructured_bops_ratio,
+        "held": 2,
+        "checks": 3,
+    }
+    _expect_shown("the run's last line", said, due)
+
+
+def _compare_layer_table(history: History) -> None:
+    """A row a layer: its numbers under their heads, and channels as alive, constant and nothing."""
+    assert history.final
+    rows = report.layer_table(history.final.count).splitlines()[2:-1]
+    for layer, row in zip(history.final.layers, rows, strict=True):
+        name, bits, zeros, filters, channels, left, dense = row.split()
+        said = {"name": name, "bits": bits, "zeros": zeros, "zero filters": filters.partition("/")[0]}
+        said |= {"filters": filters.partition("/")[2], "MACs left": left, "MACs": dense}
+        said |= dict(zip(("alive", "constant", "nothing"), channels.split("/"), strict=True))
+        due = {
+            "bits": layer.bits,
+            "zeros": 100 * layer.zero_weights / layer.weights,
+            "filters": layer.filters,
+        }
+        due |= {"zero filters": layer.zero_filters, "MACs left": layer.structured_macs}
+        due |= {"MACs": layer.dense_macs} | _channels(layer)
+        expect(name == layer.name, f"{name!r} stands for {layer.name}", "the layers' table")
+        _expect_shown(f"the row of {layer.name} in the layers' table", said, due)
+
+
+def _channels(layer: LayerCount) -> dict[str, float]:
+    words = {"alive": ChannelState.ALIVE, "constant": ChannelState.CONSTANT, "nothing": ChannelState.NULL}
+    return {word: sum(s == state for s in layer.states) for word, state in words.items()}
+
+
+def _compare_csv(history: History) -> None:
+    """metrics.csv holds each number of an epoch under its name."""
+    rows = list(csv.DictReader(io.StringIO(report.metrics_csv(history))))
+    cause = "the columns or rows of metrics.csv (experiments/report.py)"
+    expect(len(rows) == len(history.epochs), f"{len(rows)} rows of {len(history.epochs)} epochs", cause)
+    for row, record in zip(rows, history.epochs, strict=True):
+        numbers: dict[str, Any] = {
+            f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.type in (int, float)
+        }
+        odd = [name for name, value in numbers.items() if row.get(name) != str(value)]
+        expect(not odd, f"metrics.csv: epoch {record.epoch} has other numbers for {some(odd)}", cause)
+
+
+def _compare_metrics_text(final: FinalCounts) -> None:
+    """Each ratio that is printed at the end stands behind its own name, and so do the ceilings."""
+    lines = report.metrics_lines(final).splitlines()
+    cause = "the final metrics as they are printed (experiments/report.py)"
+    for name, value in (
+        ("Structured BOPs", final.structured_bops_ratio),
+        ("Unstructured BOPs", final.unstructured_bops_ratio),
+        ("Structured MACs", final.structured_mac_ratio),
+        ("Unstructured MACs", final.unstructured_mac_ratio),
+    ):
+        (line,) = [line for line in lines if line.startswith(name)] or [""]
+        measured = f"{line!r} is printed where the ratio is {format_ratio(value)}"
+        expect(line.split()[-1:] == [format_ratio(value)], measured, cause)
+    ceilings = re.search(
+        r"Ceiling: (\S+)x structured, (\S+)x unstructured", " ".join(" ".join(lines).split())
+    )
+    said = dict(zip(("structured", "unstructured"), ceilings.groups(), strict=True)) if ceilings else {}
+    due = {"structured": final.structured_ceiling, "unstructured": final.unstructured_ceiling}
+    _expect_shown("the line of the ceilings", said, due)
