@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from experiments.data import TestBatches
 from experiments.device import without_tf32
-from experiments.files import OutputError, with_checksum, write_whole
+from experiments.files import OutputError, checksum_holds, with_checksum, write_whole
 from experiments.history import CompressedRecord
 from experiments.network import make_network
 from experiments.received import CLAIMS_FILE
@@ -74,7 +74,8 @@ def make_compressed(
     # Whoever receives the exported network can only count it as a whole.
     whole = {"structured_macs": count_by_torch(slim, device=device)[""]}
     archive = _written(folder / SLIM, exported(slim, claims | whole), errors)
-    read_back_parameters, read_back_difference = read_back(archive, slim, next(iter(batches))[0])
+    images = next(iter(batches))[0]
+    read_back_parameters, read_back_difference = read_back(archive, slim, images, claims | whole)
     packed = unpack_network(content, partial(make_network, name, logits["quantized"].shape[1])).to(device)
     packed_settings, packed_metrics = read_claims(content)
     logits |= {n: predict(network, batches)[0] for n, network in {"slim": slim, "packed": packed}.items()}
@@ -159,19 +160,24 @@ def exported(network: nn.Module, claims: dict[str, Any] | None = None) -> bytes:
 
 
 @torch.inference_mode()
-def read_back(content: bytes, network: nn.Module, images: Tensor) -> tuple[int, float]:
+def read_back(
+    content: bytes, network: nn.Module, images: Tensor, claims: dict[str, Any] | None = None
+) -> tuple[int, float]:
     """Load an exported file as its receiver would, and hold it against the network that it should be.
 
     Both predict the first images on the CPU, where the exported network runs.
 
     Shapes: images (N, 3, 32, 32).
     Returns: the parameters of the file's network, and the largest difference between the two networks'
-    logits; 0 and NaN for a file that cannot be read or run.
+    logits; 0 and NaN for a file that cannot be read or run, has no checksum or says other things of itself.
     """
     images = images[:READ_BACK_IMAGES].cpu()
     expected = copy.deepcopy(network).cpu()(images)
     try:
-        found = torch.export.load(io.BytesIO(content)).module()
+        said = {CLAIMS_FILE: ""}
+        found = torch.export.load(io.BytesIO(content), extra_files=said).module()
+        if not checksum_holds(content) or json.loads(said[CLAIMS_FILE]) != (claims or {}):
+            return 0, math.nan
         return _parameters(found), (found(images) - expected).abs().max().item()
     except Exception:  # torch raises all kinds for a file or a shape that does not fit
         return 0, math.nan

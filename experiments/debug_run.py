@@ -12,9 +12,10 @@ test accuracy with 92 % zero weights, 34 % zero filters, 2.1 bits and 31 times f
 Prints a table row an epoch, the compression ratios, a verdict and the run in one line; writes five pictures,
 history.json, report.html, the compressed network, and after every epoch metrics.csv and a checkpoint for
 --resume.
-Exit status: 0, or 1 when a line of the verdict fails, the loss stops being finite or another rank is lost,
-2 for bad input, 130 after Ctrl-C, 143 after SIGTERM (the finished epochs' files are written first). torchrun
-itself ends with 1 in all these cases but 0.
+Exit status: 0; 1 when a check of the preflight or of the verdict fails, the loss stops being finite or
+another rank is lost; 2 for bad input, or where a file or standard output cannot be written; 130 after
+Ctrl-C, 143 after SIGTERM (the finished epochs' files are written first). torchrun itself ends with 1 in all
+these cases but 0.
 """
 
 import signal
@@ -161,6 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not passes_preflight(subject, settings, live):
             end.status = EXIT_FAILED
             return end.status
+        del subject  # which holds copies of all parameters
         if settings.preflight == "only":
             return end.status
 

@@ -85,7 +85,7 @@ class Evaluator:
         )
 
     def plot_channel_liveness(self, model: nn.Module) -> Figure:
-        """A row a convolution, a cell an output channel: blue alive, orange constant, black null, grey no."""
-        from experiments.plots import channel_liveness_figure  # importing matplotlib takes a second
+        """A row a convolution, a cell an output channel: blue alive, orange constant, black null."""
+        from experiments.plots import channel_liveness_figure  # matplotlib takes half a second to import
 
         return channel_liveness_figure(count_network(model, self.input_size))

@@ -1,7 +1,8 @@
 """The schema of history.json: the run as a whole, a record an epoch, a record a layer.
 
 The table, the pictures, the verdict, the checkpoints, the sweep and the benchmark read these records and no
-others, so that what is printed, drawn, judged and resumed cannot disagree. The records are made here alone.
+others, so that what is printed, drawn, judged and resumed cannot disagree. Their types are declared here
+alone.
 """
 
 import dataclasses

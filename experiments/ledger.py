@@ -131,7 +131,7 @@ class Ledger:
             due = (BETA1, self.settings.beta2)
             wrong.unless(used_betas == due, f"betas are {used_betas}, expected {due}")
         cause = (
-            "a learning-rate schedule, logit pace, weight decay or beta that is not the settings', "
+            "a learning-rate schedule, --pace-steps, weight decay or beta that is not the settings', "
             "or rates that are not set in every epoch"
         )
         held = f"{', '.join(sorted({f'{r:.3g}' for _, r, _ in self._expected().values()}))}"
@@ -248,6 +248,9 @@ class Ledger:
             len(batches.labels) == len(self.pipeline.train_batches),
             f"{len(batches.labels)} of {len(self.pipeline.train_batches)} batches were taken",
         )
+        if others := int(sum(numbers(batches.replayed_others))):
+            found = f"{others} replays of a CUDA graph were of another batch than was handed out"
+            return _judge(Wrong([found]), name, "", "the batch is not copied into the captured step")
         cause = (
             "the data order: a draw that does not depend on seed and epoch as it should, batches left "
             "out or repeated, labels moved against images, or augmentation"
@@ -411,7 +414,7 @@ class Ledger:
         return _judge(wrong, name, f"of {due} batches" if due else "running averages", cause)
 
     def check_test_pass(self) -> Check:
-        """Evaluation mode, and nothing of the network changes from the last step to the self.record."""
+        """Evaluation mode, and nothing of the network changes from the last step to the record."""
         name, wrong, passes = "test pass", Wrong(), self.passes["test"]
         for p in passes:
             wrong.unless(self._in_mode(p, False), "it ran with modules in training mode")
@@ -478,15 +481,15 @@ class Ledger:
     def check_dead_slices(self) -> Check:
         """While the penalty acts and the setting asks for it, what is dead stays dead, stored as zeros."""
         name, keeps = "dead slices stay dead", bool(self.step.keep_dead)
-        if not self.ours:
-            return Check(SKIP, name, f"the channels of {_kind(self.model)} are not known")
         wrong = Wrong()
         wrong.unless(
             keeps == self.settings.keep_dead,
             f"--keep-dead is {self.settings.keep_dead}, the step's is {keeps}",
         )
+        if not self.ours and not wrong:
+            return Check(SKIP, name, f"the channels of {_kind(self.model)} are not known")
         cause = "dead slices revive: their mask is not applied, or not after the optimizer's step"
-        if not self.masked:
+        if not self.masked or not self.ours:
             return _judge(wrong, name, "nothing to keep yet", cause)
         stored = dict(self.model.named_parameters())
         dead = 0

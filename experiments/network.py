@@ -172,9 +172,11 @@ def use_of_the_host(model: nn.Module) -> HostUse:
         with _Copies() as copies:
             try:
                 twin(torch.zeros(TRIED, device=meta))
-                values = _plain_values(twin)
+                values, buffers = _plain_values(twin), list(twin.buffers())
                 twin(torch.zeros(TRIED, device=meta))
-                remembers = _plain_values(twin) != values
+                # A graph writes and reads the buffers that there were, and not those that took their places.
+                rebound = [*map(id, twin.buffers())] != [*map(id, buffers)]
+                remembers = rebound or _plain_values(twin) != values
             except Exception:  # someone's own code may raise anything
                 decides = True
         return HostUse(copies.seen, decides or drawn_since(before), remembers)

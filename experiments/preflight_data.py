@@ -184,7 +184,7 @@ def _thumbnails(images: Tensor) -> Tensor:
 
 
 def order_is_the_seeds(subject: Subject) -> str:
-    """The first batches of two epochs: which images they show, by their labels, and how many."""
+    """A whole epoch's batches and the first of a second: which images they show, by their labels."""
     dataset, batches = subject.dataset, subject.pipeline.train_batches
     if type(batches) is not TrainBatches:
         raise NotApplicableError("the training batches are not this project's, so their order is not known")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from experiments import reference
 from experiments.draws import kept_draws
+from experiments.evaluator import Compression
 from experiments.expect import (
     BrokenError,
     Subject,
@@ -21,7 +22,7 @@ from experiments.expect import (
     some,
     stored_weight,
 )
-from experiments.history import EpochRecord
+from experiments.history import EpochRecord, layer_records
 from experiments.training import TrainingStep
 from experiments.verdict import FAIL
 from src.graph import only_looks
@@ -167,7 +168,7 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     seen = Seen()
     handles = _watch(step, seen, subject.own_network)
     began = time.perf_counter()
-    record, _ = subject.one_epoch(pipeline, epoch)
+    record, compression = subject.one_epoch(pipeline, epoch)
     took = time.perf_counter() - began
     for handle in handles:
         handle.remove()
@@ -191,7 +192,7 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     _compare_passes(subject, few, tested, epoch, record, seen)
     _compare_test_logits(subject, step, tested, seen)
     if subject.own_network:
-        _compare_signals(step, record)
+        _compare_signals(step, compression)
 
 
 def _watch(step: TrainingStep, seen: Seen, own: bool) -> list[Any]:
@@ -279,10 +280,15 @@ def _compare_passes(
     )
 
 
-def _compare_signals(step: TrainingStep, record: EpochRecord) -> None:
+@torch.no_grad()
+def _compare_signals(step: TrainingStep, compression: Compression) -> None:
     """The share of a layer's output that its batch norm leaves, of the layer's largest channel."""
-    for name, layer in record.layers.items():
-        norm: Any = step.model.get_submodule(name.replace("conv", "bn"))
+    model = copy.deepcopy(step.model)
+    norms: Any = {n: model.get_submodule(n.replace("conv", "bn")) for n in quantized_layers(model)}
+    for norm in norms.values():
+        norm.running_var[1:] = 0  # as of filters that are dead
+    for name, layer in layer_records(model, compression.count).items():
+        norm = norms[name]
         largest = norm.running_var.max().item()
         due = largest / (largest + norm.eps)
         expect(

@@ -626,7 +626,7 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
     leaves = {n: w.clone().requires_grad_() for n, w in penalised.items()}
     wanted = reference.penalty(leaves, subject.blocks, by_macs)
     cause = (
-        "the penalty's groups or norms (experiments/sparsity.py, src/channels.py): squared or missing norms, "
+        "the penalty's groups or norms (experiments/sparsity.py, src/groups.py): squared or missing norms, "
         "a wrong dimension, slices that are not coupled, groups weighted otherwise, layers too many, "
         "stored weights in place of quantized ones or the reverse, sums in half precision"
     )

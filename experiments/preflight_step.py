@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from experiments import reference
 from experiments.draws import same_draws
 from experiments.expect import (
+    PROBE_IMAGES,
     BrokenError,
     NotApplicableError,
     Subject,
@@ -227,7 +229,44 @@ def gradients_are_the_losss(subject: Subject) -> str:
                     ),
                 )
             count = len(wanted)
-    return f"{count} parameters, to {worst:.0e}, over two steps"
+    low = subject.pipeline.settings.precision == "bf16" and subject.step.processes.count == 1
+    if low:
+        _compare_in_bf16(subject)
+    return f"{count} parameters, to {worst:.0e}, over two steps" + " in float64, and one in bf16" * low
+
+
+def _compare_in_bf16(subject: Subject) -> None:
+    """The gradients of a step in the run's own precision, against an autograd of our own in the same."""
+    step, coefficient = subject.copied_step(), subject.pipeline.settings.sparsity_weight
+    images, labels = (t[:PROBE_IMAGES] for t in subject.first_batch)
+    twin = copy.deepcopy(step.model).train()
+    with same_draws(), parametrize.cached():
+        with torch.autocast(step.device.type, torch.bfloat16):
+            logits = twin(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        if coefficient:
+            loss = loss + coefficient * step.penalty(twin)
+        loss.backward()
+    found: dict[str, Tensor] = {}
+
+    def optimize(*_: Any) -> None:
+        found.update({n: p.grad.clone() for n, p in step.model.named_parameters() if p.grad is not None})
+
+    step.optimizer.register_step_pre_hook(optimize)
+    step.model.train()
+    with same_draws():
+        step(images, labels, coefficient, len(labels))
+    wanted = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+    largest = max((g.abs().max().item() for g in wanted.values()), default=0.0)
+    for name, gradient in wanted.items():
+        expect_close(
+            found.get(name, torch.zeros_like(gradient)),
+            gradient,
+            f"in bf16, the gradient at {name}",
+            "gradients are scaled, clipped, rounded or zeroed in mixed precision alone",
+            5e-2,
+            1e-2 * largest,
+        )
 
 
 def _any(gradient: Tensor | None) -> bool:

@@ -56,7 +56,7 @@ class Settings:
     )
     resume: bool = _setting(False, "go on from the last checkpoint in --output-dir, if there is one")
     rehearse: bool = _setting(
-        False, "stop and resume in mid-run, and verify the packed file at the end, as long runs may be"
+        False, "stop and resume once in mid-run, as a long run may have to, and verify the packed file"
     )
     limit_train: int | None = _setting(None, "use only the first so many training images")
     limit_test: int | None = _setting(None, "use only the first so many test images")
@@ -85,7 +85,7 @@ class Settings:
         "what a channel's norm counts in the group lasso: 1, or in proportion to its MACs",
         (EQUAL, MACS),
     )
-    sparsity_delay: float = _setting(5.0, "epochs before the coefficient leaves 0")
+    sparsity_delay: float = _setting(5.0, "the penalty's coefficient is 0 up to this epoch, counted from 0")
     sparsity_ramp: float = _setting(5.0, "epochs over which it then climbs to its peak")
     keep_dead: bool = _setting(
         True, "while the penalty acts, filters and input slices quantized to zero stay zero"

@@ -126,6 +126,7 @@ class TrainingStep:
         self.captures = may_capture and not any(self.host)  # graphs, once it has warmed up
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
+        self.replayed: _Graph | None = None  # in the last step; None where it was taken without one
         self.left: dict[str, Tensor] = {}  # what the last epoch left, for the ledger to compare
 
     def __call__(
@@ -142,6 +143,7 @@ class TrainingStep:
         # With a coefficient of 0 the penalty adds no gradient, so it is not computed.
         penalised = coefficient != 0
         self.coefficient.fill_(coefficient)
+        self.replayed = None
         if not self.captures:
             return self._run(images, labels, penalised, batch_size)
         key = (penalised, len(labels))
@@ -150,7 +152,8 @@ class TrainingStep:
             return self._run(images, labels, penalised)
         if key not in self.graphs:
             self.graphs[key] = self._capture(images, labels, penalised)
-        return self.graphs[key].replay(images, labels)
+        self.replayed = self.graphs[key]
+        return self.replayed.replay(images, labels)
 
     def _run(self, images: Tensor, labels: Tensor, penalised: bool, batch_size: int | None = None) -> Tensor:
         # A CUDA graph writes gradients to fixed addresses: once one exists, zero them in place.

@@ -611,8 +611,8 @@ def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> lis
             whole,
             names[2],
             exported,
-            "slim.pt2 was exported from another network than the one that was checked, or cannot be read "
-            "(experiments/compressed.py)",
+            "slim.pt2 was exported from another network than the one that was checked, cannot be read, or "
+            "lacks its checksum or what is claimed of it (experiments/compressed.py)",
         ),
         judge(compressed.packed_differs == 0, names[3], bits, "a defect in src/packing.py"),
     ]

@@ -43,6 +43,7 @@ class WatchedBatches:
         self.images: list[Tensor] = []  # first and last of each batch
         self.rates: list[list[Any]] = []  # of each optimizer group at each step
         self.coefficients: list[Tensor] = []
+        self.replayed_others: list[Tensor] = []  # of each replay, whether its graph held another batch
         self.first_gradients: dict[str, Tensor] = {}
         self.first_values: Tensor | None = None
 
@@ -57,6 +58,9 @@ class WatchedBatches:
             self.rates.append([_copied(g["lr"]) for g in self.watch.step.optimizer.param_groups])
             yield images, labels
             self.coefficients.append(self.watch.step.coefficient.clone())
+            if graph := self.watch.step.replayed:
+                same = (graph.labels == labels).all() & (graph.images == images).all()
+                self.replayed_others.append(~same)
             if self.first_values is None:
                 self.first_values = flat(self.watch.parameters.values())
                 self.first_gradients = {

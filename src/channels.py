@@ -1,7 +1,8 @@
-"""What a channel is in a network: the weight slices that belong to it, its state, and what reads it.
+"""What a channel is in a network: its state, and what reads it.
 
-No other file decides this. The group lasso takes its groups from `channel_groups`; the metrics, the pictures
-and the smaller network take the states of channels from `trace_channels`, so that they cannot disagree.
+No other file decides this. The metrics, the pictures and the smaller network take the states of channels from
+`trace_channels`, so that they cannot disagree. Which weight slices belong together src/groups.py finds in the
+same graph.
 
 A channel of a layer's output (after its batch norm) is in one of three states, in evaluation mode:
 

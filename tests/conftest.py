@@ -25,7 +25,7 @@ def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.compressed.exported", lambda network, claims: b"an exported network")
     monkeypatch.setattr(
         "experiments.compressed.read_back",
-        lambda content, network, images: (sum(p.numel() for p in network.parameters()), 0.0),
+        lambda content, network, *_: (sum(p.numel() for p in network.parameters()), 0.0),
     )
     monkeypatch.setattr("experiments.compressed.measure_latency", lambda networks, images: {})
     monkeypatch.setattr("experiments.plots.rendered", lambda figure, kind="png": b"a picture")
