@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from resnet import ResNet
+
 
 class Small(nn.Module):
     """Two ways that are added and one that is put beside them, for images of any size."""
@@ -407,6 +409,14 @@ class WithoutLayers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) @ self.weight
+
+
+def trained(num_classes: int) -> nn.Module:
+    """A ResNet of resnet.py of a depth that has no name there, whose weights are not as they are drawn."""
+    network = ResNet(1, num_classes)
+    for parameter in network.parameters():
+        parameter.data.mul_(1.2)
+    return network
 
 
 not_callable = 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 from planted import snapshot
 
+from experiments import training
 from experiments.compressed import PACKED, SLIM, exported, make_compressed, read_back
 from experiments.data import TestBatches as Batches
 from experiments.data import synthetic_dataset
@@ -111,8 +112,25 @@ def test_an_exported_file_of_another_network_or_of_none_is_told_apart(batches):
     slim, other = slim_network(network_with_dead_channels()), resnet20().eval()
     parameters, difference = read_back(exported(other), slim, images)
     assert parameters == 269_722 and difference > 0.01
-    parameters, difference = read_back(exported(slim)[:-100], slim, images)
-    assert parameters == 0 and math.isnan(difference)
+    whole, claims = exported(slim, {"accuracy": 0.5}), {"accuracy": 0.5}
+    assert read_back(whole, slim, images, claims)[0] > 0
+    unmarked = whole[:-66] + bytes(2)  # without the comment of 64 digits, whose length stands before it
+    for content, said in ((whole[:-100], claims), (unmarked, claims), (whole, {"accuracy": 0.6})):
+        parameters, difference = read_back(content, slim, images, said)
+        assert parameters == 0 and math.isnan(difference)
+
+
+def test_it_is_measured_in_float32_also_where_tf32_is_allowed(batches, tmp_path, monkeypatch):
+    allowed = []
+
+    def predict(network, batches):
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return training.predict(network, batches)
+
+    monkeypatch.setattr("experiments.compressed.predict", predict)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    made_of(network_with_dead_channels(), batches, tmp_path)
+    assert allowed == [False] * 3 and torch.backends.cudnn.allow_tf32
 
 
 def test_every_latency_is_measured_at_both_batches(made):

@@ -682,6 +682,14 @@ def resume_by_two_and_terminate(base: Path, alone: Future[LaunchedRun]) -> Launc
     return run.end()
 
 
+def check_before_resuming_by_two(base: Path, alone: Future[LaunchedRun]) -> LaunchedRun:
+    """Let two processes check what they would go on with: moments of the optimizer, say."""
+    folder = base / "checked"
+    (folder / "debug_output").mkdir(parents=True)
+    shutil.copy(alone.result().output / "checkpoint_0001.pt", folder / "debug_output")
+    return LaunchedRun(folder, 2, *THREE_EPOCHS, "--resume", "--preflight", "only").end()
+
+
 def refuse(base: Path, name: str) -> LaunchedRun:
     return LaunchedRun(base / name, 2, *REFUSED[name][0]).end()
 
@@ -707,6 +715,7 @@ def runs(tmp_path_factory) -> Iterator[dict[str, Future[Any]]]:
             "alone": alone,
             "two": pool.submit(train_by_two, base),
             "resumed": pool.submit(resume_by_two_and_terminate, base, alone),
+            "checked": pool.submit(check_before_resuming_by_two, base, alone),
             "killed": pool.submit(kill_one_and_resume_by_one, base),
             **{name: pool.submit(refuse, base, name) for name in REFUSED},
         }
@@ -799,6 +808,12 @@ def test_two_processes_resume_what_one_began(runs):
     assert "device cpu, 1 threads before, cpu, 1 threads, 2 processes now" in " ".join(resumed.out.split())
     second, like = resumed.history["epochs"][1], runs["two"].result().epoch(2)
     assert second["penalty"] == pytest.approx(like.penalty, rel=0.05)
+
+
+def test_the_checks_hold_for_two_processes_that_resume(runs):
+    run = runs["checked"].result()
+    assert run.status == 0, run.out
+    assert "PASS  ranks: 2 ranks" in run.out and "FAIL" not in run.out
 
 
 def test_sigterm_to_the_launcher_still_writes_the_finished_epochs_files(runs):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,6 +253,23 @@ def test_the_same_order_in_every_epoch_is_named(monkeypatch):
 def test_labels_moved_against_images_are_named(monkeypatch):
     whole = tampered(lambda epoch, e: ((x, y.roll(1)) for x, y in epoch(e)), monkeypatch)
     assert failures(found(whole)) == ["images and their order", "cross-entropy"]
+
+
+@pytest.mark.parametrize("other", ["labels", "images"])
+def test_a_replay_of_another_batch_is_named(monkeypatch, other):
+    """No graph is captured on the CPU: this one is a stand-in that holds the batch, or another."""
+    take = TrainingStep.__call__
+
+    def replaying(step, images, labels, *rest):
+        losses = take(step, images, labels, *rest)
+        step.replayed = SimpleNamespace(**({"images": images, "labels": labels} | held))
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", replaying)
+    held: dict[str, Tensor] = {}
+    assert failures(found(pipeline())) == []
+    held[other] = torch.tensor(-1)
+    assert_only(found(pipeline()), "images and their order", "3 replays", "captured step")
 
 
 def test_images_without_augmentation_are_named(monkeypatch):

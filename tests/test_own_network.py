@@ -338,6 +338,11 @@ class Shifting(Small):
         return super().forward(self.shifted(self, x))
 
 
+def rebinding(net: nn.Module, x: Tensor) -> Tensor:
+    net.buffer = 0.9 * net.buffer + 0.1 * x.mean((0, 2, 3)).detach().view(3, 1, 1)
+    return x - net.buffer
+
+
 def counting(net: nn.Module, x: Tensor) -> Tensor:
     net.steps = getattr(net, "steps", 0) + 1
     return x * net.steps
@@ -397,6 +402,7 @@ REMEMBERS = HostUse(remembers=True)
         (DECIDES, lambda net, x: x * random.random()),
         (DECIDES, lambda net, x: x * np.random.rand()),
         (HostUse(copies=True, decides=True), lambda net, x: x * torch.rand(3, 1, 1).to(x.device)),
+        (REMEMBERS, rebinding),
         (REMEMBERS, counting),
         (REMEMBERS, counting_in_a_dict),
         (REMEMBERS, alternating),
@@ -444,6 +450,10 @@ def test_a_layer_that_no_image_enters_is_a_constant_and_is_named():
 def test_the_smaller_network_makes_its_tensors_where_its_images_are():
     small = slim_network(quantized(own_networks.Recurrent())).to("meta")
     assert small(torch.zeros(3, 3, 32, 32, device="meta")).shape == (3, 10)
+
+
+def test_a_resnet_that_a_callable_returns_may_be_trained_already(run):
+    assert main([*SHORT, "--model", f"{HERE}:trained", "--preflight", "only"]) == 0
 
 
 def test_a_network_that_is_cut_in_two_is_caught(run):

@@ -83,7 +83,7 @@ def broken_check(subject) -> str:
     [
         (),
         ("--preset", "plan", "--limit-train", "20", "--batch-size", "7", "--limit-test", "9", "--seed", "5"),
-        ("--exclude-layers", "."),
+        ("--exclude-layers", ".", "--batch-size", "1", "--limit-train", "3"),
         ("--fixed-bits", "4", "--sparsity-weight", "0"),
         ("--quantizer", f"{HERE}:Ternary", "--epochs", "3"),
     ],

@@ -230,6 +230,13 @@ def test_a_few_steps_tell_nothing_about_accuracy(accuracies, numbers, limit, ste
     check(verdict.accuracy_climbs(history), SKIP, numbers, f"{steps} steps")
 
 
+def test_a_network_that_may_have_begun_trained_need_not_climb():
+    history = with_accuracies(good_run(), {1: 0.8, -1: 0.78})
+    history.settings["model"] = "mine:pretrained"
+    check(verdict.accuracy_climbs(history), SKIP, "80.0 % -> 78.0 %", "trained weights")
+    check(verdict.accuracy_climbs(with_accuracies(history, {1: 0.2, -1: 0.1})), FAIL, "20.0 % -> 10.0 %")
+
+
 def test_accuracy_of_a_network_that_is_mostly_gone_fails_with_that_cause():
     history = changed(with_accuracies(good_run(), {-1: 0.1}), {20: {"structured_sparsity": 0.875}})
     check(verdict.accuracy_climbs(history), FAIL, "10.0 %", cause="88 % of the filters are zero")
@@ -388,6 +395,14 @@ def test_training_images_against_test_images(train, test, images, status):
     check(
         verdict.training_images_are_known(history), status, f"{100 * train:.1f} %", f"test {100 * test:.1f} %"
     )
+
+
+def test_a_hundred_classes_may_be_known_by_heart():
+    history = ended(train_right=9990, right=6860)
+    history = replace(history, data=replace(history.data, classes=100))
+    check(verdict.training_images_are_known(history), PASS, "99.9 %", "68.6 %")
+    history.data = replace(history.data, classes=10)
+    check(verdict.training_images_are_known(history), FAIL, "99.9 %", "68.6 %")
 
 
 # Layers that no longer count
@@ -580,6 +595,12 @@ def test_unstructured_sparsity_that_does_not_grow_fails(last):
         f"3.0 % -> {100 * last:.1f} %",
         cause="--deadzone-decay",
     )
+
+
+def test_fewer_zeros_of_quantizers_without_a_dead_zone_are_no_fault():
+    history = changed(good_run(), {20: {"unstructured_sparsity": 0.02}})
+    history.parameter_groups = {"step": "weights"}
+    check(verdict.unstructured_grows(history), SKIP, "3.0 % -> 2.0 %", "no dead zone")
 
 
 def test_one_epoch_shows_no_growth():
