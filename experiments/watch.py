@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.device import in_float64
-from experiments.training import EpochLosses, Pipeline
+from experiments.training import EpochLosses, Pipeline, TrainingStep
 from src.graph import only_looks
 from utils_quantization import WeightQuantization, quantizers
 
@@ -35,9 +35,9 @@ class State:
 class WatchedBatches:
     """The training batches as they are, noted as they are handed out. Nothing here waits for the device."""
 
-    def __init__(self, watch: "EpochWatch") -> None:
-        self.watch, self.batches = watch, watch.pipeline.train_batches
-        self.sizes = self.batches.sizes
+    def __init__(self, batches: Any, step: TrainingStep, parameters: dict[str, nn.Parameter]) -> None:
+        self.batches, self.step, self.parameters = batches, step, parameters
+        self.sizes = batches.sizes
         self.epochs: list[int] = []  # asked for
         self.labels: list[Tensor] = []
         self.images: list[Tensor] = []  # first and last of each batch
@@ -55,16 +55,16 @@ class WatchedBatches:
         for images, labels in self.batches.epoch(epoch):
             self.labels.append(labels)
             self.images += _ends(images)
-            self.rates.append([_copied(g["lr"]) for g in self.watch.step.optimizer.param_groups])
+            self.rates.append([_copied(g["lr"]) for g in self.step.optimizer.param_groups])
             yield images, labels
-            self.coefficients.append(self.watch.step.coefficient.clone())
-            if graph := self.watch.step.replayed:
+            self.coefficients.append(self.step.coefficient.clone())
+            if graph := self.step.replayed:
                 same = (graph.labels == labels).all() & (graph.images == images).all()
                 self.replayed_others.append(~same)
             if self.first_values is None:
-                self.first_values = flat(self.watch.parameters.values())
+                self.first_values = flat(self.parameters.values())
                 self.first_gradients = {
-                    n: p.grad.detach().clone() for n, p in self.watch.parameters.items() if p.grad is not None
+                    n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None
                 }
 
 
@@ -111,7 +111,7 @@ class EpochWatch:
         self.momenta = [norm.momentum for norm in self.norms.values()]
         self.modules = [m for n, m in self.model.named_modules() if "parametrizations" not in n]
         self.quantizations = [m for m in self.model.modules() if isinstance(m, WeightQuantization)]
-        self.batches: Any = WatchedBatches(self)
+        self.batches: Any = WatchedBatches(pipeline.train_batches, self.step, self.parameters)
         self.before, self.weights_before = self.state(), self.weights()
         self.moments = self._moments()
         self.left = self.step.left
