@@ -240,12 +240,13 @@ def _compare_in_bf16(subject: Subject) -> None:
     step, coefficient = subject.copied_step(), subject.pipeline.settings.sparsity_weight
     images, labels = (t[:PROBE_IMAGES] for t in subject.first_batch)
     twin = copy.deepcopy(step.model).train()
-    with same_draws(), parametrize.cached():
-        with torch.autocast(step.device.type, torch.bfloat16):
-            logits = twin(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        if coefficient:
-            loss = loss + coefficient * step.penalty(twin)
+    with same_draws():
+        with parametrize.cached():  # as in the step
+            with torch.autocast(step.device.type, torch.bfloat16):
+                logits = twin(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            if coefficient:
+                loss = loss + coefficient * step.penalty(twin)
         loss.backward()
     found: dict[str, Tensor] = {}
 
