@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from experiments.data import TestBatches
 from experiments.device import without_tf32
-from experiments.files import OutputError, checksum_holds, with_checksum, write_whole
+from experiments.files import OutputError, with_checksum, write_whole
 from experiments.history import CompressedRecord
 from experiments.network import make_network
-from experiments.received import CLAIMS_FILE
+from experiments.received import CLAIMS_FILE, open_exported
 from experiments.recount import read_claims, recount
 from experiments.settings import FOLDERS
 from experiments.training import predict
@@ -72,10 +72,10 @@ def make_compressed(
     )
     slim = slim_network(model)
     # Whoever receives the exported network can only count it as a whole.
-    whole = {"structured_macs": count_by_torch(slim, device=device)[""]}
-    archive = _written(folder / SLIM, exported(slim, claims | whole), errors)
+    whole = claims | {"structured_macs": count_by_torch(slim, device=device)[""]}
+    archive = _written(folder / SLIM, exported(slim, whole), errors)
     images = next(iter(batches))[0]
-    read_back_parameters, read_back_difference = read_back(archive, slim, images, claims | whole)
+    read_back_parameters, read_back_difference = read_back(archive, slim, images, whole)
     packed = unpack_network(content, partial(make_network, name, logits["quantized"].shape[1])).to(device)
     packed_settings, packed_metrics = read_claims(content)
     logits |= {n: predict(network, batches)[0] for n, network in {"slim": slim, "packed": packed}.items()}
@@ -101,9 +101,7 @@ def make_compressed(
         slim_bytes=len(archive),
         read_back_parameters=read_back_parameters,
         read_back_difference=read_back_difference,
-        latency_seconds=measure_latency(
-            {"dense": dense, "fake-quantized": model, "smaller": slim}, next(iter(batches))[0]
-        ),
+        latency_seconds=measure_latency({"dense": dense, "fake-quantized": model, "smaller": slim}, images),
         packed_settings=packed_settings,
         packed_metrics=packed_metrics,
         file=recount(content),
@@ -174,9 +172,8 @@ def read_back(
     images = images[:READ_BACK_IMAGES].cpu()
     expected = copy.deepcopy(network).cpu()(images)
     try:
-        said = {CLAIMS_FILE: ""}
-        found = torch.export.load(io.BytesIO(content), extra_files=said).module()
-        if not checksum_holds(content) or json.loads(said[CLAIMS_FILE]) != (claims or {}):
+        found, received = open_exported(SLIM, content)
+        if received.left_out or received.claims != (claims or {}):
             return 0, math.nan
         return _parameters(found), (found(images) - expected).abs().max().item()
     except Exception:  # torch raises all kinds for a file or a shape that does not fit

@@ -64,6 +64,15 @@ def expect_close(
     return relative
 
 
+def shows(said: str, value: float) -> bool:
+    """Whether a printed number is this value, rounded to the digits that it has."""
+    digits = len(said.partition(".")[2])
+    try:
+        return abs(float(said.replace(",", "")) - value) <= 0.5001 * 10.0**-digits
+    except ValueError:
+        return False
+
+
 @dataclass
 class Subject:
     """The run that is checked, and copies of it that may be changed."""

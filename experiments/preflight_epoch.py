@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from experiments import reference
 from experiments.draws import kept_draws
-from experiments.evaluator import Compression
 from experiments.expect import (
     BrokenError,
     Subject,
@@ -22,7 +21,7 @@ from experiments.expect import (
     some,
     stored_weight,
 )
-from experiments.history import EpochRecord, layer_records
+from experiments.history import EpochRecord
 from experiments.training import TrainingStep
 from experiments.verdict import FAIL
 from src.graph import only_looks
@@ -168,7 +167,7 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     seen = Seen()
     handles = _watch(step, seen, subject.own_network)
     began = time.perf_counter()
-    record, compression = subject.one_epoch(pipeline, epoch)
+    record, _ = subject.one_epoch(pipeline, epoch)
     took = time.perf_counter() - began
     for handle in handles:
         handle.remove()
@@ -191,8 +190,6 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     )
     _compare_passes(subject, few, tested, epoch, record, seen)
     _compare_test_logits(subject, step, tested, seen)
-    if subject.own_network:
-        _compare_signals(step, compression)
 
 
 def _watch(step: TrainingStep, seen: Seen, own: bool) -> list[Any]:
@@ -278,24 +275,6 @@ def _compare_passes(
     expect(
         record.epoch == epoch + 1, f"epoch {epoch + 1} is reported as {record.epoch}", "epochs are miscounted"
     )
-
-
-@torch.no_grad()
-def _compare_signals(step: TrainingStep, compression: Compression) -> None:
-    """The share of a layer's output that its batch norm leaves, of the layer's largest channel."""
-    model = copy.deepcopy(step.model)
-    norms: Any = {n: model.get_submodule(n.replace("conv", "bn")) for n in quantized_layers(model)}
-    for norm in norms.values():
-        norm.running_var[1:] = 0  # as of filters that are dead
-    for name, layer in layer_records(model, compression.count).items():
-        norm = norms[name]
-        largest = norm.running_var.max().item()
-        due = largest / (largest + norm.eps)
-        expect(
-            layer.signal is not None and math.isclose(layer.signal, due, rel_tol=1e-4, abs_tol=1e-6),
-            f"the signal of {name} is noted as {layer.signal}, its batch norm gives {due:.6g}",
-            "the signals of a record (experiments/history.py)",
-        )
 
 
 def _compare_test_logits(subject: Subject, step: TrainingStep, tested: FewTested, seen: Seen) -> None:

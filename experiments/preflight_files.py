@@ -27,7 +27,7 @@ from experiments.expect import (
 )
 from experiments.history import epoch_record
 from experiments.recount import recount
-from experiments.training import TrainingStep
+from experiments.training import TrainingStep, renew_batch_norms
 from metrics import NetworkCount, count_by_torch, count_slim_by_torch, of_layers, ratio
 from src.channels import ChannelState
 from src.packing import pack_network, unpack_network
@@ -336,7 +336,13 @@ def ranks_agree(subject: Subject) -> str:
     return f"{processes.count} ranks"
 
 
-@torch.no_grad()
+class Batches(list[Any]):
+    """Batches that are the same in each epoch."""
+
+    def epoch(self, epoch: int) -> Any:
+        return iter(self)
+
+
 def _compare_renewals(subject: Subject, images: Tensor, whole_images: Tensor) -> None:
     """The plain mean of batch norms' statistics over two batches, of all ranks' shards and of the whole."""
     renewed: list[Tensor] = []
@@ -344,14 +350,11 @@ def _compare_renewals(subject: Subject, images: Tensor, whole_images: Tensor) ->
         model = subject.copied_step().model.double().train()
         if local:
             use_local_batch_norms(model)
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-        for batch in (given, given / 2):
-            model(batch)
-        found = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
-        renewed.append(torch.cat([t.flatten() for t in found if t is not None]) if norms else given[:0])
+        batches: Any = Batches([(given, None), (given / 2, None)])
+        renew_batch_norms(model, batches, 0, len(batches))
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        statistics = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
+        renewed.append(torch.cat(statistics or [given[:0].flatten()]))
     expect_close(
         renewed[0],
         renewed[1],

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.expect import Subject, expect
+from experiments.expect import Subject, expect, shows
 from experiments.history import EpochRecord, FinalCounts, History, LayerRecord
 from metrics import LayerCount
 from src.channels import ChannelState
@@ -166,11 +166,9 @@ def _compare_ends(picture: str, figure: Any) -> None:
     """The number at the end of a curve, in its colour, is its last."""
     lines = {line.get_color(): line.get_ydata() for axes in figure.axes for line in axes.get_lines()}
     for text in (text for axes in figure.axes for text in axes.texts):
-        said = text.get_text().split()[0]
         last = float(lines[text.get_color()][-1])
-        digits = len(said.partition(".")[2])
         expect(
-            abs(float(said) - last) <= 0.5001 * 10.0**-digits,
+            shows(text.get_text().split()[0], last),
             f"{picture}: {text.get_text()!r} stands at the end of a curve that ends at {last:g}",
             _cause("another epoch"),
         )

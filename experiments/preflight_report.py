@@ -10,19 +10,20 @@ from typing import Any
 import torch
 
 from experiments import report
-from experiments.expect import Subject, expect, some
-from experiments.history import Check, DataRecord, EpochRecord, FinalCounts, History
+from experiments.expect import Subject, expect, shows, some
+from experiments.history import Check, DataRecord, EpochRecord, FinalCounts, History, layer_records
 from experiments.preflight_pictures import small_history
 from experiments.verdict import FAIL, PASS, SKIP
 from metrics import LayerCount, format_ratio
 from src.channels import ChannelState
-
-LAST_DIGIT = re.compile(r"\d*\.?(\d*)")
+from utils_quantization import quantized_layers
 
 
 def lines_show_the_history(subject: Subject) -> str:
-    """The history's start against the network, and what is printed of a history against its numbers."""
+    """What is noted of the network against it, and what is printed of a history against its numbers."""
     _compare_start(subject)
+    if subject.own_network:
+        _compare_signals(subject)
     history = small_history(subject.history)
     for record in history.epochs:
         _compare_row(record)
@@ -60,19 +61,26 @@ def _compare_start(subject: Subject) -> None:
         )
 
 
-def _shows(said: str, value: float) -> bool:
-    """Whether a printed number is this value, rounded to the digits that it has."""
-    match = LAST_DIGIT.search(said.replace(",", "").lstrip("-"))
-    digits = len(match[1]) if match else 0
-    try:
-        return abs(float(said.replace(",", "")) - value) <= 0.5001 * 10.0**-digits
-    except ValueError:
-        return False
+@torch.no_grad()
+def _compare_signals(subject: Subject) -> None:
+    """The share of a layer's output that its batch norm leaves, of the layer's largest channel."""
+    model = subject.copied_step().model
+    norms: Any = {n: model.get_submodule(n.replace("conv", "bn")) for n in quantized_layers(model)}
+    for norm in norms.values():
+        norm.running_var[1:] = 0  # as of filters that are dead
+    for name, layer in layer_records(model, subject.pipeline.evaluator.evaluate(model).count).items():
+        largest, eps = norms[name].running_var.max().item(), norms[name].eps
+        due = largest / (largest + eps)
+        expect(
+            layer.signal is not None and math.isclose(layer.signal, due, rel_tol=1e-4, abs_tol=1e-6),
+            f"the signal of {name} is noted as {layer.signal}, its batch norm gives {due:.6g}",
+            "the signals of a record (experiments/history.py)",
+        )
 
 
 def _expect_shown(what: str, said: dict[str, str], due: dict[str, float]) -> None:
     odd = [f"{n} {said.get(n)} where it is {value:.6g}" for n, value in due.items()
-           if not _shows(said.get(n, ""), value)]  # fmt: skip
+           if not shows(said.get(n, ""), value)]  # fmt: skip
     expect(
         not odd,
         f"{what} shows {some(odd)}",
@@ -125,16 +133,17 @@ def _compare_layer_table(history: History) -> None:
     rows = report.layer_table(history.final.count).splitlines()[2:-1]
     for layer, row in zip(history.final.layers, rows, strict=True):
         name, bits, zeros, filters, channels, left, dense = row.split()
-        said = {"name": name, "bits": bits, "zeros": zeros, "zero filters": filters.partition("/")[0]}
-        said |= {"filters": filters.partition("/")[2], "MACs left": left, "MACs": dense}
+        said = {"bits": bits, "zeros": zeros, "MACs left": left, "MACs": dense}
+        said |= dict(zip(("zero filters", "filters"), filters.split("/"), strict=True))
         said |= dict(zip(("alive", "constant", "nothing"), channels.split("/"), strict=True))
-        due = {
+        due = _channels(layer) | {
             "bits": layer.bits,
             "zeros": 100 * layer.zero_weights / layer.weights,
             "filters": layer.filters,
+            "zero filters": layer.zero_filters,
+            "MACs left": layer.structured_macs,
+            "MACs": layer.dense_macs,
         }
-        due |= {"zero filters": layer.zero_filters, "MACs left": layer.structured_macs}
-        due |= {"MACs": layer.dense_macs} | _channels(layer)
         expect(name == layer.name, f"{name!r} stands for {layer.name}", "the layers' table")
         _expect_shown(f"the row of {layer.name} in the layers' table", said, due)
 

@@ -102,7 +102,7 @@ def check_file(path: Path, load: Callable[[], Dataset], say: Say, model: str = "
         except PackingError as error:
             raise ValueError(f"{name}: {error}; get the file again") from None
     else:
-        network, received = _open_exported(name, content)
+        network, received = open_exported(name, content)
     _say_claims(received.claims, say)
     dataset = load()
     say(f"Data:     {dataset.name}, {len(dataset.test_labels):,} test images ({dataset.source})")
@@ -197,7 +197,8 @@ def _found(count: NetworkCount, header: PackedHeader) -> dict[str, Any]:
     return found
 
 
-def _open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
+def open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
+    """The network of an exported file, and what the file says of it. Raises: ValueError."""
     if checksum_holds(content) is False:
         raise ValueError(f"{name} was altered: its checksum does not match; get the file again")
     # What torch logs of a damaged archive is a traceback; the sentence below says it.

@@ -289,14 +289,14 @@ def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder
     data = set()
     for member in members:
         history, settings = member.history(), member.settings.to_json()
-        row: dict[str, Any] = {"name": member.name, "epochs": settings["epochs"]}  # that are asked for
+        row: dict[str, Any] = {"name": member.name, "epochs": settings["epochs"]}
         is_full = member.point.startswith(FULL_PRECISION)
         row |= {n: settings[n] for n in lists if not (is_full and n in OF_COMPRESSION)}
         if history:
             found = results(history)
             seconds = sum(epoch.seconds for epoch in history.epochs)
             row |= found | {"status": "done", "data": history.data.name, "seconds": seconds}
-            row["epochs"] = len(history.epochs)  # that were trained
+            row["epochs"] = len(history.epochs)
             others = ", ".join(p for p in member.point.split(",") if not p.startswith("sparsity_weight="))
             if is_full:
                 full.setdefault(others.replace("_", " ").replace(f"{FULL_PRECISION},", ""), []).append(found)

@@ -438,8 +438,14 @@ def test_dead_slices_that_are_stored_as_other_than_zero_are_named():
     assert "dead slices stay dead" in failures(after_deaths(whole))
 
 
-def test_a_step_without_the_masks_that_the_setting_asks_for_is_named():
+class Subclassed(ResNet):
+    """Another network than resnet.py's, as far as its class says."""
+
+
+@pytest.mark.parametrize("network", [ResNet, Subclassed])
+def test_a_step_without_the_masks_that_the_setting_asks_for_is_named(network):
     whole = pipeline()
+    whole.model.__class__ = network
     whole.step.keep_dead = None
     assert failures(found(whole)) == ["dead slices stay dead"]
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from experiments import debug_run
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from experiments.distributed import Processes
-from experiments.expect import BrokenError, NotApplicableError, expect_close
+from experiments.expect import BrokenError, NotApplicableError, Subject, expect_close, shows
 from experiments.history import Check, History
 from experiments.preflight import CHECKS, preflight
 from experiments.preflight_epoch import _is_stale
@@ -27,6 +27,7 @@ from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, ST
 from experiments.preflight_settings import read_flags
 from experiments.schedules import linear_warmup
 from experiments.settings import Settings, parse_settings
+from experiments.training import TrainingStep
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
@@ -84,7 +85,7 @@ def broken_check(subject) -> str:
         (),
         ("--preset", "plan", "--limit-train", "20", "--batch-size", "7", "--limit-test", "9", "--seed", "5"),
         ("--exclude-layers", ".", "--batch-size", "1", "--limit-train", "3"),
-        ("--fixed-bits", "4", "--sparsity-weight", "0"),
+        ("--fixed-bits", "4", "--sparsity-weight", "0", "--precision", "bf16"),
         ("--quantizer", f"{HERE}:Ternary", "--epochs", "3"),
     ],
     ids=" ".join,
@@ -106,6 +107,48 @@ def test_no_check_fails_on_a_run_that_resumes_with_moments_and_a_dead_layer(monk
     checks, status = checks_of(monkeypatch, tmp_path, *again)
     assert failed(checks) == [] and status == 0
     assert {n for n, c in checks.items() if "waits for" in c.message} == set()
+
+
+def only(monkeypatch, name):
+    """Let the preflight be this check alone."""
+    monkeypatch.setattr("experiments.preflight.CHECKS", tuple((n, c, ()) for n, c, _ in CHECKS if n == name))
+
+
+def test_gradients_that_are_scaled_in_bf16_alone_are_named(monkeypatch, tmp_path):
+    cross_entropy = TrainingStep._cross_entropy
+
+    def scaled(step, *arguments):
+        whole = cross_entropy(step, *arguments)
+        return whole if step.precision == "float32" else 0.1 * whole + 0.9 * whole.detach()
+
+    monkeypatch.setattr(TrainingStep, "_cross_entropy", scaled)
+    only(monkeypatch, "step: gradients")
+    checks, status = checks_of(monkeypatch, tmp_path, "--precision", "bf16")
+    assert status == 1 and "in mixed precision alone" in failed(checks)[0]
+
+
+@pytest.mark.parametrize(("images", "status"), [(15, 0), (16, 1)])
+def test_the_normalisation_is_not_judged_by_a_few_images(monkeypatch, tmp_path, images, status):
+    dark = torch.full((images, 3, 32, 32), -1.8), torch.zeros(images, dtype=torch.long)
+    monkeypatch.setattr(Subject, "first_batch", dark)
+    only(monkeypatch, "data: test images")
+    assert checks_of(monkeypatch, tmp_path)[1] == status
+
+
+@pytest.mark.parametrize(
+    ("said", "value", "shown"),
+    [
+        ("6.50", 6.504, True),
+        ("6.50", 6.506, False),
+        ("8", 8.4, True),
+        ("8", 8.6, False),
+        ("1,234", 1234, True),
+        ("-0.5", -0.52, True),
+        ("", 0, False),
+    ],
+)
+def test_a_printed_number_shows_a_value_to_its_last_digit(said, value, shown):
+    assert shows(said, value) == shown
 
 
 def test_weights_that_are_held_over_a_step_are_stale():

@@ -135,6 +135,21 @@ def test_the_packed_files_check_compares_what_its_receiver_finds(tmp_path, monke
     assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == status
 
 
+def test_a_receiver_that_takes_another_claim_is_named(tmp_path, monkeypatch):
+    made = runs.compressed()
+    said = {"data": "CIFAR-10", "test_images": 10_000, "accuracy": made.packed_accuracy, "mean_bits": 2.5}
+    received = Received(said, dict(said), macs=made.dense_macs)
+    monkeypatch.setattr(rehearsal, "check_file", lambda *_: received)
+    history = runs.good_run()
+    history.compressed, history.retest = made, runs.retest()
+    assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == "PASS"
+    holds = Received._holds
+    for name in said:
+        monkeypatch.setattr(Received, "_holds", lambda self, n, name=name: n == name or holds(self, n))
+        check = rehearse_verifying(history, random_dataset(16), tmp_path, print)
+        assert check.status == "FAIL" and f"another {name} would be verified" in check.message
+
+
 def test_behind_a_barrier_torch_may_count_otherwise(tmp_path, monkeypatch):
     made = runs.compressed()
     received = Received({}, {"accuracy": made.packed_accuracy}, macs=made.dense_macs + 1)
