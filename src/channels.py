@@ -31,18 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from src.graph import (
-    LAYERS,
-    aten,
-    is_move,
-    is_norm,
-    is_pointwise,
-    is_random,
-    kind,
-    move,
-    path,
-    trace_network,
-)
+from src.graph import LAYERS, aten, is_move, is_norm, is_pointwise, kind, move, path, trace_network
 
 
 class ChannelState(IntEnum):
@@ -103,6 +92,15 @@ class Signal:
         """The constant, with zeros where the image reaches."""
         return self.constant if self.flow is None else self.constant.masked_fill(self.flow > 0, 0)
 
+    def alive(self, dim: int = 1) -> Tensor:
+        """The channels along a dimension that depend on the image at a place that is read: (C,) bool."""
+        return _channels(self.varies & self.read, dim)
+
+
+def _channels(flags: Tensor, dim: int) -> Tensor:
+    """The channels along a dimension that have a flag: (C,) bool."""
+    return flags.movedim(dim, 0).reshape(flags.shape[dim], -1).any(1)
+
 
 @dataclass
 class LayerUse:
@@ -123,16 +121,12 @@ class LayerUse:
     def groups(self) -> int:
         return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
 
-    def shift(self, inputs: Tensor) -> Tensor:
-        """What the layer gives, batch norm included, when the flagged of its inputs, (I,) bool, are zero.
-
-        Shapes: -> (O, H, W), or (O,) for the classifier.
-        """
-        return self.shift_of_all(inputs)[0].movedim(-1 if self.channel_dim < 0 else 0, 0)
-
     @torch.no_grad()
-    def shift_of_all(self, inputs: Tensor) -> Tensor:
-        """The same as a value of the layer's node, for one image."""
+    def shift(self, inputs: Tensor) -> Tensor:
+        """What the layer gives for one image, batch norm included, when the flagged inputs, (I,) bool, are 0.
+
+        Shapes: those of the layer's node, (1, O, H, W), or (1, O) for the classifier.
+        """
         known = self.entering.known.movedim(self.channel_dim, 0).clone()
         known[inputs] = 0
         op: Any = self.node.target
@@ -149,14 +143,6 @@ class ChannelAccount:
     graph: fx.Graph
     signals: dict[fx.Node, Signal]
     uses: dict[fx.Node, tuple[LayerUse, LayerChannels]]
-
-    def shift(self, name: str) -> Tensor:
-        """What the layer `name` gives, batch norm included, when all its remaining inputs are zero.
-
-        Shapes: -> (O, H, W), or (O,) for the classifier.
-        """
-        use, channels = next(u for u in self.uses.values() if u[0].name == name)
-        return use.shift(channels.inputs)
 
 
 def read_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -268,17 +254,16 @@ class _Passes:
             else:
                 self.signals[node] = self._operation(node)
                 if kind(node) in LAYERS and not self._which_flow(node):
-                    self._is_barrier(node)  # a layer of what no image reaches: its result is a constant
+                    self._add_barrier(node)  # a layer of what no image reaches: its result is a constant
 
     def backward(self) -> None:
         reached = [*self.signals.values(), *(use.entering for use in self.uses)]
         reached = [s for s in reached if isinstance(s.flow, Tensor)]
         ends = [s.flow.sum() for s in self.outputs if s.flow is not None]
-        flows = list({id(s.flow): s.flow for s in reached}.values())
+        flows = [s.flow for s in reached]
         paths = torch.autograd.grad(ends, flows, allow_unused=True) if ends else [None] * len(flows)
-        paths_from = {id(flow): found for flow, found in zip(flows, paths, strict=True)}
-        for signal in reached:
-            signal.paths = paths_from[id(signal.flow)]
+        for signal, found in zip(reached, paths, strict=True):
+            signal.paths = found
 
     def _ones(self, shape: Any) -> Tensor:
         return torch.ones(shape, device=self.like.device, requires_grad=True)
@@ -289,14 +274,12 @@ class _Passes:
     def _which_flow(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in node.all_input_nodes if self._flows(n)]
 
-    def _is_barrier(self, node: fx.Node) -> None:
+    def _add_barrier(self, node: fx.Node) -> None:
         self.barriers.append(f"{kind(node)} in {path(node) or 'the network'}")
 
     def _layer(self, node: Any) -> Signal:
-        x, weight = self.signals[node.args[0]], self.signals[node.args[1]].constant
-        bias = (
-            self.signals[node.args[2]].constant if len(node.args) > 2 and node.args[2] is not None else None
-        )
+        x = self.signals[node.args[0]]
+        weight, bias = (n and self.signals[n].constant for n in (*node.args[1:3], None)[:2])
         # A view: its gradient is what this layer alone reads.
         flow = x.flow.view_as(x.flow)
         pipe = _Flags.apply(node.target(flow, (weight != 0).to(flow.dtype), None, *node.args[3:]))
@@ -307,9 +290,8 @@ class _Passes:
             constant = known.new_zeros(pipe.shape)
             after = 0 if kind(node) is aten.linear else pipe.ndim - 2  # dimensions behind the channels
             constant += 0 if bias is None else bias.view(-1, *[1] * after)
-        self.uses.append(
-            LayerUse(self.layer_name(node), node, node, Signal(x.constant, flow), (weight, bias))
-        )
+        use = LayerUse(self.layer_name(node), node, node, Signal(x.constant, flow), (weight, bias))
+        self.uses.append(use)
         behind = next(iter(node.users), node)
         if (
             len(node.users) == 1
@@ -317,14 +299,15 @@ class _Passes:
             and behind.args[0] is node
             and all(n in self.signals and not self._flows(n) for n in behind.all_input_nodes[1:])
         ):
-            self.uses[-1].out = behind
-            self.uses[-1].norm = fx.node.map_arg(behind.args[1:], lambda n: self.signals[n].constant)
+            use.out = behind
+            use.norm = fx.node.map_arg(behind.args[1:], lambda n: self.signals[n].constant)
         return Signal(constant, pipe)
 
     def _operation(self, node: Any) -> Signal:
         """What a node makes of its inputs, which the image may reach."""
         op: Any = node.target
-        random, product = is_random(op), kind(node) is aten.mul
+        random = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+        product = kind(node) is aten.mul
         args, kwargs = self._args(node, lambda s: s.known if product else s.constant)
         with torch.random.fork_rng(devices=[]) if random else nullcontext():
             found = op(*args, **kwargs)
@@ -334,7 +317,7 @@ class _Passes:
             return Signal(constant)
         flow = None if random else self._pipe(node, flowing, constant)
         if flow is None:
-            self._is_barrier(node)
+            self._add_barrier(node)
             entering = [f for s in flowing for f in (s.flow if isinstance(s.flow, tuple) else [s.flow])]
             paths = sum(f.sum() for f in entering if f is not None)
             values: Any = constant if isinstance(constant, tuple) else (constant,)
@@ -349,27 +332,20 @@ class _Passes:
         """The flow behind an operation that has a rule, else None."""
 
         def flow_of(s: Signal) -> Any:
-            plain = isinstance(s.constant, Tensor) and s.constant.is_floating_point()
-            return (
-                s.flow
-                if s.flow is not None
-                else torch.zeros_like(s.constant).float()
-                if plain
-                else s.constant
-            )
+            if s.flow is None and isinstance(s.constant, Tensor) and s.constant.is_floating_point():
+                return torch.zeros_like(s.constant).float()
+            return s.constant if s.flow is None else s.flow
 
-        if is_move(node.target):
+        if is_move(node):
             numbers = all(isinstance(s.flow, tuple) or s.constant.is_floating_point() for s in flowing)
             moved = move(node, *self._args(node, flow_of)) if numbers else None
             return tuple(moved) if isinstance(moved, list) else moved
         if kind(node) is aten.mul:
             return _Flags.apply(self._product(*node.args).expand(constant.shape))
-        if is_pointwise(node.target):
-            return (
-                flowing[0].flow
-                if len(flowing) == 1 and flowing[0].flow.shape == constant.shape
-                else (_Flags.apply(sum(s.flow for s in flowing).expand(constant.shape)))
-            )
+        if is_pointwise(node):
+            if len(flowing) == 1 and flowing[0].flow.shape == constant.shape:
+                return flowing[0].flow
+            return _Flags.apply(sum(s.flow for s in flowing).expand(constant.shape))
         if is_norm(node) and len(flowing) == 1 and self._flows(node.args[0]):
             scale = self._args(node, lambda s: s.constant)[0][1]
             x = flowing[0].flow
@@ -390,22 +366,11 @@ class _Passes:
     def account(self, use: LayerUse) -> LayerChannels:
         """Decide the states of a layer's channels at one of its uses."""
         weight, out, dim = use.parameters[0], self.signals[use.out], use.channel_dim
-
-        def channels(numbers: Tensor) -> Tensor:
-            """Those with a number, but for rounding, above 0: (C,) bool."""
-            return numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1).amax(1) > 0.5
-
-        read, alive, inputs = (
-            torch.zeros(s.constant.shape[dim], dtype=torch.bool, device=weight.device)
-            if s.paths is None
-            else channels(s.paths if of is None else s.paths * of)
-            for s, of in ((out, None), (out, out.flow), (use.entering, use.entering.flow))
-        )
+        alive, inputs = out.alive(dim), use.entering.alive(dim)
+        speaks = _channels(self._spoken(use.out).known != 0, dim)
         states = torch.zeros_like(alive, dtype=torch.int8)  # NULL
+        states[_channels(out.read, dim) & speaks] = ChannelState.CONSTANT
         states[alive] = ChannelState.ALIVE
-        constant = read & ~alive
-        if constant.any():
-            states[constant & channels((self._spoken(use.out).known != 0).float())] = ChannelState.CONSTANT
         left = (alive.view(use.groups, -1).sum(1) * inputs.view(use.groups, -1).sum(1)).sum()
         positions = out.constant.numel() // len(weight)
         macs = int(left) * weight[0, 0].numel() * positions
@@ -414,6 +379,6 @@ class _Passes:
     def _spoken(self, node: Any) -> Signal:
         """What others get of a node: its value, behind the activation if nothing else reads it."""
         behind = next(iter(node.users), node)
-        if len(node.users) == 1 and is_pointwise(behind.target) and len(behind.all_input_nodes) == 1:
+        if len(node.users) == 1 and is_pointwise(behind) and len(behind.all_input_nodes) == 1:
             return self._spoken(behind)
         return self.signals[node]

@@ -11,7 +11,6 @@ import io
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +32,7 @@ READ_ANEW = {aten.view_as_real.default, aten.view_as_complex.default}
 PADS = {aten.pad, aten.constant_pad_nd}
 # What only moves elements, next to the views, which say so themselves.
 _MOVES = """
-    cat stack index index_select flip roll repeat copy slice_scatter select_scatter reflection_pad2d
+    cat stack index index_select flip roll repeat slice_scatter select_scatter reflection_pad2d
     replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d
 """
 MOVES: set[Any] = {operator.getitem, *PADS, *(getattr(aten, name) for name in _MOVES.split())}
@@ -46,7 +45,7 @@ class NetworkGraph:
     graph: fx.Graph
     state: dict[str, str]  # the name of each parameter or buffer, by the name of its node
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer, by the name of their node
-    kept: tuple[Any, ...]  # what the fingerprint names by its id
+    kept: tuple[Any, ...]  # what the fingerprint names by its id, held so that nothing else gets that id
 
     def layer(self, node: Any) -> str:
         """The name of the layer that a convolution or linear operation is: that of its weight's owner.
@@ -82,12 +81,7 @@ class NetworkGraph:
 
 def kind(node: Any) -> Any:
     """The operation of a node, whichever of its overloads."""
-    return _kind(node.target)
-
-
-@cache
-def _kind(target: Any) -> Any:
-    return getattr(target, "overloadpacket", target)
+    return getattr(node.target, "overloadpacket", node.target)
 
 
 def path(node: Any) -> str:
@@ -95,21 +89,14 @@ def path(node: Any) -> str:
     return next(reversed(node.meta.get("nn_module_stack", {"": ("", "")}).values()))[0]
 
 
-@cache
-def is_pointwise(target: Any) -> bool:
-    return _kind(target) in COPIES or torch.Tag.pointwise in getattr(target, "tags", ())
+def is_pointwise(node: Any) -> bool:
+    return kind(node) in COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-@cache
-def is_random(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-
-
-@cache
-def is_move(target: Any) -> bool:
+def is_move(node: Any) -> bool:
     """Whether an operation only moves elements: each of its outputs is an element of an input, or padding."""
-    views = _returns_views(target) and _kind(target) not in COPIES and target not in READ_ANEW
-    return _kind(target) in MOVES or views
+    views = _returns_views(node.target) and kind(node) not in COPIES and node.target not in READ_ANEW
+    return kind(node) in MOVES or views
 
 
 def is_norm(node: Any) -> bool:
@@ -175,7 +162,8 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
         while len(_TRACED) >= _MOST:
             del _TRACED[next(iter(_TRACED))]
         graph = _graph(program, kept)
-        key = keys[_names_a_dtype(graph)]
+        named = (value for n in graph.graph.nodes for value in (*n.args, *n.kwargs.values()))
+        key = keys[any(isinstance(value, torch.dtype) for value in named)]
         _TRACED[key] = graph
     return _TRACED[key]
 
@@ -274,11 +262,6 @@ def _may_share(node: fx.Node) -> bool:
     )
 
 
-def _names_a_dtype(graph: NetworkGraph) -> bool:
-    values = (value for node in graph.graph.nodes for value in (*node.args, *node.kwargs.values()))
-    return any(isinstance(value, torch.dtype) for value in values)
-
-
 def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> NetworkGraph:
     state: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
@@ -297,7 +280,9 @@ def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> Netw
             node.target = aten.reshape.default  # flows may lie in memory in another order
         elif kind(node) in COPIES and _is_of_numbers(node) and _is_of_numbers(node.args[0]):
             node.replace_all_uses_with(node.args[0])
-        elif node.op == "call_function" and _returns_nothing(node.target):
+        elif kind(node) is aten.copy and _is_of_numbers(new := node.args[1]) and _shape(node) == _shape(new):
+            node.replace_all_uses_with(new)  # what is written over has no part in the result
+        elif isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
             graph.erase_node(node)
         elif kind(node) is aten._native_batch_norm_legit_no_training:
             with graph.inserting_before(node):
@@ -310,13 +295,13 @@ def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> Netw
     return NetworkGraph(graph, state, constants, kept)
 
 
+def _shape(node: fx.Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
 def _is_of_numbers(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _returns_nothing(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and not target._schema.returns
 
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
@@ -341,14 +326,14 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
         return id(value)
 
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if name.startswith(inside):
             continue
-        of_weights: Any = module.parametrizations.weight.original if name in quantized else None
-        tensors = {**module._parameters, **module._buffers} | (
-            {"weight": of_weights} if name in quantized else {}
-        )
-        parts += [name, type(module).__bases__[0] if name in quantized else type(module)]
-        parts += sorted((n, t.shape) for n, t in tensors.items() if t is not None)
+        layer: Any = module
+        own_class: Any = type(layer)
+        tensors = {**layer._parameters, **layer._buffers}
+        if name in quantized:
+            tensors["weight"], own_class = layer.parametrizations.weight.original, own_class.__bases__[0]
+        parts += [name, own_class, *sorted((n, t.shape) for n, t in tensors.items() if t is not None)]
         parts += [(k, part(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE]
         hooks = [hook for hooks in _hooks(module) for hook in hooks.values()]
         parts += [part(hook) for hook in hooks if not hasattr(hook, "only_looks")]

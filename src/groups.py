@@ -4,11 +4,10 @@ Every channel of every tensor in the graph carries a label. The filters of a con
 works on each channel by itself, a depthwise convolution too, hands them on; what only moves elements moves
 them; a sum or a product of two channels ties theirs.
 
-Two kinds of channels are in no group: those that a layer makes from the image itself, with what reads them,
-because the stem is mostly left in full precision; and those that a padded shortcut brings, because behind
-the padding they are others, with producers of their own. What the network gives is in no
-group either. An input slice of a grouped convolution belongs to a channel of each of its groups, and is no
-member.
+In no group are the channels that a layer makes from the image itself, with what reads them, because the stem
+is mostly left in full precision; those that a padded shortcut brings, because behind the padding they are
+others, with producers of their own; and what the network gives. An input slice of a grouped convolution
+belongs to a channel of each of its groups, and is no member.
 """
 
 from collections import defaultdict
@@ -84,15 +83,14 @@ class _Walk:
         self.account = trace_channels(model, input_size, weights)
         self.parents = [NONE]  # by label: the label that it was tied to, or itself
         self.tied: set[int] = set()
-        self.answers: set[int] = set()  # the channels that the network gives
         self.slices: dict[Slice, int] = {}  # label of each, in the order of the graph
         self.sizes: dict[tuple[str, int], int] = {}
         self.labels: dict[fx.Node, Any] = {}
-        for node in self.account.graph.nodes:
-            if node.op != "output":
-                self.labels[node] = self._label(node)
-            for logits in node.all_input_nodes if node.op == "output" else []:
-                self.answers.update(self.labels[logits].unique().tolist())
+        *nodes, output = self.account.graph.nodes
+        for node in nodes:
+            self.labels[node] = self._label(node)
+        # The channels that the network gives.
+        self.answers = {label for n in output.all_input_nodes for label in self.labels[n].unique().tolist()}
 
     def groups(self) -> list[tuple[bool, list[Slice]]]:
         """Each channel that can go, as its slices; with it, whether it goes into a sum or a product."""
@@ -128,11 +126,11 @@ class _Walk:
         inputs = [self.labels[n] for n in node.all_input_nodes]
         if not isinstance(value, Tensor | tuple):
             return value
-        if is_move(node.target):
+        if is_move(node):
             moved = self._moved(node)
             padded = kind(node) in PADS and moved.shape[1] != inputs[0].shape[1]
             return moved.clamp_max(NONE) if padded else moved
-        if is_pointwise(node.target):
+        if is_pointwise(node):
             labels = [i.expand(signal.constant.shape) for i in inputs if isinstance(i, Tensor)]
             for other in labels[1:]:
                 labels[0] = self._tie(labels[0], other)
@@ -148,21 +146,17 @@ class _Walk:
         """What an operation that moves elements makes of labels; it is given them as floating numbers."""
 
         def numbers(n: fx.Node) -> Any:
-            value = self.account.signals[n].constant
-            return (
-                self.labels[n].double()
-                if isinstance(value, Tensor) and value.is_floating_point()
-                else self.labels[n]
-            )
+            value, labels = self.account.signals[n].constant, self.labels[n]
+            return labels.double() if isinstance(value, Tensor) and value.is_floating_point() else labels
 
         moved = move(node, *fx.node.map_arg((node.args, node.kwargs), numbers))
         return tuple(m.long() for m in moved) if isinstance(moved, tuple | list) else moved.long()
 
     def _layer(self, node: Any, use: LayerUse, value: Tensor) -> Tensor:
-        read = self._of_channels(self.labels[node.args[0]])
         weight = use.parameters[0]
         if kind(node) is aten.linear:
             return self._none(value)
+        read = self._of_channels(self.labels[node.args[0]])
         if use.groups == 1:
             self._record(use.name, INPUT_SLICES, read)
         if use.groups == len(read) == len(weight) and use.groups > 1:

@@ -17,6 +17,7 @@ the constants in their places.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
@@ -178,19 +179,19 @@ class _Builder:
         for node in nodes:
             signal = self.signals[node]
             if node.op == "placeholder" and signal.flow is not None:
-                self.image, channels = self.graph.placeholder("x"), signal.constant.shape[1]
-                self.held[node] = _Held(torch.arange(channels), self.image, channels)
+                self.image = self.graph.placeholder("x")
+                self.held[node] = self._all_of(signal.constant, self.image)
             elif node in layers:
                 self.held[node] = self._layer(*layers[node])
             elif kind(node) is aten.sym_size and node.args[1] == 0:
                 self.held[node] = self.graph.call_function(node.target, (self.image, 0))
-            elif signal.flow is None and isinstance(signal.constant, Tensor) and self._sized_by_images(node):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._given)
-                self.held[node] = self._all_of(signal.constant, self._call(node, args, kwargs))
             elif signal.flow is not None or not isinstance(signal.constant, Tensor | tuple):
                 self.held[node] = None if node in folded else self._operation(node)
+            elif isinstance(signal.constant, Tensor) and any(n in self.held for n in node.all_input_nodes):
+                # A constant made of the number of images has to be made anew for each batch.
+                self.held[node] = self._all_of(signal.constant, self._call(node, self._given))
         answers = output.all_input_nodes
-        if len(answers) == 1 and not self._alive(answers[0]).any():
+        if len(answers) == 1 and not self.signals[answers[0]].alive().any():
             return Constant(self.signals[answers[0]].constant[0].clone())
         whole = [self._whole(answer) for answer in answers]
         self.graph.output(whole[0] if len(whole) == 1 else tuple(whole))
@@ -207,20 +208,9 @@ class _Builder:
         along = {of.index(self.number) if self.number in of else None for of in sizes}
         return along.pop() if len(along) == 1 else None
 
-    def _sized_by_images(self, node: fx.Node) -> bool:
-        """Whether a constant is made of the number of images, and so has to be made anew for each batch."""
-        return node.op == "call_function" and any(n in self.held for n in node.all_input_nodes)
-
-    def _alive(self, node: Any) -> Tensor:
-        signal = self.signals[node]
-        return (
-            (signal.varies & signal.read)[0]
-            .flatten(1 if signal.constant.ndim > 2 else 0)
-            .reshape(signal.constant.shape[1], -1)
-            .any(1)
-        )
-
     def _module(self, name: str, module: nn.Module, x: Any) -> fx.Node:
+        if isinstance(module, nn.Identity):
+            return x
         name = name if name not in self.parts else f"{name}_{len(self.parts)}"
         self.parts[name] = module
         return self.graph.create_node("call_module", name, (x,))
@@ -235,12 +225,7 @@ class _Builder:
     def _select(self, node: Any, held: _Held, index: Tensor) -> Any:
         """The channels of a node at these places of it, with zeros where the place is -1."""
         assert held.node is not None
-        chosen = _selection(index, held.count)
-        return (
-            held.node
-            if isinstance(chosen, nn.Identity)
-            else self._module(f"{node.name}_chosen", chosen, held.node)
-        )
+        return self._module(f"{node.name}_chosen", _selection(index, held.count), held.node)
 
     def _settle(self, node: Any) -> _Held:
         """Add what is still to be added to the channels of a node."""
@@ -291,17 +276,17 @@ class _Builder:
         weight, bias = use.parameters
         if not channels.outputs.any():
             return self._holding(use.out, None, torch.arange(0))
-        shift = use.shift(channels.inputs)
         if use.norm is not None:
             weight = weight * _scale(use.norm).view(-1, *[1] * (weight.ndim - 1))
         source: Any = use.node.args[0]
         whole = weight.ndim == 2 and (use.entering.constant.ndim > 2 or self._images_along(source) != 0)
-        if whole:  # its channels lie in the last dimension
-            shift = use.shift_of_all(channels.inputs)
-        if whole and self._images_along(use.node) is None:  # each image has several rows
+        shift = use.shift(channels.inputs)
+        if not whole:
+            shift = shift[0]
+        elif self._images_along(use.node) is None:  # its channels lie last, and each image has several rows
             if (shift != shift[:1]).any():  # whose constants differ: let the weights make them
                 channels = replace(channels, inputs=torch.ones_like(channels.inputs))
-                shift = use.shift_of_all(channels.inputs)
+                shift = use.shift(channels.inputs)
             shift = shift[:1]
         x = self._whole(source) if whole else self._settle(source).node
         index = torch.arange(weight.shape[1]) if whole else self.held[source].index
@@ -313,7 +298,7 @@ class _Builder:
             reads = _selection(index[torch.cat(inputs)], count, -1 if whole else 1)
             layers.append(SlimLayer(torch.cat(kept), reads, (*options, len(outputs))))
             numbers += outputs
-        name = f"{use.name or use.node.name}"
+        name = use.name or use.node.name
         made = self._module(name, layers[0] if len(layers) == 1 else SlimParts(layers), x)
         order = torch.cat(numbers)
         if whole:
@@ -331,7 +316,7 @@ class _Builder:
         flowing = (n for n in node.all_input_nodes if self.signals[n].flow is not None)
         first = all(self._images_along(n) == 0 for n in (node, *flowing))
         if first and isinstance(value, Tensor) and value.ndim > 1 and not value.is_complex():
-            alive = self._alive(node)
+            alive = self.signals[node].alive()
             if not alive.any():
                 return self._holding(node, None, torch.arange(0))
             for rule in (self._sum, self._norm, self._cat, self._flatten, self._by_channel):
@@ -341,16 +326,14 @@ class _Builder:
             return held
         if node.target is getitem and isinstance(self.held[node.args[0]], tuple):
             return self.held[node.args[0]][node.args[1]]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._given)
-        made = self._call(node, args, kwargs)
+        made = self._call(node, self._given)
         if isinstance(value, tuple):
-            return tuple(
-                self._all_of(v, self.graph.call_function(getitem, (made, i))) for i, v in enumerate(value)
-            )
+            parts = (self.graph.call_function(getitem, (made, i)) for i in range(len(value)))
+            return tuple(map(self._all_of, value, parts))
         return self._all_of(value, made) if isinstance(value, Tensor) else made
 
-    def _call(self, node: Any, args: Any, kwargs: Any) -> fx.Node:
-        """The operation of a node.
+    def _call(self, node: Any, given: Callable[[fx.Node], Any]) -> fx.Node:
+        """The operation of a node, on what `given` makes of its inputs.
 
         It was traced in float64 on the CPU: where it names these, it gets the network's dtype, and the device
         that the image is on.
@@ -361,8 +344,8 @@ class _Builder:
                 return self.graph.call_function(getattr, (self.image, "device"))
             return self.dtype if value is torch.float64 else value
 
-        kwargs = {name: named(value) for name, value in kwargs.items()}
-        return self.graph.call_function(node.target, tuple(map(named, args)), kwargs)
+        arguments = fx.node.map_arg((node.args, node.kwargs), given)
+        return self.graph.call_function(node.target, *fx.node.map_aggregate(arguments, named))
 
     def _given(self, node: Any) -> Any:
         """An argument of an operation: a whole tensor, or what is none."""
@@ -376,17 +359,10 @@ class _Builder:
     def _sum(self, node: Any, wanted: Tensor) -> _Held | None:
         """A sum, to which what its terms do not hold is added at last."""
         shape = self.signals[node].constant.shape
-        terms: Any = node.args
-        if (
-            kind(node) is not aten.add
-            or node.kwargs
-            or not all(
-                isinstance(t, fx.Node)
-                and self.signals[t].flow is not None
-                and self.signals[t].constant.shape == shape
-                for t in terms
-            )
-        ):
+        if kind(node) is not aten.add or node.kwargs:
+            return None
+        terms: Any = [t for t in node.args if isinstance(t, fx.Node) and self.signals[t].flow is not None]
+        if len(terms) < 2 or any(self.signals[t].constant.shape != shape for t in terms):
             return None
         rest, made, layer, late = torch.zeros(shape[1:], dtype=torch.float64), None, None, False
         for term in terms:
@@ -445,7 +421,7 @@ class _Builder:
         """What treats each channel by itself works on the channels that are held."""
         value, sources = self.signals[node].constant, node.all_input_nodes
         before = self.signals[sources[0]].constant
-        if not is_pointwise(node.target):
+        if not is_pointwise(node):
             same = isinstance(before, Tensor) and before.ndim == 4 and before.shape[1] == value.shape[1]
             dims: Any = node.args[1] if len(node.args) > 1 and kind(node) in REDUCTIONS else []
             if not same or (kind(node) in REDUCTIONS and not dims) or any(d % 4 < 2 for d in dims):
@@ -457,9 +433,7 @@ class _Builder:
             signal = self.signals[source]
             if not isinstance(signal.constant, Tensor):
                 return self.held[source]
-            axis = (
-                signal.constant.ndim - value.ndim + 1 if is_pointwise(node.target) else 1
-            )  # of the channels
+            axis = 1 + (signal.constant.ndim - value.ndim) * is_pointwise(node)  # of the channels
             if axis < 0 or signal.constant.shape[axis] != value.shape[1]:
                 return self._whole(source)
             if signal.flow is not None and axis == 1:
@@ -467,26 +441,24 @@ class _Builder:
             name = f"{node.name}_{source.name}"
             return self._constant(name, signal.constant.index_select(axis, wanted))
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
-        again = kind(node) is aten.relu and args[0].target == node.target
-        return self._holding(node, args[0] if again else self._call(node, args, kwargs), wanted)
+        made: Any = self._call(node, argument)
+        again = kind(node) is aten.relu and made.args[0].target == node.target
+        return self._holding(node, made.args[0] if again else made, wanted)
 
     def _origins(self, node: Any) -> list[Tensor] | None:
         """Of what only moves the elements of one tensor: where each element comes from, 0 for a padding."""
         sources = [n for n in node.all_input_nodes if self.signals[n].flow is not None]
-        if (
-            not is_move(node.target)
-            or len(sources) != 1
-            or not isinstance(self.signals[sources[0]].constant, Tensor)
-            or not self.signals[sources[0]].constant.is_floating_point()
-        ):
+        before = self.signals[sources[0]].constant if is_move(node) and len(sources) == 1 else None
+        if not isinstance(before, Tensor) or not before.is_floating_point():
             return None
-        before = self.signals[sources[0]].constant
         numbers = torch.arange(1.0, before.numel() + 1, dtype=torch.float64).view(before.shape)
-        args = fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: numbers if n is sources[0] else self.signals[n].constant
-        )
-        moved = move(node, *args)
+
+        def number(n: fx.Node) -> Any:
+            constant = self.signals[n].constant
+            plain = isinstance(constant, Tensor) and constant.is_floating_point()
+            return numbers if n is sources[0] else torch.zeros_like(constant) if plain else constant
+
+        moved = move(node, *fx.node.map_arg((node.args, node.kwargs), number))
         return [m.long() for m in (moved if isinstance(moved, tuple | list) else [moved])]
 
     def _keeps_channels(self, node: Any) -> bool:

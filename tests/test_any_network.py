@@ -540,3 +540,58 @@ def test_numbers_made_of_the_number_of_images_are_refused_in_a_sentence():
     model = plant(Written(flattened_by_its_length), 0, 0.2)
     with pytest.raises(ValueError, match=r"torch.export cannot trace Written .*len\(images\)"):
         trace_channels(model, SMALL)
+
+
+WRITTEN: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "slice": lambda x, numbers: x[:, :2].copy_(numbers),
+    "assigned": lambda x, numbers: x.__setitem__((slice(None), slice(0, 2)), numbers),
+    "broadcast": lambda x, numbers: x[:, :2].copy_(numbers[:1]),
+    "scalar": lambda x, numbers: x.__setitem__((slice(None), 1), 2.5),
+    "whole number": lambda x, numbers: x.__setitem__((slice(None), 1), 2),
+    "column": lambda x, numbers: x.__setitem__((slice(None), 0), x[:, 1]),
+    "index": lambda x, numbers: x.__setitem__((slice(None), torch.tensor([3, 1])), numbers),
+    "mask": lambda x, numbers: x.masked_fill_(x > 0.05, 0.5),
+    "all": lambda x, numbers: x.copy_(2 * x),
+}
+
+
+class Joined(nn.Module):
+    """Pooled channels that numbers are put beside, or in the place of, before all of them are mixed."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.features, self.prompt = nn.Conv2d(3, 6, 3), nn.Parameter(torch.tensor([1.0, 3.0]))
+        self.last = nn.Linear(8 if way == "beside" else 6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.features(x)).mean((2, 3))
+        if self.way == "beside":
+            x = torch.cat([x, self.prompt.expand(x.shape[0], 2)], -1)
+        else:
+            x = x.clone()
+            WRITTEN[self.way](x, self.prompt)
+        return self.last(F.softmax(x, 1))
+
+
+@pytest.mark.parametrize("way", ["beside", *WRITTEN])
+def test_numbers_beside_the_channels_are_no_channels(way):
+    for seed in range(4):
+        assert_smaller_is_the_same(plant(Joined(way), seed, 0.3), SMALL)
+
+
+class Tokens(nn.Module):
+    """Patches as the rows that a linear layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.patches = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 4, stride=4)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.patches(F.relu(self.stem(x))).flatten(2).transpose(1, 2)).mean(1)
+
+
+def test_a_linear_layer_ties_no_channels_of_the_rows_that_it_reads():
+    groups = channel_groups(Tokens(), ["patches"], SMALL)
+    assert [(g.channels, g.members) for g in groups] == [(8, (("patches", FILTERS),))]
