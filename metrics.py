@@ -191,9 +191,7 @@ def format_ratio(value: float) -> str:
 
 
 @torch.no_grad()
-def count_by_torch(
-    network: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), device: torch.device | str = "cpu"
-) -> dict[str, int]:
+def count_by_torch(network: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> dict[str, int]:
     """Count multiply-accumulates for one image with torch's counter, as a check on the counts of this file.
 
     torch.utils.flop_counter counts 2 operations for each multiply-accumulate. It runs the network once: a
@@ -207,7 +205,7 @@ def count_by_torch(
             for name in module.parametrizations:  # type: ignore[union-attr]
                 getattr(module, name)
         with FlopCounterMode(display=False) as counter:
-            network(torch.zeros(1, *input_size, device=device, dtype=like.dtype))
+            network(like.new_zeros(1, *input_size))
     # The counter's keys are "Global", the name of the network's class, and "Class.module.name" for a module.
     by_module = {key.partition(".")[2]: sum(f.values()) // 2 for key, f in counter.get_flop_counts().items()}
     return by_module | {"": counter.get_total_flops() // 2}
@@ -224,9 +222,9 @@ def of_layers(by_torch: Mapping[str, int], count: NetworkCount) -> int:
     return sum(by_torch.get(layer.name, layer.dense_macs) for layer in count.layers)
 
 
-def count_slim_by_torch(slim: nn.Module, count: NetworkCount, device: torch.device | str = "cpu") -> int:
+def count_slim_by_torch(slim: nn.Module, count: NetworkCount) -> int:
     """What torch counts in the layers of the smaller network of a network with this count, for one image."""
-    by_torch = count_by_torch(slim, device=device)
+    by_torch = count_by_torch(slim)
     if not count.barriers:
         return by_torch[""]
     return sum(by_torch[name] for name, m in slim.named_modules() if isinstance(m, SlimLayer))

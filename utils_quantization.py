@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -105,7 +106,15 @@ def _check(quantization: WeightQuantization, w: Tensor) -> None:
     if not callable(getattr(quantizer, "get_bitwidth", None)):
         raise ValueError(f"{name} has no method get_bitwidth(); expected it to give the bits of a weight")
     before = w.clone()
-    w_hat: object = quantization(w)
+    try:
+        w_hat: object = quantization(w)
+    except ValueError:  # it says what is wrong with the weight
+        raise
+    except Exception as error:  # someone's own quantizer may raise anything
+        raise ValueError(
+            f"{name}.forward raises {type(error).__name__} for a weight of shape {tuple(w.shape)} ({error}); "
+            f"expected it to take the weight of any convolution or linear layer"
+        ) from error
     if not w.is_meta and not torch.equal(w.nan_to_num(), before.nan_to_num()):
         raise ValueError(
             f"{name}.forward writes into the weight that it is given; expected it to leave that alone"
@@ -233,11 +242,17 @@ def _bits(quantizer: Any) -> tuple[int, float]:
             f"{type(quantizer).__name__}.get_bitwidth() gives {bits}; expected one whole number, 1 to 32"
         )
     has_learned = callable(getattr(quantizer, "get_learned_bitwidth", None))
-    return int(bits), _number(quantizer.get_learned_bitwidth()) if has_learned else float(bits)
+    learned = _number(quantizer.get_learned_bitwidth()) if has_learned else float(bits)
+    if not math.isfinite(learned):
+        raise ValueError(
+            f"{type(quantizer).__name__}.get_learned_bitwidth() gives {quantizer.get_learned_bitwidth()}; "
+            f"expected one finite number"
+        )
+    return int(bits), learned
 
 
 def _number(bits: Tensor | float) -> float:
     """The one number that a method gives, NaN for what is none or several."""
     if isinstance(bits, Tensor):
         return bits.item() if bits.numel() == 1 else math.nan
-    return float(bits) if isinstance(bits, int | float) else math.nan
+    return float(bits) if isinstance(bits, Real) else math.nan

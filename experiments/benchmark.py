@@ -35,8 +35,10 @@ from experiments.data import MEAN, STD, Dataset, TestBatches, TrainBatches, load
 from experiments.device import choose_device, describe_device, prepare_device
 from experiments.distributed import ALONE
 from experiments.evaluator import Evaluator
+from experiments.exit_status import ExitStatus
 from experiments.history import epoch_record, new_history
-from experiments.settings import Settings
+from experiments.live import LiveLine
+from experiments.settings import DEVICES, Parser, Settings
 from experiments.sparsity import coupled_group_lasso
 from experiments.training import TrainingStep, make_optimizer, measure_accuracy
 from resnet import BasicBlock, ResNet, resnet20, resnet110
@@ -45,24 +47,35 @@ from utils_quantization import attach_weight_quantizers, quantizers
 
 STEPS_AN_EPOCH = 98  # training steps over 50,000 images in batches of 512
 LOOPS = ("plan", "float32", "bf16")
+FAILED = "the run that was to be measured failed, as its own error says; mend that first"
 WEIGHT = 1e-3  # the lasso's weight in the loss; any value but 0 costs the same time
 
 Step = Callable[[Tensor, Tensor], Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure the speed of the training step and of an epoch.")
+    parser = Parser(description="Measure the speed of the training step and of an epoch.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="times each pair is measured (default: 5)")
     parser.add_argument("--steps", type=int, default=6, help="steps a measurement (default: 6)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="CIFAR-10, if it is there")
-    parser.add_argument("--device", default="auto", help="as for experiments.debug_run")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="as for experiments.debug_run")
     parser.add_argument(
         "--only", choices=LOOPS, help="run one loop alone and print its median seconds a step"
     )
     arguments = parser.parse_args()
+    for name in ("rounds", "steps"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}; expected a whole number, 1 or more")
+    with ExitStatus(LiveLine(), "the same command starts over") as end:
+        measure(arguments)
+    return end.status
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure what the command line asks for, and print it."""
     if arguments.only:
         print(seconds_a_step(arguments.only, arguments.data_dir, arguments.device, arguments.steps))
-        return 0
+        return
     # Measure whole commands before this process loads any data: the peak memory that Linux reports of a
     # child is never less than what its parent took when it forked.
     results = peak_memory(arguments.data_dir, arguments.device)
@@ -78,7 +91,6 @@ def main() -> int:
     results |= {"torch": torch.__version__, "device": describe_device(device), "data": dataset.name}
     results |= against_the_plan(arguments) | bench.overheads() | bench.outside_the_steps()
     print(json.dumps(results))
-    return 0
 
 
 class Bench:
@@ -403,7 +415,13 @@ def _until_first_step(data_dir: Path, device: str) -> float:
         seen = b""
         try:
             while b"step 1/" not in seen:
-                seen = seen[-100:] + os.read(ours, 4096)
+                try:
+                    read = os.read(ours, 4096)
+                except OSError:  # of a pseudo-terminal that nobody writes to any more
+                    read = b""
+                if not read:
+                    raise ValueError(FAILED)
+                seen = seen[-100:] + read
             return time.perf_counter() - start
         finally:
             process.kill()
@@ -416,6 +434,8 @@ def peak_memory(data_dir: Path, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         process = _debug_run(data_dir, device, folder, "--epochs", "1", "--limit-train", "4096")
         _, _, usage = os.wait4(process.pid, 0)
+        if not (Path(folder) / "history.json").exists():
+            raise ValueError(FAILED)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS reports bytes, Linux KiB
     print(f"{'peak memory, batch 512':<44} {peak / 1e9:8.3f} GB", flush=True)
     return {"peak memory bytes": peak}

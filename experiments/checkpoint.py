@@ -196,7 +196,7 @@ def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:
 
 
 def describe_differences(saved: History, now: History) -> list[str]:
-    """Describe in words what differs between the run before and the resumed run: torch, device, epochs.
+    """Describe in words what differs between the run before and the resumed run: torch, device, code, epochs.
 
     Raises: ValueError if the data set is another one.
     """
@@ -209,7 +209,8 @@ def describe_differences(saved: History, now: History) -> list[str]:
             f"({before.train_images:,}); give the same data"
         )
     surroundings = [("torch", saved.versions.get("torch"), now.versions["torch"]),
-                    ("device", saved.device, now.device)]  # fmt: skip
+                    ("device", saved.device, now.device),
+                    ("commit", saved.origin.commit, now.origin.commit)]  # fmt: skip
     words = [
         f"{name} {was} before, {is_now} now: the last digits may differ"
         for name, was, is_now in surroundings
@@ -254,6 +255,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     groups = optimizer.state_dict()["param_groups"]
     try:
         model.load_state_dict(checkpoint.model)
+        if checkpoint.epochs and not checkpoint.optimizer:
+            raise ValueError("it holds no moments")
         optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
         _check_moments(optimizer)
         set_random_states(checkpoint.random)

@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.files import missing_folders, remove_empty
+from experiments.files import missing_folders, read_plain, remove_empty
 
 SIDE = 32  # pixels
 
@@ -96,6 +97,7 @@ STALL_SECONDS = 15.0  # limit for a wait without a byte; also the interval over 
 SLOWEST_BYTES_PER_SECOND = 20_000  # a source that is slower than this over one interval is given up
 TOTAL_SECONDS = 1800.0  # limit for the whole download from one source
 PROGRESS_SECONDS = 0.2  # between two updates of the progress line
+MOST_BYTES = 1 << 28  # of a file; the largest, an archive, has 170 million
 BLOCK_BYTES = 1 << 16  # most bytes read at a time
 
 
@@ -152,7 +154,7 @@ def load_cifar(
         contents = _read_archive(files, archive)
     except DataError as error:
         raise DataError(f"{damage}, and {error}" if damage else str(error)) from error
-    _unpack(contents, folder, damage, say)
+    _unpack(files, contents, folder, damage, say)
     return _parsed(files, contents, str(archive))
 
 
@@ -192,8 +194,8 @@ def _damage(files: CifarFiles, folder: Path, faults: dict[str, str]) -> str:
 
 
 def _read_verified(path: Path, md5: str) -> bytes:
-    """Read a file whose MD5 must be `md5`. Raises: OSError; ValueError if the MD5 is another."""
-    content = path.read_bytes()
+    """Read a file whose MD5 must be `md5`. Raises: OSError; ValueError for another file."""
+    content = read_plain(path, MOST_BYTES)
     found = _md5(content)
     if found != md5:
         raise ValueError(f"is truncated or altered ({len(content):,} bytes, MD5 {found}, not {md5})")
@@ -222,18 +224,23 @@ def _read_archive(files: CifarFiles, archive: Path) -> dict[str, bytes]:
         }
 
 
-def _unpack(contents: dict[str, bytes], folder: Path, damage: str, say: Callable[[str], None]) -> None:
-    """Write the files into `folder`, so that the next run starts sooner.
+def _unpack(
+    files: CifarFiles, contents: dict[str, bytes], folder: Path, damage: str, say: Callable[[str], None]
+) -> None:
+    """Write the contents into `folder`, so that the next run starts sooner.
 
-    A folder of that name is moved aside, never deleted: its files may be the user's. The caller holds the
-    data in memory already, so a folder that cannot be written is reported in a line and is no error.
+    A folder of that name is moved aside, never deleted: its files may be the user's. One that another run
+    has unpacked meanwhile stays. The caller holds the data in memory already, so a folder that cannot be
+    written is reported in a line and is no error.
     """
-    fresh = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    fresh = _unique_name(folder)
     try:
         fresh.mkdir()
         for name, content in contents.items():
             (fresh / name).write_bytes(content)
         if os.path.lexists(folder):
+            if not _read_folder(files, folder)[1]:
+                return
             aside = _free_name(folder)
             folder.rename(aside)
             say(f"{damage or f'{folder} holds no batch file'}: moved it aside to {aside}")
@@ -242,6 +249,11 @@ def _unpack(contents: dict[str, bytes], folder: Path, damage: str, say: Callable
         say(f"{folder} could not be written ({_reason(error)}): going on with the archive itself")
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _unique_name(path: Path) -> Path:
+    """A name beside `path` that no other run has, on whichever machine it is."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
 
 
 def _free_name(folder: Path) -> Path:
@@ -278,7 +290,7 @@ def _download(
 
     Raises: NoCifarError, with the reason of every source, or if the archive cannot be written.
     """
-    part = archive.with_name(f"{archive.name}.{os.getpid()}.part")
+    part = _unique_name(archive)
     failures = []
     made = missing_folders(archive.parent)
     try:

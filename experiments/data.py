@@ -120,15 +120,22 @@ def synthetic_dataset(source: str) -> Dataset:
     Where one of those happens to be the stronger, the class of the image is ambiguous. Image i is of class
     i mod 10. `source` is stored in the data set, and says why the stand-in is used.
     """
-    generator = torch.Generator().manual_seed(_SYNTHETIC_SEED)
-    windows = _pattern_windows(generator)
     labels = torch.arange(SYNTHETIC_TRAIN + SYNTHETIC_TEST) % STAND_IN_CLASSES
-    images = torch.cat([_overlaid(windows, chunk, generator) for chunk in labels.split(_SYNTHETIC_CHUNK)])
+    images = torch.cat(list(synthetic_chunks()))
     train, test = images.split((SYNTHETIC_TRAIN, SYNTHETIC_TEST))
     train_labels, test_labels = labels.split((SYNTHETIC_TRAIN, SYNTHETIC_TEST))
     return Dataset(
         "synthetic stand-in", source, True, STAND_IN_CLASSES, train, train_labels, test, test_labels
     )
+
+
+def synthetic_chunks() -> Iterator[Tensor]:
+    """Make the stand-in's images, those for training first, a thousand at a time: (1000, 3, 32, 32) uint8."""
+    generator = torch.Generator().manual_seed(_SYNTHETIC_SEED)
+    windows = _pattern_windows(generator)
+    labels = torch.arange(SYNTHETIC_TRAIN + SYNTHETIC_TEST) % STAND_IN_CLASSES
+    for chunk in labels.split(_SYNTHETIC_CHUNK):
+        yield _overlaid(windows, chunk, generator)
 
 
 def _pattern_windows(generator: torch.Generator) -> Tensor:

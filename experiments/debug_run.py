@@ -14,8 +14,8 @@ history.json, report.html, the compressed network, and after every epoch metrics
 --resume.
 Exit status: 0; 1 when a check of the preflight or of the verdict fails, the loss stops being finite or
 another rank is lost; 2 for bad input, or where a file or standard output cannot be written; 130 after
-Ctrl-C, 143 after SIGTERM (the finished epochs' files are written first). torchrun itself ends with 1 in all
-these cases but 0.
+Ctrl-C, 143 after SIGTERM, 129 after SIGHUP (the finished epochs' files are written first). torchrun itself
+ends with 1 in all these cases but 0.
 """
 
 import signal
@@ -60,16 +60,10 @@ from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.expect import MOST_PARAMETERS, Subject
 from experiments.files import OutputError, archive_files, lock_folder, write_whole
 from experiments.finish import write_report
-from experiments.history import (
-    Check,
-    EpochRecord,
-    History,
-    epoch_record,
-    new_history,
-)
+from experiments.history import FAIL, Check, EpochRecord, History, epoch_record, new_history
 from experiments.ledger import check_epoch
 from experiments.live import EpochProgress, LiveLine, Stopped, ignore_sigterm
-from experiments.network import excluded_layers, make_network, memory_layout
+from experiments.network import excluded_layers, make_network, memory_layout, refuse_one_image
 from experiments.preflight import preflight
 from experiments.quantizer_class import find_quantizer
 from experiments.rehearsal import rehearse_resuming
@@ -86,7 +80,7 @@ from experiments.training import (
     set_learning_rates,
     train_epoch,
 )
-from experiments.verdict import FAIL, new_warnings
+from experiments.verdict import new_warnings
 from experiments.watch import EpochWatch
 from utils_quantization import attach_weight_quantizers
 
@@ -126,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = processes.broadcast(load(settings, live) if processes.first else None)
         train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
         test_batches = TestBatches(dataset, device, processes=processes)
+        if 1 in train_batches.sizes:
+            refuse_one_image(settings.model, model)
 
         penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)
         keep_dead = keep_dead_slices(model) if settings.keep_dead else None
@@ -168,6 +164,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not checkpoint:
             begin(settings, processes, live)
+        elif processes.first and checkpoint.epochs == checkpoint.history.settings["epochs"] < settings.epochs:
+            # It had ended: what it left is whole, and stays, also if what is added is stopped on its way.
+            # The rows of metrics.csv stay among those that are added.
+            ended = [settings.output_dir / name for name in RESULTS if name != report.CSV]
+            aside = archive_files(settings.output_dir, ended)
+            live.say(f"Earlier:   the files of the {checkpoint.epochs} epochs were moved to {aside}")
         compression = evaluator.evaluate(model)
         live.say(report.table_header(history.data))
         for done in range(1, len(history.epochs) + 1):

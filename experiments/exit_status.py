@@ -2,10 +2,13 @@
 
 from types import TracebackType
 
+import torch
+
 from experiments.cifar import DataError
 from experiments.distributed import LostProcessError
 from experiments.files import OutputError
 from experiments.live import EXIT_BAD_INPUT, ClosedOutputError, LiveLine, Stopped, StopSignals, refuse
+from experiments.user_code import first_line
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -58,6 +61,12 @@ class ExitStatus:
         elif isinstance(error, ClosedOutputError):
             self.live.close()
             self._refuse(f"{error}, so this program stopped; {self.advice}")
+        elif isinstance(error, torch.OutOfMemoryError):
+            self.live.clear()
+            self._refuse(
+                f"the device has not enough memory ({first_line(error)}); give a smaller --batch-size or "
+                f"--model, or another --device"
+            )
         elif isinstance(error, self.mistakes):
             self.live.clear()
             self._refuse(str(error))

@@ -1,7 +1,7 @@
 """What the preflight's checks share: the run that they look at, and the ways in which a check can end."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -267,13 +267,8 @@ def used_weights(model: nn.Module) -> dict[str, Tensor]:
     return used
 
 
-def stored_weight(layer: nn.Module) -> Tensor:
-    """The weight that a quantized layer stores and trains."""
-    parametrized: Any = layer
-    return parametrized.parametrizations.weight.original.detach()
-
-
-def some(names: Iterator[str] | list[str]) -> str:
-    """The first few of many names."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def stored_weight(layer: Any) -> Tensor:
+    """The weight that a layer stores and trains, quantized or not."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return layer.parametrizations.weight.original.detach()
+    return layer.weight.detach()

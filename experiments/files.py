@@ -20,7 +20,8 @@ except ImportError:  # Windows
 
 CHECKSUM = 64  # bytes of a SHA-256 in hexadecimal digits
 END_OF_ARCHIVE = 22  # bytes of the record that ends a zip archive, without its comment
-PART = re.compile(r"\..+\.\d+\.part")  # names of the temporary files of `write_whole`
+# Names of the temporary files of `write_whole`.
+PART = re.compile(r"\.(probe|.+\.(pt|pt2|codeq|json|csv|html|png|pdf))\.\d+\.part")
 
 
 class OutputError(Exception):
@@ -67,28 +68,40 @@ def checksum_holds(archive: bytes) -> bool | None:
     return hashlib.sha256(content).hexdigest().encode() == digest
 
 
-def read_file(path: Path, most: int) -> bytes:
+def read_plain(path: Path, most: int) -> bytes:
     """The bytes of a plain file. A pipe, which might never end, and a file above `most` bytes are not read.
 
-    Raises: ValueError saying what is wrong with the file, in words that complete a sentence after its name.
+    Raises: OSError; ValueError saying what is wrong with the file, in words that complete a sentence after
+        its name.
     """
+    found = path.stat()
+    # Opening a folder says what is wrong by itself.
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ValueError("is no plain file")
+    if found.st_size > most:
+        raise ValueError(f"has {found.st_size:,} bytes; expected {most:,} at most")
+    return path.read_bytes()
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """As `read_plain`, but a file that cannot be read is a ValueError too."""
     try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # opening a folder says what is wrong by itself
-            raise ValueError("is no plain file")
-        if path.stat().st_size > most:
-            raise ValueError(f"has {path.stat().st_size:,} bytes; expected {most:,} at most")
-        return path.read_bytes()
+        return read_plain(path, most)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as strict JSON, atomically; a number that is not finite as "inf", "-inf" or "nan".
+    """Write `value` atomically, `as_json`.
 
     Raises: OutputError as `write_whole` does.
     """
-    write_whole(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode())
+    write_whole(path, (as_json(value) + "\n").encode())
+
+
+def as_json(value: Any) -> str:
+    """`value` as strict JSON; a number that is not finite as "inf", "-inf" or "nan"."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -123,9 +136,11 @@ def lock_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             f"--output-dir is {folder}, which cannot be written ({error.strerror}); name a folder that can"
         ) from None
     try:
-        for path in folder.iterdir():
-            if PART.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+        if lock is not None:  # otherwise another run may be writing them now
+            with contextlib.suppress(OSError):  # in a shared folder they may be another user's
+                for path in folder.iterdir():
+                    if PART.fullmatch(path.name) and path.is_file():
+                        path.unlink()
         yield
     finally:
         remove_empty(made)

@@ -18,13 +18,13 @@ from experiments.distributed import use_local_batch_norms
 from experiments.evaluator import Compression
 from experiments.exit_status import EXIT_FAILED
 from experiments.files import OutputError, write_json, write_whole
-from experiments.history import Check, CompressedRecord, History, final_counts
+from experiments.history import FAIL, Check, CompressedRecord, History, final_counts, judge
 from experiments.live import LiveLine
 from experiments.page import report_page
 from experiments.rehearsal import rehearse_verifying
 from experiments.retest import retest
 from experiments.settings import Settings
-from experiments.verdict import FAIL, judge, verdict
+from experiments.verdict import verdict
 from src.encoding import PackingError
 
 
@@ -54,7 +54,7 @@ def write_report(
     compressed = (
         None if history.stopped else compress(settings, history, model, compression, dataset, live, errors)
     )
-    if settings.rehearse and history.compressed:
+    if settings.rehearse and history.compressed and not errors:  # the errors are said at the end
         live.say("\n--- The Packed File, as experiments.verify Sees It ---")
         history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))
     from experiments.plots import figures, rendered  # matplotlib takes half a second to import
@@ -72,7 +72,7 @@ def write_report(
         *history.rehearsal,
     ]
     keep(errors, write_json, path, history.to_json())
-    checks = [*history.verdict, history_is_kept(path, history)]
+    checks = [*history.verdict, files_are_the_runs(settings.output_dir, history)]
     colour = live.on_terminal and "NO_COLOR" not in os.environ
     page, table = settings.output_dir / report.PAGE, settings.output_dir / report.CSV
     keep(
@@ -98,15 +98,23 @@ def keep(errors: list[OutputError], write: Callable[..., object], *arguments: An
         errors.append(error)
 
 
-def history_is_kept(path: Path, history: History) -> Check:
-    """Whether history.json, read back, holds what was printed."""
-    name, cause = "history.json holds the run", "it is not written at the end, or not as a whole"
+def files_are_the_runs(folder: Path, history: History) -> Check:
+    """Whether history.json and metrics.csv hold what was printed, and the others have the sizes in it."""
+    name = "files hold the run"
+    cause = "one could not be written, is not written at the end, or is another than was measured"
     try:
-        kept = History.from_json(json.loads(path.read_text())).to_json()
+        kept = History.from_json(json.loads((folder / "history.json").read_text())).to_json()
+        rows = (folder / report.CSV).read_text()
     except (OSError, ValueError) as error:
         return judge(False, name, str(error), cause)
-    other = [k for k, v in history.to_json().items() if json.dumps(kept[k]) != json.dumps(v)]
-    return judge(not other, name, f"{', '.join(other)} differ" if other else f"{len(kept)} parts", cause)
+    wrong = [k for k, v in history.to_json().items() if json.dumps(kept[k]) != json.dumps(v)]
+    wrong += [report.CSV] if rows != report.metrics_csv(history) else []
+    if made := history.compressed:
+        sizes = {PACKED: made.packed_bytes, SLIM: made.slim_bytes}
+        found = {path.name: path.stat().st_size for path in folder.iterdir()}
+        wrong += [file for file, size in sizes.items() if found.get(file, 0) != size]
+    measured = f"{', '.join(wrong)} differ" if wrong else f"{len(kept)} parts of history.json, {report.CSV}"
+    return judge(not wrong, name, measured, cause)
 
 
 def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> Check:

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +34,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "numpy", "matplotlib")
 
 
+PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
+
+
 @dataclass(frozen=True)
 class Check:
     """What one check found, and a line of the verdict."""
@@ -44,6 +47,17 @@ class Check:
 
     def __str__(self) -> str:
         return f"{self.status}  {self.name}: {self.message}"
+
+
+def judge(passed: bool, name: str, measured: str, cause: str) -> Check:
+    """Make a check that passed, with what was measured, or one that failed, with its likely cause as well."""
+    return Check(PASS, name, measured) if passed else Check(FAIL, name, f"{measured}. Likely cause: {cause}")
+
+
+def some(names: Iterable[str], between: str = ", ") -> str:
+    """The first three of many names, each once, and how many more there are."""
+    first = list(dict.fromkeys(names))
+    return between.join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
 @dataclass(frozen=True)

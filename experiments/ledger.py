@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from experiments import reference
 from experiments.data import TestBatches, TrainBatches
 from experiments.device import in_float64
-from experiments.history import Check, EpochRecord
+from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
 from experiments.watch import EpochWatch, Pass, State, numbers
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import quantizers
 
-PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 BETA1 = 0.9
 BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
 PADDED = reference.SIDE + 2 * reference.PADDING  # pixels
@@ -157,16 +156,16 @@ class Ledger:
         twice = [n for n, p in self.parameters.items() if held.count(id(p)) > 1]
         foreign = len(set(held) - {id(p) for p in self.model.parameters()})
         frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and self._must_train(n)]
-        wrong.unless(not twice, f"in two groups: {_some(twice)}")
+        wrong.unless(not twice, f"in two groups: {some(twice)}")
         wrong.unless(not foreign, f"{foreign} tensors of the optimizer are no parameters of the network")
-        wrong.unless(not frozen, f"frozen (requires_grad is False): {_some(frozen)}")
+        wrong.unless(not frozen, f"frozen (requires_grad is False): {some(frozen)}")
         counts = zip(self.parameters, self.before.steps, self.after.steps, strict=True)
         off = [
             f"{n} took {b - a:.0f}"
             for n, a, b in counts
             if b - a != steps and not (self.may_skip and b - a < steps)
         ]
-        wrong.unless(not off, f"of {steps} steps, {_some(off)}")
+        wrong.unless(not off, f"of {steps} steps, {some(off)}")
         if self.our_batches:
             due = self.epoch * steps
             odd = {a for a in self.before.steps if a != due and not (self.may_skip and a < due)}
@@ -188,7 +187,7 @@ class Ledger:
         if values is None:
             return Check(SKIP, name, "no training step was seen")
         wrong = Wrong()
-        parts = _split(self.parameters, self.before.values, values, *self.watch.moments)  # fmt: skip
+        parts = _split(self.parameters, self.before.values, values, *self.watch.moments)
         flags = {}
         for (n, (w, after, m, v)), t in zip(parts.items(), self.before.steps, strict=True):
             if n in gradients:
@@ -196,7 +195,11 @@ class Ledger:
                 g = gradients[n].flatten()
                 # A million numbers of a tensor tell as much as all; the tensors of resnet.py have fewer.
                 w, after, m, v, g = (in_float64(x[:LOOKED_AT]) for x in (w, after, m, v, g))
-                off = _off_adamw(w, after, m, v, g, t + 1, rate, decay, self.settings.beta2)
+                beta2, count = self.settings.beta2, int(t) + 1
+                expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, count)
+                moved = (m.abs() + g.abs()) / ((second / (1 - beta2**count)).sqrt() + 1e-8)
+                # Over what float32 may round: 1 and less is no difference.
+                off = (after - expected).abs() / (3e-5 * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
                 flags[n] = torch.where(after == 0, 0, off) if self.masked else off
         for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
             wrong.unless(times <= 1, f"{n} is {times:.3g} times the rounding away")
@@ -361,7 +364,7 @@ class Ledger:
         wrong, steps = Wrong(), len(self.pipeline.train_batches)
         counts = zip(self.norms, self.before.tracked, self.after.tracked, strict=True)
         off = [f"{n} {b - a}" for n, a, b in counts if not self._counts(b - a, steps)]
-        wrong.unless(not off, f"batch norms that counted other than {steps} batches: {_some(off)}")
+        wrong.unless(not off, f"batch norms that counted other than {steps} batches: {some(off)}")
         passes = self.passes["training"]
         for i, p in enumerate(passes):
             wrong.unless(self._in_mode(p, True), f"step {i + 1} ran with modules in evaluation mode")
@@ -420,12 +423,9 @@ class Ledger:
             wrong.unless(self._in_mode(p, False), "it ran with modules in training mode")
             wrong.unless(p.quantized, "it ran with quantizers switched off")
             wrong.unless(not p.gradients, "it recorded gradients")
-        moved = [
-            n
-            for n, (a, b) in _split(self.parameters, self.after.values, self.end.values).items()
-            if not torch.equal(a, b)
-        ] if not torch.equal(self.after.values, self.end.values) else []  # fmt: skip
-        wrong.unless(not moved, f"parameters changed after the last step: {_some(moved)}")
+        parts = _split(self.parameters, self.after.values, self.end.values)
+        moved = [n for n, (a, b) in parts.items() if not torch.equal(a, b)]
+        wrong.unless(not moved, f"parameters changed after the last step: {some(moved)}")
         wrong.unless(
             torch.equal(self.ready.statistics, self.end.statistics)
             and self.ready.tracked == self.end.tracked,
@@ -599,9 +599,8 @@ class Ledger:
         group = self._group_of(name)
         if group is None or not self.rates:
             return 0.0, 0.0
-        return max(step[group] for step in self.rates), self.step.optimizer.param_groups[group][
-            "weight_decay"
-        ]
+        decay = self.step.optimizer.param_groups[group]["weight_decay"]
+        return max(step[group] for step in self.rates), decay
 
     def _quantizer_parameters(self) -> Iterator[tuple[nn.Parameter, str]]:
         for quantizer in quantizers(self.model).values():
@@ -657,9 +656,8 @@ class Ledger:
         made = []
         for place in places:
             top, left = int(down[place]), int(right[place])
-            image = (
-                pixels[order[place], top : top + reference.SIDE, left : left + reference.SIDE].cpu().float()
-            )
+            rows, columns = slice(top, top + reference.SIDE), slice(left, left + reference.SIDE)
+            image = pixels[order[place], rows, columns].cpu().float()
             made.append(image.flip(1) if flips[place] else image)
         images = (torch.stack(made) / 255 - torch.tensor(reference.MEAN)) / torch.tensor(reference.STD)
         return images.permute(0, 3, 1, 2)
@@ -765,23 +763,6 @@ def adamw_reach(beta1: float, beta2: float, before: int, steps: int) -> float:
     return round(total, 9)
 
 
-def _off_adamw(
-    w: Tensor,
-    after: Tensor,
-    m: Tensor,
-    v: Tensor,
-    g: Tensor,
-    t: float,
-    rate: float,
-    decay: float,
-    beta2: float,
-) -> Tensor:
-    """How far `after` is from AdamW's update of w, in what float32 may round: 1 and less is no difference."""
-    expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, int(t))
-    parts = (m.abs() + g.abs()) / ((second / (1 - beta2**t)).sqrt() + 1e-8)
-    return (after - expected).abs() / (3e-5 * rate * (1 + parts) + 5e-7 * w.abs() + 1e-12)
-
-
 def _bits(quantizer: Any) -> float:
     """The learned bit-width of a quantizer of ours from its logit, in float64; of another, what it uses."""
     if type(quantizer) is not DeadZoneLDZCompander:
@@ -792,14 +773,7 @@ def _bits(quantizer: Any) -> float:
 
 
 def _judge(wrong: Wrong, name: str, held: str, cause: str) -> Check:
-    if not wrong:
-        return Check(PASS, name, held)
-    return Check(FAIL, name, f"{_some(wrong, '; ')}. Likely cause: {cause}")
-
-
-def _some(found: Sequence[str], between: str = ", ") -> str:
-    first = list(dict.fromkeys(found))
-    return between.join(first[:3]) + (f"{between}and {len(first) - 3} more" if len(first) > 3 else "")
+    return judge(not wrong, name, some(wrong, "; ") or held, cause)
 
 
 def _close(a: float, b: float, relative: float, size: float = 0.0) -> bool:

@@ -18,6 +18,8 @@ ENOUGH_SECONDS = 5.0  # of steps, after which the run's length can be told
 ESTIMATED_REST = 1.1  # an epoch over its training steps: test pass, counts, checkpoint
 # The signals that stop a run, by the names in its messages.
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has no such signal
+    NAMES[signal.SIGHUP] = "SIGHUP"
 
 
 class ClosedOutputError(Exception):
@@ -36,7 +38,7 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """A context in which Ctrl-C and SIGTERM raise `Stopped`, except inside `held`, which defers them.
+    """A context in which the signals of `NAMES` raise `Stopped`, except inside `held`, which defers them.
 
     A signal that the parent process made this one ignore (nohup, a shell's background job) stays ignored.
     """

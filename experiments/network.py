@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 import resnet
 from experiments.distributed import use_local_batch_norms
 from experiments.draws import drawn_since, kept_draws, random_states
-from experiments.settings import Settings
-from experiments.user_code import first_line, import_named
+from experiments.settings import Settings, check_model
+from experiments.user_code import RAISED, first_line, import_named
 from metrics import NetworkCount
 from src.graph import only_looks, trace_network
 
@@ -32,12 +32,14 @@ def make_network(name: str, classes: int) -> nn.Module:
 
     Raises: ValueError naming the flag and what is wrong with the network.
     """
+    check_model(name)
     if ":" not in name:
         return getattr(resnet, name)(classes)
-    build = import_named("--model", name, "a callable that returns an nn.Module", callable)
+    with kept_draws():  # a module may seed torch when it is imported
+        build = import_named("--model", name, "a callable that returns an nn.Module", callable)
     try:
         network = build(num_classes=classes) if _takes(build, "num_classes") else build()
-    except Exception as error:  # someone's own code may raise anything
+    except RAISED as error:
         raise ValueError(
             f"--model is {name!r}, and calling it raises {type(error).__name__} ({first_line(error)}); "
             f"expected a callable that needs no argument, or num_classes alone"
@@ -72,7 +74,7 @@ def make_network(name: str, classes: int) -> nn.Module:
 def _copied(name: str, network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network)
-    except Exception as error:
+    except RAISED as error:
         raise ValueError(
             f"--model is {name!r}, and copying it raises {type(error).__name__} ({first_line(error)}); "
             f"expected a network that copy.deepcopy copies, since the checks work on copies"
@@ -99,7 +101,13 @@ def _without_gradient(name: str, network: nn.Module, logits: Tensor) -> list[str
     """
     if not logits.requires_grad:
         raise ValueError(f"--model is {name!r}, whose logits have no gradient to any parameter; expected one")
-    logits.sum().backward()
+    try:
+        logits.sum().backward()
+    except RAISED as error:
+        raise ValueError(
+            f"--model is {name!r}, and its backward pass raises {type(error).__name__} "
+            f"({first_line(error)}); expected logits that have a gradient"
+        ) from error
     return [which for which, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
 
@@ -108,7 +116,7 @@ def _runs_in_channels_last(twin: Any) -> bool:
     try:
         with torch.no_grad():
             twin.to(memory_format=torch.channels_last)(images)
-    except RuntimeError:  # mostly of a view that would have to be a reshape
+    except RAISED:  # mostly of a view that would have to be a reshape
         return False
     return True
 
@@ -177,7 +185,7 @@ def use_of_the_host(model: nn.Module) -> HostUse:
                 # A graph writes and reads the buffers that there were, and not those that took their places.
                 rebound = [*map(id, twin.buffers())] != [*map(id, buffers)]
                 remembers = rebound or _plain_values(twin) != values
-            except Exception:  # someone's own code may raise anything
+            except RAISED:
                 decides = True
         return HostUse(copies.seen, decides or drawn_since(before), remembers)
 
@@ -205,7 +213,7 @@ def _try(name: str, network: nn.Module, classes: int) -> Tensor:
     with torch.set_grad_enabled(network.training), kept_draws():
         try:
             logits: object = network(torch.zeros(TRIED))
-        except Exception as error:
+        except RAISED as error:
             raise ValueError(
                 f"--model is {name!r}, and in {mode} mode it raises {type(error).__name__} for images "
                 f"{TRIED} ({first_line(error)}); expected a network for 3x32x32 images"
@@ -217,6 +225,20 @@ def _try(name: str, network: nn.Module, classes: int) -> Tensor:
         f"--model is {name!r}, and in {mode} mode it gives {shape} for {TRIED[0]} images; "
         f"expected {(TRIED[0], classes)}, a logit for each class of the data set"
     )
+
+
+def refuse_one_image(name: str, model: nn.Module) -> None:
+    """Raises: ValueError if the model cannot train on a batch of one image, as an epoch's last may be."""
+    twin = copy.deepcopy(model).train()
+    image = torch.zeros(1, *SIZE, device=next(twin.parameters()).device)
+    try:
+        with torch.no_grad(), kept_draws():
+            twin(image)
+    except RAISED as error:
+        raise ValueError(
+            f"an epoch's last batch has one image, and --model {name} raises {type(error).__name__} for one "
+            f"({first_line(error)}); give another --batch-size or --limit-train"
+        ) from error
 
 
 def excluded_layers(settings: Settings, network: nn.Module, dense: NetworkCount) -> list[str]:

@@ -7,14 +7,17 @@ stay as they are. A check that needs what another found broken is skipped, so th
 cause.
 """
 
+import copy
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from experiments.draws import kept_draws
 from experiments.expect import BrokenError, NotApplicableError, Subject
-from experiments.history import Check
+from experiments.history import FAIL, PASS, SKIP, Check
 from experiments.preflight_data import (
     augmentation_is_crops_and_flips,
     files_are_read_right,
@@ -49,7 +52,6 @@ from experiments.preflight_step import (
     optimizer_has_the_settings,
     updates_are_adamws,
 )
-from experiments.verdict import FAIL, PASS, SKIP
 
 # Name, check, and the checks without which it would only repeat what they found.
 CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
@@ -87,7 +89,7 @@ CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[str, ...]], ...] = (
 )
 
 
-ONE_THREAD_BELOW = 5_000_000  # parameters of a network
+LARGE = 5_000_000  # parameters of a network
 
 
 def preflight(
@@ -105,19 +107,55 @@ def preflight(
     # On small tensors several threads gain little, and on a busy machine they wait for each other many times
     # longer than they compute.
     threads = torch.get_num_threads()
-    if sum(p.numel() for p in subject.pipeline.model.parameters()) < ONE_THREAD_BELOW:
+    if not _is_large(subject.pipeline.model):
         torch.set_num_threads(1)
+    before = copy.deepcopy(_state(subject))
     with kept_draws():
         for name, check, needs in CHECKS:
             if progress:
                 progress(f"preflight: {name}")
             broken = [need for need in needs if found[need].status != PASS and not _harmless(found[need])]
             waits = Check(SKIP, name, f"waits for '{broken[0]}'") if broken else None
-            found[name] = _of_all_ranks(waits or _outcome(name, check, subject), subject)
+            found[name] = waits or _outcome(name, check, subject)
+            if found[name].status != FAIL and (changed := _changed(before, _state(subject))):
+                cause = "a defect of the check, which should work on a copy"
+                found[name] = Check(FAIL, name, f"it changes the run's {changed}. Likely cause: {cause}")
+                before = copy.deepcopy(_state(subject))
+            found[name] = _of_all_ranks(found[name], subject)
             if tell:
                 tell(found[name])
     torch.set_num_threads(threads)
     return list(found.values())
+
+
+def _is_large(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) >= LARGE
+
+
+def _state(subject: Subject) -> dict[str, Any]:
+    """What the preflight must leave as it was, by name. Of a large network, which takes long, no numbers."""
+    model, found = subject.pipeline.model, dict[str, Any]()
+    modules = list(model.modules())
+    if not _is_large(model):
+        found |= model.state_dict()
+        for number, moments in subject.step.optimizer.state_dict()["state"].items():
+            found |= {f"{name} of parameter {number}": value for name, value in moments.items()}
+    found["mode"] = [module.training for module in modules]
+    found["hooks"] = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+    return found
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first name under which two states differ; "" where they are the same."""
+    for name in before | now:
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
+            same = torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        else:
+            same = a == b
+        if not same:
+            return name
+    return ""
 
 
 def _of_all_ranks(check: Check, subject: Subject) -> Check:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from experiments import data, reference
 from experiments.data import TrainBatches
-from experiments.expect import BrokenError, NotApplicableError, Subject, expect, some
+from experiments.draws import kept_draws
+from experiments.expect import BrokenError, NotApplicableError, Subject, expect
+from experiments.history import some
 
 LOOKED_AT = 192  # images that are compared with all their crops: they miss an offset once in 10^8 runs
 GREY = 2e-3  # of 255 grey levels: float32 stays a hundred times closer, half precision does not
@@ -21,7 +23,15 @@ WALKED = 2048  # images of the second epoch that are looked at; the first is wal
 FEW = 16  # images that are looked at for the cause
 ENOUGH_TO_AVERAGE = 16  # images whose mean and standard deviation are those of the set, to a factor of two
 MIN_PROBED = 1000  # training images below which the linear probe tells nothing
-CIFAR_IMAGES = (50_000, 10_000)  # for training and for the test
+CIFAR_IMAGES = (50_000, 10_000)  # for training and for the test; as many of each class
+STAND_IN = "synthetic stand-in"
+# What --data may give.
+NAMES = {
+    "auto": ("CIFAR-10", STAND_IN),
+    "cifar10": ("CIFAR-10",),
+    "cifar100": ("CIFAR-100",),
+    "synthetic": (STAND_IN,),
+}
 # Of each data set: the folder, its files for training and for the test, and the key of their labels.
 FILES = {
     "CIFAR-10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], b"labels"),
@@ -34,9 +44,23 @@ MAY_BE_SHARED = {"CIFAR-100": 0.02}
 
 def files_are_read_right(subject: Subject) -> str:
     """Images and labels against the files themselves, read by a second piece of code."""
-    dataset = subject.dataset
+    dataset, asked = subject.dataset, subject.pipeline.settings.data
+    expect(
+        dataset.name in NAMES[asked] and dataset.synthetic == (dataset.name == STAND_IN),
+        f"the data set is {dataset.name}, and --data is {asked}",
+        "--data does not reach the reading, or falls back without being asked to",
+    )
     _sizes_are_the_settings(subject)
     if dataset.synthetic:
+        with kept_draws():
+            torch.manual_seed(1 + subject.pipeline.settings.seed)
+            again = next(data.synthetic_chunks())[: len(dataset.train_images)]
+        off = (again.int() - dataset.train_images[: len(again)].int()).abs().max().item()
+        expect(
+            off <= 1,  # rounding may differ with the number of threads
+            f"the stand-in made again has other images, by up to {off} of 255 grey levels",
+            "the stand-in depends on the seed, or its images were changed after it was made",
+        )
         expected = torch.arange(len(dataset.train_labels)) % dataset.classes
         wrong = int((dataset.train_labels != expected).sum())
         expect(
@@ -101,6 +125,13 @@ def _sizes_are_the_settings(subject: Subject) -> None:
             len(labels) == due,
             f"{len(labels):,} {what} images, expected {due:,} of {count:,} (--limit-{what} is {limit})",
             f"images are left out in the reading, or --limit-{what} does not reach it",
+        )
+        counts = torch.bincount(labels)
+        expect(
+            dataset.synthetic or len(labels) < count or bool((counts == count // dataset.classes).all()),
+            f"images a class in the whole {what} set: {counts.min()} to {counts.max()}, expected "
+            f"{count // dataset.classes}",
+            "these are not the official files, or their MD5 sums are not compared",
         )
 
 
@@ -412,6 +443,12 @@ def test_images_are_untouched(subject: Subject) -> str:
         torch.equal(batches.labels.cpu(), labels),
         "the test batches' labels are not the test set's",
         "test labels are shuffled, shifted or cut, or the test batches hold other images",
+    )
+    first, again = next(iter(batches))[0].clone(), next(iter(batches))[0]
+    expect(
+        torch.equal(first, again),
+        "the first test batch has other images when it is taken a second time",
+        "the test images are written into where they are kept (normalised in place), or drawn anew",
     )
     window, seen = Window(subject.dataset.train_images), 0
     for images, batch_labels in batches:

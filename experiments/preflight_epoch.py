@@ -13,17 +13,9 @@ from torch import Tensor, nn
 
 from experiments import reference
 from experiments.draws import kept_draws
-from experiments.expect import (
-    BrokenError,
-    Subject,
-    expect,
-    expect_close,
-    some,
-    stored_weight,
-)
-from experiments.history import EpochRecord
+from experiments.expect import BrokenError, Subject, expect, expect_close, stored_weight
+from experiments.history import FAIL, EpochRecord, some
 from experiments.training import TrainingStep
-from experiments.verdict import FAIL
 from src.graph import only_looks
 from utils_quantization import quantized_layers
 

@@ -1,18 +1,31 @@
 """Preflight checks of counts, compressed network and checkpoint, and that all ranks do one and the same."""
 
+import contextlib
 import dataclasses
 import math
+import random
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from experiments.checkpoint import checkpoint_path, load_checkpoint, resume, save_checkpoint, take_checkpoint
+from experiments.checkpoint import (
+    check_settings,
+    checkpoint_path,
+    checkpoint_paths,
+    last_checkpoint,
+    load_checkpoint,
+    resume,
+    save_checkpoint,
+    take_checkpoint,
+)
 from experiments.distributed import ALONE, use_local_batch_norms
 from experiments.draws import drawn_since, random_states, same_draws
 from experiments.expect import (
@@ -22,19 +35,22 @@ from experiments.expect import (
     expect,
     expect_close,
     moments_in_float64,
-    some,
     used_weights,
 )
-from experiments.history import epoch_record
+from experiments.files import OutputError
+from experiments.history import History, epoch_record, some
 from experiments.recount import recount
+from experiments.settings import Settings, flag
 from experiments.training import TrainingStep, renew_batch_norms
 from metrics import NetworkCount, count_by_torch, count_slim_by_torch, of_layers, ratio
 from src.channels import ChannelState
+from src.encoding import PackingError
 from src.packing import pack_network, unpack_network
 from src.slim import slim_network
 from utils_quantization import quantized_layers, without_quantizers
 
 FULL_BITS = 32
+FREE = {"data_dir", "output_dir", "figure_format", "preflight"}  # settings that change no number
 IMAGES = 16  # in the steps around a checkpoint
 
 
@@ -88,7 +104,7 @@ def counts_are_the_networks(subject: Subject) -> str:
             measured = f"{name}: {said:,} {what} counted, {counted:,} in the network"
             expect(said == counted, measured, f"{cause}: how {what} are counted")
     count = compression.count
-    by_torch = of_layers(count_by_torch(model, device=subject.probe_device), count)
+    by_torch = of_layers(count_by_torch(model), count)
     expect(
         count.total("dense_macs") == by_torch,
         f"{count.total('dense_macs'):,} MACs, torch counts {by_torch:,}",
@@ -142,10 +158,13 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
     That too many are taken for dead shows in the smaller network's logits. Behind the ReLU a channel that no
     image changes leaves its batch norm's shift, and nothing where that is not above 0.
     """
+    heard = weights["linear"].any(0).all()
+    norm: Any
+    norm2: Any
     for layer in count.layers:
         if layer.name.endswith(".conv1"):
             block = layer.name.removesuffix(".conv1")
-            norm: Any = model.get_submodule(f"{block}.bn1")
+            norm, norm2 = (model.get_submodule(f"{block}.{which}") for which in ("bn1", "bn2"))
             read = weights[f"{block}.conv2"].transpose(0, 1).flatten(1).any(1)
             made, scaled = weights[layer.name].flatten(1).any(1), norm.weight != 0
             shift = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
@@ -154,6 +173,16 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
             expect(
                 not odd,
                 f"channels {odd[:3]} of {layer.name} leave nothing, and do not count so",
+                "what a dead channel leaves (the states of src/channels.py)",
+            )
+            # The classifier reads every residual channel, so what conv2 and its norm make of one is read.
+            passed = (weights[f"{block}.conv2"] != 0) & (norm2.weight != 0)[:, None, None, None]
+            spoken = passed.transpose(0, 1).flatten(1).any(1)
+            constant = (~(made & scaled) & (shift > 0) & spoken & bool(heard)).tolist()
+            odd = [i for i, s in enumerate(layer.states) if constant[i] and s != ChannelState.CONSTANT]
+            expect(
+                not odd,
+                f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so",
                 "what a dead channel leaves (the states of src/channels.py)",
             )
             alive = int((made & scaled & read).sum())
@@ -179,7 +208,7 @@ def _compare_compressed(
         "(src/slim.py, or the account of channels in src/channels.py)",
         1e-7,
     )
-    macs = count_slim_by_torch(slim, count, subject.probe_device)
+    macs = count_slim_by_torch(slim, count)
     expect(
         macs == count.total("structured_macs"),
         f"{count.total('structured_macs'):,} structured MACs are counted, the smaller network has {macs:,}",
@@ -192,6 +221,14 @@ def _compare_compressed(
         if subject.own_quantizers:
             _compare_ceiling(subject, single)
     packed = unpack_network(content, lambda: without_quantizers(single, stored=True)).to(subject.probe_device)
+    altered = bytearray(content)
+    altered[-1] ^= 1
+    try:
+        unpack_network(bytes(altered), lambda: without_quantizers(single, stored=True))
+    except PackingError:
+        pass
+    else:
+        raise BrokenError("a packed file with one bit changed is read", "its checksum is not compared")
     with torch.no_grad():
         differ = int((packed(images.float()) != single(images.float())).sum())
     expect(
@@ -246,19 +283,20 @@ def checkpoints_restore_everything(subject: Subject) -> str:
     numbers = dict.fromkeys(("loss", "cross_entropy", "penalty", "coefficient", "accuracy", "seconds"), 0.0)
     compression = subject.pipeline.evaluator.evaluate(first.model)
     record = epoch_record(1, first.model, compression, **numbers)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with _temporary_folder() as folder:
         history = dataclasses.replace(subject.history, epochs=[])  # one object for both, as in a run
         for epochs in (1, 2):  # the second checkpoint must hold what there is by then
             first(images, labels, coefficient, len(labels))
             history.epochs = [record] * epochs
             save_checkpoint(folder, take_checkpoint(history, first.model, first.optimizer))
-        drawn = torch.rand(4)
+        drawn = _drawn()
         found = load_checkpoint(checkpoint_path(folder, 2))
         begun = dataclasses.replace(subject.history, epochs=[], resumed=[])
         resume(found, begun, second.model, second.optimizer)
-    expect(torch.equal(torch.rand(4), drawn), "after restoring, other random numbers are drawn",
-           "the random state is not restored")  # fmt: skip
+        expect(_drawn() == drawn, "after restoring, other random numbers are drawn",
+               "the random state is not restored")  # fmt: skip
+        _falls_back(folder, history, first)
+    _refuses_other_settings(found.history.settings, subject.pipeline.settings)
     expect(found.history == history, "the history is another one after restoring", cause)
     expect(
         begun.epochs == history.epochs and begun.start == history.start,
@@ -280,6 +318,53 @@ def checkpoints_restore_everything(subject: Subject) -> str:
             f"what is restored is equal; {broken.measured}, which {subject.step.device.type} may do by itself"
         ) from None
     return "weights, moments and statistics, and the step after them"
+
+
+def _drawn() -> list[float]:
+    """The next draw of each generator."""
+    return [torch.rand(()).item(), np.random.rand(), random.random()]
+
+
+def _falls_back(folder: Path, history: History, step: TrainingStep) -> None:
+    """Of three checkpoints the last two are kept; where the last is damaged, the one before it is taken."""
+    cause = "which checkpoints are kept, their order, or their checksum (experiments/checkpoint.py)"
+    kept = dataclasses.replace(history, epochs=[*history.epochs, history.epochs[-1]])
+    save_checkpoint(folder, take_checkpoint(kept, step.model, step.optimizer))
+    paths, due = checkpoint_paths(folder), [checkpoint_path(folder, epochs) for epochs in (3, 2)]
+    measured = f"of three checkpoints {some([path.name for path in paths])} are kept, not the last two"
+    expect(paths == due, measured, cause)
+    content = bytearray(due[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    due[0].write_bytes(content)
+    found = last_checkpoint(folder, lambda line: None)
+    epochs = found.epochs if found else 0
+    expect(epochs == 2, f"beside a damaged checkpoint of epoch 3 that of epoch {epochs} is taken", cause)
+
+
+def _refuses_other_settings(saved: dict[str, Any], settings: Settings) -> None:
+    """A run does not go on with other settings than it began with, but for those that change no number."""
+    taken = []
+    for name in saved.keys() - FREE:
+        try:
+            check_settings(saved | {name: "another"}, settings)
+            taken.append(name)
+        except ValueError:
+            pass
+    expect(
+        not taken,
+        f"--resume goes on with another {some(sorted(map(flag, taken)))}",
+        "a setting that the numbers depend on may change (MAY_CHANGE of experiments/checkpoint.py)",
+    )
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for files that the run itself does not need: without room for them, nothing is checked."""
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    except (OSError, OutputError) as error:
+        raise NotApplicableError(f"{error} (TMPDIR names a folder for temporary files)") from None
 
 
 def _expect_same(a: TrainingStep, b: TrainingStep, when: str, cause: str) -> None:

@@ -21,20 +21,22 @@ from experiments.expect import (
     Subject,
     expect,
     expect_close,
-    some,
     stored_weight,
     used_weights,
 )
-from experiments.network import SIZE
+from experiments.history import some
+from experiments.network import SIZE, memory_layout
 from experiments.settings import MACS, STORED
-from metrics import NetworkCount
 from src.graph import trace_network
 from src.groups import channel_groups
-from src.quantizer import MIN_BITS
 from utils_quantization import quantized_layers, weight_quantization
 
-START_LOGIT = 3.0  # of src/quantizer.py
+# Of the quantizer as it is published: what its two logits begin at, and the bits that it can learn.
+START_LOGIT = 3.0
+MIN_BITS, MAX_BITS = 2, 8
+NORMAL = 3  # the kurtosis of a normal distribution
 REPEATS = 4  # passes that must give the same logits
+FLOAT32 = 3e-4  # of the largest logit: float32 stays closer on any device, TF32 does not
 REACHED = 0.85  # of the stored weights that a gradient must reach: some quantizers clip the largest
 DEPTHS = (20, 32, 44, 56, 110)  # of resnet.py's networks: layers with weights, shortcuts have none
 
@@ -43,9 +45,21 @@ DEPTHS = (20, 32, 44, 56, 110)  # of resnet.py's networks: layers with weights, 
 
 def layers_are_quantized(subject: Subject) -> str:
     """The layers that the settings name have a quantizer of their own, switched on, and no others have."""
-    model, patterns = subject.pipeline.model, subject.pipeline.settings.exclude_layers
+    model, settings = subject.pipeline.model, subject.pipeline.settings
+    expect(
+        subject.own_network or ":" in settings.model,
+        f"the network is a {type(model).__name__}, and --model is {settings.model}",
+        "--model does not reach the network, or resnet.py makes something else than its ResNet",
+    )
+    expect(
+        not (subject.own_network and subject.own_quantizers and subject.step.host.decides),
+        "the forward pass draws random numbers on the host, or looks at a tensor's numbers",
+        "a branch or a draw in resnet.py or src/quantizer.py, which neither of them needs",
+    )
+    patterns = settings.exclude_layers
     if patterns is None:
-        ends = ("conv1", "linear") if subject.own_network else _ends(subject.pipeline.evaluator.dense)
+        dense = subject.pipeline.evaluator.dense.layers
+        ends = ("conv1", "linear") if subject.own_network else (dense[0].name, dense[-1].name)
         patterns = tuple(f"^{re.escape(name)}$" for name in ends)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     counted = {layer.name for layer in subject.pipeline.evaluator.dense.layers}
@@ -82,25 +96,21 @@ def layers_are_quantized(subject: Subject) -> str:
         "modules occur twice in the network",
         "layers share their weights",
     )
-    settings = subject.pipeline.settings
     for name, quantizer in quantizers.items() if subject.own_quantizers else ():
         expect(
             quantizer.learnable_deadzone,
             f"the dead zone of {name} is not learned (learnable_deadzone is False)",
             "a default or an argument that fixes the dead zone: half of the method is then not trained",
         )
-        fixed = None if quantizer.learnable_bit else quantizer.fixed_bit_val
+        most, fixed = settings.max_bits or MAX_BITS, settings.fixed_bits
+        found_fixed = None if quantizer.learnable_bit else quantizer.fixed_bit_val
         expect(
-            settings.max_bits in (None, quantizer.max_bits) and settings.fixed_bits in (None, fixed),
-            f"{name} has at most {quantizer.max_bits} bits (fixed: {fixed}), the settings say "
-            f"{settings.max_bits} (fixed: {settings.fixed_bits})",
-            "--max-bits or --fixed-bits does not reach the quantizers",
+            (quantizer.max_bits, found_fixed) == (most, fixed),
+            f"{name} has at most {quantizer.max_bits} bits (fixed: {found_fixed}), expected {most} "
+            f"(fixed: {fixed})",
+            "--max-bits or --fixed-bits does not reach the quantizers, or a default is another",
         )
     return f"{len(found)} of {len(layers)} layers, each with its own"
-
-
-def _ends(dense: NetworkCount) -> tuple[str, str]:
-    return dense.layers[0].name, dense.layers[-1].name
 
 
 def start_is_fresh(subject: Subject) -> str:
@@ -140,7 +150,7 @@ def start_is_fresh(subject: Subject) -> str:
     )
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            w = _trained_weight(layer)
+            w = stored_weight(layer)
             expected = math.sqrt(2 / w[0].numel())
             off = abs(in_float64(w).std().item() / expected - 1)
             expect(
@@ -148,6 +158,19 @@ def start_is_fresh(subject: Subject) -> str:
                 f"the weights of {name} have standard deviation "
                 f"{w.std().item():.3g}, Kaiming's is {expected:.3g}",
                 "another initialization than resnet.py's (fan-in, ReLU gain)",
+            )
+            kurtosis = ((w - w.mean()) / w.std()).pow(4).mean().item()  # 3 of a normal distribution
+            expect(
+                abs(kurtosis - NORMAL) < 5 * math.sqrt(24 / w.numel()),
+                f"the weights of {name} have a kurtosis of {kurtosis:.2f}, normal ones have {NORMAL}",
+                "an initialization that is not normal (uniform, truncated)",
+            )
+            limit = 1 / math.sqrt(w[0].numel())
+            largest = limit if layer.bias is None else layer.bias.abs().max().item()
+            expect(
+                0 < largest <= limit,
+                f"the bias of {name} goes up to {largest:.3g}, torch draws it from {limit:.3g} around 0",
+                "another initialization of the classifier's bias than torch's",
             )
         elif isinstance(layer, _BatchNorm):
             neutral = [(layer.weight, 1), (layer.bias, 0), (layer.running_mean, 0), (layer.running_var, 1)]
@@ -163,7 +186,7 @@ def start_is_fresh(subject: Subject) -> str:
     other = [
         n
         for n, layer in layers.items()
-        if not torch.equal(_trained_weight(model.get_submodule(n)).cpu(), layer.weight.detach())
+        if not torch.equal(stored_weight(model.get_submodule(n)).cpu(), layer.weight.detach())
     ]
     expect(
         not other,
@@ -178,13 +201,6 @@ def start_is_fresh(subject: Subject) -> str:
         "something ran through the network in training mode before the first step",
     )
     return f"{sum(p.numel() for p in model.parameters()):,} parameters as resnet.py makes them"
-
-
-def _trained_weight(layer: Any) -> Tensor:
-    """The weight that a layer stores, quantized or not."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return stored_weight(layer)
-    return layer.weight.detach()
 
 
 def optimizer_has_every_parameter(subject: Subject) -> str:
@@ -217,19 +233,22 @@ def optimizer_has_every_parameter(subject: Subject) -> str:
         "a parameter is in two groups of the optimizer",
         "the optimizer's groups overlap",
     )
+    places = {which: place for place, which in enumerate(names)}
+    order = [[places[id(p)] for p in group["params"]] for group in groups]
+    expect(
+        all(numbers == sorted(numbers) for numbers in order),
+        "the parameters in a group of the optimizer are not in the model's order",
+        "a set in the place of a list: checkpoints keep moments by their number, and --resume would mix them",
+    )
     return f"{len(held)} parameters in {len(groups)} groups"
 
 
 def _meant_to_be_fixed(subject: Subject, name: str) -> bool:
-    """Quantizers may have parameters that are not learnable."""
-    return (".quantizer." in name and not subject.own_quantizers) or (
-        ".quantizer." in name and not _learns(subject, name)
-    )
-
-
-def _learns(subject: Subject, name: str) -> bool:
+    """Whether a parameter is of a quantizer that does not learn it; one of someone's own need learn none."""
+    if not subject.own_quantizers or ".quantizer." not in name:
+        return ".quantizer." in name
     quantizer: Any = subject.pipeline.model.get_submodule(name.rpartition(".")[0])
-    return quantizer.learnable_bit if name.endswith("logit_bit") else quantizer.learnable_deadzone
+    return not (quantizer.learnable_bit if name.endswith("logit_bit") else quantizer.learnable_deadzone)
 
 
 # Quantizers.
@@ -351,7 +370,9 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
     for name, quantizer in subject.quantizers(model).items():
         layer = model.get_submodule(name)
         w = stored_weight(layer)
-        half = (w.abs() <= _half_dead_zone(quantizer, w) * (1 - 1e-9)) & (quantizer(w) != 0)
+        found = quantizer(w)
+        edge = torch.quantile(w.abs().flatten(), 0.99) * (1 - quantizer.logit_dz.detach().tanh().abs())
+        half = (w.abs() <= edge * (1 - 1e-9)) & (found != 0)
         cause = "the dead zone: its width, the range quantile or the shift in src/quantizer.py"
         expect(not half.any(), f"{name}: {int(half.sum())} weights inside the dead zone are not zero", cause)
         bits = _learned_bits(quantizer).detach()
@@ -362,7 +383,6 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
             f"{float(bits):.3f}, rounded {float(bits.round()):.0f}",
             "the bit-width's formula (rounding, maximum, tanh)",
         )
-        found = quantizer(w)
         wanted = reference.quantize(w, bits, quantizer.logit_dz)
         zeros = ((found == 0) != (wanted == 0)).sum().item()
         expect(
@@ -382,11 +402,6 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
     return f"values to {worst:.0e}, gradients to stored weights and both parameters"
 
 
-def _half_dead_zone(quantizer: Any, w: Tensor) -> Tensor:
-    r = torch.quantile(w.abs().flatten(), 0.99)
-    return r * (1 - quantizer.logit_dz.detach().tanh().abs())
-
-
 def _learned_bits(quantizer: Any) -> Tensor:
     if not quantizer.learnable_bit:
         return torch.full_like(quantizer.logit_bit, quantizer.fixed_bit_val)
@@ -395,28 +410,16 @@ def _learned_bits(quantizer: Any) -> Tensor:
 
 def _compare_gradients(name: str, quantizer: Any, w: Tensor, generator: torch.Generator) -> float:
     g = torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
+    logits = {"the bit logit": quantizer.logit_bit, "the dead-zone logit": quantizer.logit_dz}
+    learned = {what: p for what, p in logits.items() if p.requires_grad}
     gradients, worst = [], 0.0
-    for quantize in (
-        quantizer,
-        lambda x: reference.quantize(x, _learned_bits(quantizer), quantizer.logit_dz),
-    ):
+    for call in (quantizer, lambda x: reference.quantize(x, _learned_bits(quantizer), quantizer.logit_dz)):
         leaf = w.clone().requires_grad_()
-        learned = [p for p in (quantizer.logit_bit, quantizer.logit_dz) if p.requires_grad]
-        found = torch.autograd.grad((quantize(leaf) * g).sum(), [leaf, *learned], allow_unused=True)
-        gradients.append(
-            [torch.zeros_like(p) if x is None else x for x, p in zip(found, [leaf, *learned], strict=True)]
-        )
-    # A stored weight of exactly zero is kept dead: whether a gradient reaches it is a choice.
-    gradients = [[found[0] * (w != 0), *found[1:]] for found in gradients]
-    names = [
-        "the stored weights",
-        *(
-            n
-            for n, p in (("the bit logit", quantizer.logit_bit), ("the dead-zone logit", quantizer.logit_dz))
-            if p.requires_grad
-        ),
-    ]
-    for what, ours, theirs in zip(names, *gradients, strict=True):
+        inputs = [leaf, *learned.values()]
+        found = torch.autograd.grad((call(leaf) * g).sum(), inputs, materialize_grads=True)
+        # A stored weight of exactly zero is kept dead: whether a gradient reaches it is a choice.
+        gradients.append([found[0] * (w != 0), *found[1:]])
+    for what, ours, theirs in zip(("the stored weights", *learned), *gradients, strict=True):
         cause = f"the quantizer's backward pass: the gradient to {what} (src/quantizer.py)"
         worst = max(worst, expect_close(ours, theirs, f"{name}: the gradient to {what}", cause, 1e-6))
     return worst
@@ -478,9 +481,24 @@ def network_is_the_reference(subject: Subject) -> str:
                         "batch norm's running statistics (momentum, mode)",
                         EXACT,
                     )
-        else:
-            _compare_network_gradients(model, found, wanted, leaves)
+        _compare_network_gradients(subject, model, (found, wanted), leaves, mode)
+    if subject.pipeline.settings.precision == "float32":
+        _compare_in_float32(subject)
     return f"logits to {worst:.0e} in both modes, running statistics, gradients"
+
+
+@torch.no_grad()
+def _compare_in_float32(subject: Subject) -> None:
+    """The network in its own precision and layout, evaluation mode, against the reference in float64."""
+    model = subject.float64_step().model.float().eval()
+    if memory_layout(model, subject.probe_device) == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    images, _ = subject.probe
+    values = {n: v.double() for n, v in model.state_dict().items()}
+    wanted = reference.Network(values, {n: w.double() for n, w in used_weights(model).items()},
+                               subject.blocks, False)(images)  # fmt: skip
+    cause = "convolutions in a lower precision than --precision says (TF32, bf16), or another memory layout"
+    expect_close(model(images.float()).double(), wanted, "logits in float32", cause, FLOAT32)
 
 
 def _watch_layers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -523,22 +541,46 @@ def _within(name: str) -> str:
     )
 
 
-def _compare_network_gradients(model: Any, found: Tensor, wanted: Tensor, leaves: dict[str, Tensor]) -> None:
-    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=found.dtype).to(
-        found.device
-    )
-    theirs = torch.autograd.grad((wanted * g).sum(), list(leaves.values()))
-    plain = dict(zip(leaves, theirs, strict=True))
-    quantized = quantized_layers(model)
-    unquantized = [n for n in leaves if n not in quantized]
-    if not unquantized:
-        return
-    stored = [model.get_submodule(n).weight for n in unquantized]
-    ours = torch.autograd.grad((found * g).sum(), stored, allow_unused=True)
-    cause = "the network's backward pass: something detaches or scales a gradient"
-    for name, weight, gradient in zip(unquantized, stored, ours, strict=True):
-        gradient = torch.zeros_like(weight) if gradient is None else gradient
-        expect_close(gradient, plain[name], f"the gradient to {name}'s weights", cause, EXACT)
+def _compare_network_gradients(
+    subject: Subject, model: Any, logits: tuple[Tensor, Tensor], leaves: dict[str, Tensor], mode: str
+) -> None:
+    """The gradients to what each layer stores; through quantizers of someone's own they are not known.
+
+    Arguments: `logits` of the network and of the reference, `leaves` the weights that the reference used.
+    """
+    found, wanted = logits
+    draws = torch.Generator().manual_seed(3)
+    g = torch.randn(found.shape, generator=draws, dtype=found.dtype).to(found.device)
+    due: dict[str, Tensor] = {}
+    for name, gradient in zip(
+        leaves, torch.autograd.grad((wanted * g).sum(), list(leaves.values())), strict=True
+    ):
+        quantizer = subject.quantizers(model).get(name)
+        if quantizer is None:
+            due[f"{name}.weight"] = gradient
+        elif subject.own_quantizers:
+            due |= _through_quantizer(f"{name}.parametrizations.weight", model, gradient)
+    parameters = dict(model.named_parameters())
+    ours = torch.autograd.grad((found * g).sum(), [parameters[n] for n in due], materialize_grads=True)
+    for (name, expected), gradient in zip(due.items(), ours, strict=True):
+        cause = "the network's backward pass: something detaches or scales a gradient"
+        if "parametrizations" in name:
+            cause += ", in resnet.py or on its way through the quantized weight (utils_quantization.py)"
+            gradient = gradient * (parameters[name] != 0)  # see `_compare_gradients`
+        expect_close(gradient, expected, f"the gradient to {name} in {mode} mode", cause, 1e-6)
+
+
+def _through_quantizer(inside: str, model: Any, gradient: Tensor) -> dict[str, Tensor]:
+    """From the gradient to a quantized weight those to the stored weight and to what its quantizer learns."""
+    quantizer = copy.deepcopy(model.get_submodule(f"{inside}.0.quantizer"))
+    stored = model.get_parameter(f"{inside}.original").detach().clone().requires_grad_()
+    w_hat = reference.quantize(stored, _learned_bits(quantizer), quantizer.logit_dz)
+    inputs = {f"{inside}.original": stored}
+    inputs |= {f"{inside}.0.quantizer.{n}": p for n, p in quantizer.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(w_hat, list(inputs.values()), gradient, materialize_grads=True)
+    gradients = dict(zip(inputs, found, strict=True))
+    gradients[f"{inside}.original"] *= stored != 0  # see `_compare_gradients`
+    return gradients
 
 
 def images_are_independent(subject: Subject) -> str:
@@ -637,17 +679,11 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
     )
     by_weight = torch.autograd.grad(wanted, list(leaves.values()))
     twin: Any = copy.deepcopy(model)
-    layers = {n: twin.get_submodule(n) for n in leaves}
-    through = sum(
-        (
-            ((layer.parametrizations.weight.original if on_stored else layer.weight) * g).sum()
-            for layer, g in zip(layers.values(), by_weight, strict=True)
-        ),
-        value.new_zeros(()),
-    )
+    layers = [twin.get_submodule(n) for n in leaves]
+    used = [layer.parametrizations.weight.original if on_stored else layer.weight for layer in layers]
     parameters = dict(twin.named_parameters())
-    expected = torch.autograd.grad(through, [parameters[n] for n in gradients], allow_unused=True)
-    for (name, ours), theirs in zip(gradients.items(), expected, strict=True):
-        due = torch.zeros_like(ours) if theirs is None else theirs
+    inputs = [parameters[n] for n in gradients]
+    expected = torch.autograd.grad(used, inputs, by_weight, materialize_grads=True)
+    for (name, ours), due in zip(gradients.items(), expected, strict=True):
         expect_close(ours, due, f"the penalty's gradient to {name}", cause, EXACT)
     return f"{value.item():.4g} and its gradients to {len(gradients)} parameters"

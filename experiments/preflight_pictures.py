@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.expect import Subject, expect, shows
-from experiments.history import EpochRecord, FinalCounts, History, LayerRecord
+from experiments.history import CompressedRecord, EpochRecord, FinalCounts, History, LayerRecord
 from metrics import LayerCount
 from src.channels import ChannelState
 
@@ -77,7 +77,19 @@ def small_history(history: History) -> History:
         settings=history.settings | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP)},
         epochs=[_record(epoch) for epoch in range(1, len(COEFFICIENTS) + 1)],
         final=FinalCounts(**(numbers | {"totals": {"dense_macs": 27_120}, "layers": [*counts, linear]})),
+        compressed=_compressed(),
     )
+
+
+def _compressed() -> CompressedRecord:
+    """Numbers of which no two are alike."""
+    numbers: dict[str, Any] = {}
+    for i, item in enumerate(dataclasses.fields(CompressedRecord)):
+        if item.type in (int, float):
+            numbers[item.name] = 1000 + 211 * i if item.type is int else 0.11 + 0.03 * i
+    seconds = {"median": 0.0123, "least": 0.0112, "most": 0.0145}
+    latency = {"dense, batch 1": seconds, "smaller, batch 1": {n: s / 2 for n, s in seconds.items()}}
+    return CompressedRecord(**numbers, packed_settings={}, packed_metrics={}, latency_seconds=latency)
 
 
 def _record(epoch: int) -> EpochRecord:

@@ -5,15 +5,32 @@ import dataclasses
 import io
 import math
 import re
+import subprocess
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from experiments import report
-from experiments.expect import Subject, expect, shows, some
-from experiments.history import Check, DataRecord, EpochRecord, FinalCounts, History, layer_records
+from experiments.expect import Subject, expect, shows
+from experiments.history import (
+    FAIL,
+    PASS,
+    SKIP,
+    Check,
+    CompressedRecord,
+    DataRecord,
+    EpochRecord,
+    FinalCounts,
+    History,
+    layer_records,
+    some,
+)
+from experiments.page import report_page
 from experiments.preflight_pictures import small_history
-from experiments.verdict import FAIL, PASS, SKIP
+from experiments.settings import PRECISIONS, Settings
 from metrics import LayerCount, format_ratio
 from src.channels import ChannelState
 from utils_quantization import quantized_layers
@@ -30,20 +47,36 @@ def lines_show_the_history(subject: Subject) -> str:
     _compare_run_line(history)
     _compare_layer_table(history)
     _compare_csv(history)
-    assert history.final
+    assert history.final and history.compressed
     _compare_metrics_text(history.final)
-    return "the table, the final metrics, the last line and metrics.csv"
+    _compare_compressed_text(history.compressed)
+    _compare_page(history, subject.pipeline.settings)
+    _stand_in_is_named(history, subject.pipeline.settings)
+    return "the table, the final metrics, the last line, metrics.csv and report.html"
 
 
 def _compare_start(subject: Subject) -> None:
     """What is noted of the data and of each quantizer before the first epoch."""
-    history, data = subject.history, subject.dataset
-    found = history.data.classes, history.data.train_images, history.data.test_images
-    due = data.classes, len(data.train_labels), len(data.test_labels)
+    history, data, model = subject.history, subject.dataset, subject.pipeline.model
+    sizes = len(data.train_labels), len(data.test_labels)
+    quantized = list(quantized_layers(model))
+    others = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    due = {
+        "data": DataRecord(data.name, data.source, data.synthetic, data.classes, *sizes),
+        "quantized": quantized,
+        "full_precision": [name for name in others if name not in quantized],
+        "precision": PRECISIONS[subject.pipeline.settings.precision],
+        "processes": subject.step.processes.count,
+    }
+    for name, value in due.items():
+        noted = getattr(history, name)
+        measured = f"{noted} is noted for {name}, the run has {value}"
+        expect(noted == value, measured, "the record of the run's start (experiments/history.py)")
+    commit, altered = _sources()
     expect(
-        found == due,
-        f"{found} classes, training and test images are noted, the data have {due}",
-        "the record of the data set (experiments/history.py)",
+        commit is None or history.origin.commit == commit + "-dirty" * altered,
+        f"commit {history.origin.commit} is noted, git says {commit}, {'' if altered else 'not '}altered",
+        "the record of where the run comes from (experiments/history.py)",
     )
     if subject.resumed:
         return
@@ -59,6 +92,23 @@ def _compare_start(subject: Subject) -> None:
             f"and it begins at {learned} and {numbers}",
             "the record of how the quantizers begin (experiments/history.py)",
         )
+
+
+def _sources() -> tuple[str | None, bool]:
+    """The commit of these sources, and whether a file differs from it; None where git does not say it."""
+    here = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if not (here / ".git").exists():
+            return None, False
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, False
 
 
 @torch.no_grad()
@@ -103,15 +153,26 @@ def _compare_row(record: EpochRecord) -> None:
 
 def _compare_run_line(history: History) -> None:
     """The last line, which is made to be quoted: the last epoch's numbers, and the checks that hold."""
-    assert history.final
+    assert history.final and history.compressed
     checks = [Check(PASS, "a", ""), Check(PASS, "b", ""), Check(FAIL, "c", ""), Check(SKIP, "d", "")]
     line, last = report.run_line(history, checks), history.epochs[-1]
     pattern = (
         r"(\S+), seed (\S+), .*: (\S+) % accuracy, (\S+) % zeros, (\S+) % filters, (\S+) bits, BOPs "
-        r"(\S+)x / (\S+)x, .*, (\d+) of (\d+) checks"
+        r"(\S+)x / (\S+)x, (\S+) bytes, (\d+) of (\d+) checks"
     )
     found = re.fullmatch(pattern, line)
-    names = ("seed", "accuracy", "zeros", "filters", "bits", "structured", "unstructured", "held", "checks")
+    names = (
+        "seed",
+        "accuracy",
+        "zeros",
+        "filters",
+        "bits",
+        "structured",
+        "unstructured",
+        "bytes",
+        "held",
+        "checks",
+    )
     said = dict(zip(names, found.groups()[1:], strict=True)) if found else {}
     due = {
         "seed": history.settings["seed"],
@@ -121,9 +182,11 @@ def _compare_run_line(history: History) -> None:
         "bits": last.learned_bits,
         "structured": history.final.structured_bops_ratio,
         "unstructured": history.final.unstructured_bops_ratio,
+        "bytes": history.compressed.packed_bytes,
         "held": 2,
         "checks": 3,
     }
+    said = dict(zip(due, found.groups()[1:], strict=True)) if found else {}
     _expect_shown("the run's last line", said, due)
 
 
@@ -185,3 +248,71 @@ def _compare_metrics_text(final: FinalCounts) -> None:
     said = dict(zip(("structured", "unstructured"), ceilings.groups(), strict=True)) if ceilings else {}
     due = {"structured": final.structured_ceiling, "unstructured": final.unstructured_ceiling}
     _expect_shown("the line of the ceilings", said, due)
+
+
+def _compare_compressed_text(made: CompressedRecord) -> None:
+    """What is printed of the smaller network and the packed file: each number behind its own words."""
+    text = " ".join(report.compressed_lines(made).split())
+    pattern = (
+        r"Smaller network: (\S+) of (\S+) parameters, (\S+) of (\S+) MACs \((\S+)x\).* on (\S+) test images: "
+        r"largest difference (\S+) of logits up to (\S+), (\S+) % equal predictions, accuracy (\S+) % "
+        r"against (\S+) % Packed file: (\S+) bytes, (\S+) times smaller than the float32 state_dict's (\S+) "
+        r"read back: (\S+) logits differ, accuracy (\S+) %"
+    )
+    due = {
+        "parameters": made.slim_parameters,
+        "parameters before": made.dense_parameters,
+        "MACs": made.slim_macs,
+        "MACs before": made.dense_macs,
+        "ratio of MACs": made.dense_macs / made.slim_macs,
+        "images": made.images,
+        "largest difference": made.largest_difference,
+        "largest logit": made.largest_logit,
+        "equal predictions": 100 * made.agreement,
+        "accuracy of the smaller network": 100 * made.slim_accuracy,
+        "accuracy of the quantized network": 100 * made.quantized_accuracy,
+        "bytes": made.packed_bytes,
+        "ratio of bytes": made.float32_bytes / made.packed_bytes,
+        "bytes in float32": made.float32_bytes,
+        "logits that differ": made.packed_differs,
+        "accuracy of the packed file": 100 * made.packed_accuracy,
+    }
+    found = re.search(pattern, text)
+    said = dict(zip(due, found.groups(), strict=True)) if found else {}
+    _expect_shown("what is said of the compressed network", said, due)
+    for name, seconds in made.latency_seconds.items():
+        row = re.search(rf"{name} +(\S+) ms \((\S+) to (\S+)\)", text)
+        times = dict(zip(("median", "least", "most"), row.groups(), strict=True)) if row else {}
+        _expect_shown(f"the latency of {name}", times, {n: 1e3 * s for n, s in seconds.items()})
+
+
+def _compare_page(history: History, settings: Settings) -> None:
+    """report.html has the run's line, the rows of its table and every line of the verdict."""
+    assert history.final
+    checks = [Check(PASS, "one <check>", "holds"), Check(FAIL, "another", "fails. Likely cause: some")]
+    page = report_page(history, settings, checks, {})
+    due = [report.run_line(history, checks), *map(report.table_row, history.epochs)]
+    due += report.layer_table(history.final.count).splitlines()
+    due += [text for check in checks for text in (check.name, check.message)]
+    missing = [text for text in due if escape(text) not in page]
+    measured = f"report.html lacks {len(missing)} of {len(due)} parts, {missing[:1]} first"
+    expect(not missing, measured, "the page of the run (experiments/page.py)")
+    report.verdict_lines(checks)  # an error in it would come at a run's end
+
+
+def _stand_in_is_named(history: History, settings: Settings) -> None:
+    """Where the images are not CIFAR-10's, the first lines, the table and the pictures say so."""
+    assert history.final
+    for synthetic, whose in ((True, "the stand-in"), (False, "CIFAR-10")):
+        data = dataclasses.replace(history.data, name="another set", synthetic=synthetic)
+        shown = dataclasses.replace(history, data=data)
+        for what, text, mark in (
+            ("the first lines", report.first_lines(shown, settings, history.final.count), "NOT CIFAR-10"),
+            ("the pictures' title", report.picture_title(shown, settings), "NOT CIFAR-10"),
+            ("the table's head", report.table_header(data), data.name),
+        ):
+            expect(
+                (mark in " ".join(text.split())) == synthetic,
+                f"{what} of {whose}: {mark!r} is {'missing' if synthetic else 'there'}",
+                "the mark of the stand-in (experiments/report.py)",
+            )

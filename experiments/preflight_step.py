@@ -18,9 +18,9 @@ from experiments.expect import (
     Subject,
     expect,
     expect_close,
-    some,
     used_weights,
 )
+from experiments.history import some
 from experiments.training import TrainingStep, autocast
 from utils_quantization import quantized_layers
 

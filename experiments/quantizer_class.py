@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from experiments.settings import Settings, flag
-from experiments.user_code import first_line, import_named
+from experiments.user_code import RAISED, first_line, import_named
 from src.packing import read_codes
 from utils_quantization import attach_weight_quantizers, weight_bits
 
@@ -34,7 +34,7 @@ def find_quantizer(settings: Settings) -> Callable[[], nn.Module]:
     try:
         attach_weight_quantizers(model, [], make, {})
         read_codes(model)
-    except Exception as error:  # someone's own class may raise anything
+    except RAISED as error:
         what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"--quantizer {settings.quantizer}: {what}{first_line(error)}") from error
     bits, _ = weight_bits(model[0])

@@ -6,6 +6,8 @@ experiments/verify.py is the command for it; a rehearsal (experiments/rehearsal.
 import io
 import json
 import logging
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +76,7 @@ class Received:
         if name == "accuracy":
             return abs(said - found) * self.found["test_images"] <= max(0.5, TIES * self.found["test_images"])
         if isinstance(found, float):
-            return abs(said - found) <= ROUNDED * abs(found)
+            return math.isclose(said, found, rel_tol=ROUNDED)
         return bool(said == found)
 
 
@@ -122,6 +124,9 @@ def check_file(path: Path, load: Callable[[], Dataset], say: Say, model: str = "
     say(f"MACs:     {received.macs:,} as the network runs, counted by torch")
     if path.suffix == ".pt2":
         received.found["structured_macs"] = received.macs
+    unmeasured = [name for name in received.claims if name not in received.found]
+    if unmeasured and not received.left_out:
+        received.left_out.append(f"{', '.join(unmeasured)} cannot be measured of this file")
     why = "; ".join(received.false or received.left_out)
     say(received.result + (f": {why}" if why else ": what the file says of itself was found"))
     return received
@@ -149,7 +154,7 @@ def _checked(claims: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in CLAIMS.items():
         value = claims.get(name)
         fits = type(value) in ((int, float) if kind is float else (kind,))
-        if value is not None and not (fits and (kind is not float or abs(value) < float("inf"))):
+        if value is not None and not (fits and (kind is str or abs(value) <= sys.float_info.max)):
             expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
             raise PackingError(f"the file says {value!r:.60} for {name}; expected {expected}")
     return {name: claims[name] for name in CLAIMS if claims.get(name) is not None}
@@ -189,8 +194,8 @@ def _found(count: NetworkCount, header: PackedHeader) -> dict[str, Any]:
     """The counts that the claims are held against, with the bits that the file codes its layers in."""
     bits = {layer.name: header.bits.get(layer.name, FULL_PRECISION_BITS) for layer in count.layers}
     found: dict[str, Any] = {name: count.total(name) for name in ("structured_macs", "zero_weights")}
-    if header.bits:
-        found["mean_bits"] = sum(header.bits.values()) / len(header.bits)
+    coded = header.bits.values() or [FULL_PRECISION_BITS]
+    found["mean_bits"] = sum(coded) / len(coded)
     for kind in ("structured", "unstructured"):
         left = sum(getattr(layer, f"{kind}_macs") * bits[layer.name] for layer in count.layers)
         found[f"{kind}_bops_ratio"] = ratio(count.total("dense_macs") * FULL_PRECISION_BITS, left)

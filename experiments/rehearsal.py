@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from experiments.checkpoint import last_checkpoint, restore
+from experiments.compressed import PACKED
 from experiments.data import Dataset
 from experiments.evaluator import Compression
 from experiments.files import OutputError
-from experiments.history import Check, EpochRecord, History
+from experiments.history import SKIP, Check, EpochRecord, History, judge, some
 from experiments.received import VERIFIED as HOLDS
 from experiments.received import Received, Say, check_file
 from experiments.training import Pipeline
-from experiments.verdict import SKIP, judge
+from experiments.user_code import first_line
 
 RESUMED, VERIFIED = "resumed run is the undisturbed one", "packed file passes experiments.verify"
 OneEpoch = Callable[[Pipeline, int], tuple[EpochRecord, Compression]]
@@ -39,7 +40,7 @@ def rehearse_resuming(
     epoch, processes = record.epoch - 1, spare.step.processes
     try:
         found = last_checkpoint(spare.settings.output_dir, say) if processes.first else None
-    except OutputError:  # none can be read
+    except (OutputError, OSError):  # none can be read
         found = None
     checkpoint = processes.broadcast(found)
     if checkpoint is None or checkpoint.epochs != epoch:
@@ -57,7 +58,7 @@ def rehearse_resuming(
     ]
     tensors, others = _tensors(undisturbed), _tensors(spare)
     wrong += [name for name, tensor in tensors.items() if not _same(tensor, others.get(name))]
-    measured += f"{len(tensors)} tensors and the row are equal" if not wrong else f"{_some(wrong)} differ"
+    measured += f"{len(tensors)} tensors and the row are equal" if not wrong else f"{some(wrong)} differ"
     say(f"      {measured}")
     if wrong and spare.step.device.type != "cpu":
         return (
@@ -74,7 +75,11 @@ def rehearse_verifying(history: History, dataset: Dataset, folder: Path, say: Sa
     made, again, model = history.compressed, history.retest, history.settings["model"]
     if made is None or again is None:
         return Check(SKIP, VERIFIED, "there is no packed file")
-    received = check_file(folder / "compressed.codeq", lambda: dataset, say, model if ":" in model else "")
+    cause = "a defect in src/packing.py, in what the file says of itself, or in experiments/received.py"
+    try:
+        received = check_file(folder / PACKED, lambda: dataset, say, model if ":" in model else "")
+    except Exception as error:  # the verdict names what is broken, and the report is still written
+        return judge(False, VERIFIED, first_line(error), cause)
     accuracy = received.found.get("accuracy", math.nan)
     measured = (
         f"{received.result}; accuracy {100 * accuracy:.2f} %, the run's is "
@@ -85,11 +90,10 @@ def rehearse_verifying(history: History, dataset: Dataset, folder: Path, say: Sa
     close = abs(accuracy - made.packed_accuracy) * made.images <= again.ties + 0.5
     # In a barrier torch counts what is not counted here, so that the two differ by right.
     macs = received.macs == made.dense_macs or bool(history.barriers)
-    overlooked = [name for name in received.claims if name in received.found and not _noticed(received, name)]
+    overlooked = [name for name in received.claims if not _noticed(received, name)]
     if overlooked:
-        measured += f"; another {_some(overlooked)} would be verified too"
+        measured += f"; another {some(overlooked)} would be verified too"
     holds = received.result == HOLDS and macs and close and not overlooked
-    cause = "a defect in src/packing.py, in what the file says of itself, or in experiments/received.py"
     return judge(holds, VERIFIED, measured, cause)
 
 
@@ -111,7 +115,3 @@ def _tensors(pipeline: Pipeline) -> dict[str, Any]:
 
 def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,6 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from experiments.history import (
+    FAIL,
+    PASS,
+    SKIP,
     Check,
     CompressedRecord,
     DataRecord,
@@ -17,7 +20,6 @@ from experiments.history import (
 )
 from experiments.network import network_name
 from experiments.settings import Settings
-from experiments.verdict import FAIL, PASS, SKIP
 from metrics import LayerCount, NetworkCount, format_ratio, ratio
 
 MUCH_LEFT_OUT = 0.1  # share of the MACs; the stem and the classifier are 1.1 %

@@ -226,6 +226,15 @@ def _as_typed(name: str, value: Any) -> str:
     return " ".join([flag(name), *(shlex.quote(_shown(v)) for v in values)])
 
 
+def check_model(name: str) -> None:
+    """Raises: ValueError for what is no name of a network, as --model takes it."""
+    if not re.fullmatch(r"resnet(20|32|44|56|110)|\w+(\.\w+)*:\w+", name):
+        raise ValueError(
+            f"--model is {name!r}; expected resnet20, 32, 44, 56 or 110, or module:callable, such as "
+            f"torchvision.models:vgg11_bn"
+        )
+
+
 def _check(item: Field[Any], value: Any) -> None:
     name = flag(item.name)
     choices = item.metadata["choices"]
@@ -239,11 +248,8 @@ def _check(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_BITS}")
     if item.name == "quantizer" and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
         raise ValueError(f"{name} is {value!r}; expected module:Class, such as {Settings.quantizer}")
-    if item.name == "model" and not re.fullmatch(r"resnet(20|32|44|56|110)|\w+(\.\w+)*:\w+", value):
-        raise ValueError(
-            f"{name} is {value!r}; expected resnet20, 32, 44, 56 or 110, or module:callable, such as "
-            f"torchvision.models:vgg11_bn"
-        )
+    if item.name == "model":
+        check_model(value)
     if item.name == "epochs" and value > MAX_EPOCHS:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_EPOCHS}")
     if item.name == "seed" and not 0 <= value <= MAX_SEED:

@@ -10,8 +10,8 @@ Every number of the debug run, its preset and its network can be a list. Every c
 lists that matter to it. Other flags go to every run. Finished runs are skipped and interrupted runs are
 resumed: the same command again finishes a sweep, or collects the results of printed commands that a cluster
 ran. After each run it writes sweep.csv, a row a run, and accuracy_over_bops.png.
-Exit status: 0, 1 when a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM (the runs in
-progress write their files first).
+Exit status: 0, 1 when a run failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP
+(the runs in progress write their files first).
 """
 
 import signal
@@ -43,12 +43,11 @@ from experiments.checkpoint import MAY_CHANGE
 from experiments.data import load_dataset
 from experiments.device import usable_cores
 from experiments.exit_status import EXIT_FAILED, ExitStatus
-from experiments.files import lock_folder, write_whole
-from experiments.history import History
+from experiments.files import lock_folder, read_file, write_whole
+from experiments.history import FAIL, History
 from experiments.live import LiveLine, spelled
 from experiments.network import network_name
 from experiments.settings import Parser, Settings, flag, parse_settings
-from experiments.verdict import FAIL
 
 NUMBERS = (int, float, int | None)
 # The settings that can be lists, in the order of the folders' names.
@@ -76,6 +75,7 @@ RATIOS = (
     "unstructured_mac_ratio",
 )
 CSV, PICTURE, LOG = "sweep.csv", "accuracy_over_bops.png", "log.txt"
+MOST_BYTES = 1 << 30  # of a history.json
 POLL_SECONDS = 0.2  # between two looks at which processes have ended
 
 
@@ -95,13 +95,15 @@ class Member:
     def history(self) -> History | None:
         """Read the run's history. Returns: None unless a run with these settings has finished."""
         try:
-            history = History.from_json(json.loads((self.folder / "history.json").read_text()))
-        except (OSError, ValueError):
+            history = History.from_json(json.loads(read_file(self.folder / "history.json", MOST_BYTES)))
+        except (ValueError, RecursionError):
             return None
         asked = json.loads(json.dumps(self.settings.to_json()))  # JSON makes lists of the settings' tuples
         free = set(MAY_CHANGE) - {"epochs"}
         same = all(history.settings.get(key) == asked[key] for key in asked.keys() - free)
-        return history if history.stopped is None and history.final and same else None
+        # The verdict is written last: a run that was killed while it drew its pictures has none.
+        ended = history.verdict and history.epochs and history.final and history.stopped is None
+        return history if ended and same else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,7 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--resume is given to every run as it is: leave it out")
     given = {name: getattr(chosen, name) or [f"{v:g}" for v in LISTS.get(name, ())] for name in AXES}
     lists = {name: values for name, values in given.items() if values}
-    members = list(plan(chosen.output_dir, lists, others))
+    # A value that is given twice, perhaps spelled otherwise, is one run.
+    members = list({member.folder: member for member in plan(chosen.output_dir, lists, others)}.values())
     if members[0].settings.data == "auto":
         parser.error(
             "--data is 'auto', and a curve must be of one data set; expected cifar10, cifar100 or synthetic"
@@ -240,12 +243,14 @@ def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
     """
     member.folder.mkdir(parents=True, exist_ok=True)
     cores = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
+    # Where the sweep itself was started by its path, from another folder, its runs are found in this one.
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     with (member.folder / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.debug_run", *member.arguments],
             stdout=log,
             stderr=log,
-            env=os.environ | cores,
+            env=os.environ | cores | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             start_new_session=True,
         )
 

@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+RAISED = (Exception, SystemExit)  # someone's own code may raise anything, and may end the program
+
 
 def import_named(flag: str, name: str, expected: str, accepts: Callable[[Any], bool]) -> Any:
     """The attribute of a module that `name` gives as module:attribute.
@@ -15,7 +17,7 @@ def import_named(flag: str, name: str, expected: str, accepts: Callable[[Any], b
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # importing runs someone's own code
+    except RAISED as error:  # importing runs someone's own code
         raise ValueError(
             f"{flag} is {name!r}, and importing {module} raises {type(error).__name__} "
             f"({first_line(error)}); expected a module that can be imported from this folder"

@@ -8,19 +8,31 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from experiments.history import Check, CompressedRecord, EpochRecord, History, LayerStart, Retest
+from experiments.history import (
+    FAIL,
+    PASS,
+    SKIP,
+    Check,
+    CompressedRecord,
+    EpochRecord,
+    History,
+    LayerStart,
+    Retest,
+    judge,
+    some,
+)
 from experiments.network import SIZE
 from experiments.settings import FOLDERS, Settings
-from metrics import NetworkCount, count_by_torch, of_layers
+from metrics import ACTIVATION_BITS, NetworkCount, count_by_torch, of_layers, ratio
 from src.encoding import PackingError
 from src.graph import trace_network
-from utils_quantization import toggle_quantization, weight_quantization
+from utils_quantization import without_quantizers
 
-PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 CLIMBED = 3  # times the accuracy of guessing: the least that counts as well above chance
 # A higher accuracy of a ResNet-20 is a mistake: He et al. 2015 (arXiv 1512.03385, table 6) report 91.25 % on
 # CIFAR-10, and later training recipes bring it to 92 or 93 %, and to about 70 % on CIFAR-100.
@@ -35,15 +47,12 @@ SLIM_TOLERANCE = 1e-4  # largest difference of the smaller network's logits, as 
 READ_BACK_TOLERANCE = 1e-5  # the same for the file that it is exported to: one network, twice on one CPU
 SLIM_AGREEMENT = 0.999  # share of equal predictions; not 1, since rounding may swap two nearly equal logits
 OUTWEIGHS = 10  # a weighted penalty of more than this many times the cross-entropy is too strong
+# The counts of a layer that its packed file is held against.
+RECOUNTED = ("weights", "zero_weights", "filters", "zero_filters", "structured_macs", "unstructured_macs")
 MOSTLY_GONE = 0.6  # share of the filters without which a network may know nothing any more
 NO_GROUPS = "no quantized convolution has channels that can go"
 # What CoDeQ's own quantizer trains.
 LOGITS = {"logit_bit": "bit parameters", "logit_dz": "dead-zone parameters"}
-
-
-def judge(passed: bool, name: str, measured: str, cause: str) -> Check:
-    """Make a check that passed, with what was measured, or one that failed, with its likely cause as well."""
-    return Check(PASS, name, measured) if passed else Check(FAIL, name, f"{measured}. Likely cause: {cause}")
 
 
 def verdict(
@@ -103,8 +112,17 @@ def final_is_the_last_epochs(history: History) -> Check:
         for key in shared
         if not math.isclose(getattr(final, key), getattr(last, key), rel_tol=1e-9, abs_tol=1e-12)
     ]
+    cause = "the counts that are printed at the end are of another epoch"
+    totals = final.totals
+    for kind in ("structured", "unstructured"):
+        for unit, name_of in (("bops", "bops_ratio"), ("macs", "mac_ratio")):
+            said = getattr(final, f"{kind}_{name_of}")
+            due = ratio(totals[f"dense_{unit}"], totals[f"{kind}_{unit}"])
+            if not math.isclose(said, due, rel_tol=1e-9):
+                odd.append(f"the {kind} {unit} ratio is {said:.6g}, its totals give {due:.6g}")
+                cause = "a ratio stands under another's name (final_counts of experiments/history.py)"
     measured = "; ".join(odd) or f"epoch {last.epoch}"
-    return judge(not odd, name, measured, "the counts that are printed at the end are of another epoch")
+    return judge(not odd, name, measured, cause)
 
 
 def loss_is_finite(history: History) -> Check:
@@ -297,7 +315,7 @@ def every_layer_counts(record: EpochRecord) -> Check:
     gone = {n: s for n, s in signals.items() if s < COLLAPSED}
     measured = f"signal {min(signals.values()):.3g} to {max(signals.values()):.3g} in {len(signals)} layers"
     if gone:
-        measured = f"{len(gone)} of {measured}; gone: {_some(list(gone))}"
+        measured = f"{len(gone)} of {measured}; gone: {some(list(gone))}"
     cause = "weights that shrank to nothing: --sparsity-weight or --deadzone-decay is too strong"
     return judge(not gone, name, measured, cause)
 
@@ -327,10 +345,10 @@ def parameters_live(history: History, parameter: str) -> Check:
         return Check(SKIP, name, "no layer has one that is trained")
     measured = f"{len(moved)} {noun} moved by {min(moved.values()):.3g} to {max(moved.values()):.3g}"
     if dead:
-        measured += f"; gradient at fault in {_some(dead)}"
+        measured += f"; gradient at fault in {some(dead)}"
     still = [layer for layer, way in moved.items() if way == 0]
     if still:
-        measured += f"; not moved: {_some(still)}"
+        measured += f"; not moved: {some(still)}"
     cause = "a layer of zeros, a parameter at 0 or far into tanh's flat part, or a learning rate of 0"
     if parameter not in LOGITS:
         cause = f"a layer of zeros, a forward() that {parameter} does not act in, or a learning rate of 0"
@@ -353,11 +371,6 @@ def _silent(record: EpochRecord, parameter: str, may_skip: bool) -> Iterator[tup
             yield layer, f"gradient {gradient}"
         elif gradient == 0 and numbers.zero_weights < numbers.weights:
             yield layer, "gradient 0"
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def unstructured_grows(history: History) -> Check:
@@ -471,27 +484,21 @@ def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
     total, theirs = count.total("dense_macs"), of_layers(macs, count)
     measured = f"{total:,} MACs in {len(count.layers)} layers, torch counts {2 * theirs:,} = 2 x {theirs:,}"
     if wrong:
-        measured += f"; these layers disagree: {_some(wrong)}"
+        measured += f"; these layers disagree: {some(wrong)}"
     return judge(not wrong and theirs == total, "counts add up", measured, "a defect in metrics.py")
 
 
 @torch.no_grad()
 def _counted_by_torch(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
     """Each module's MACs for one image by torch's counter, and each layer's number of weights, by name."""
-    was_training = model.training
-    # Switch the quantizers off for the count: they have no FLOPs, and raise an error for weights that are not
-    # finite, which a run that diverged has.
-    switched_on = [q for m in model.modules() if (q := weight_quantization(m)) is not None and q.enabled]
-    toggle_quantization(model, enabled=False)
-    macs = count_by_torch(model.eval(), device=next(model.parameters()).device)
+    # A copy without quantizers: they have no FLOPs, and raise an error for weights that are not finite, which
+    # a run that diverged has.
+    plain = without_quantizers(model, stored=True).eval()
     # A weight that is in no layer, as those of torch's attention are, is counted under its own name.
-    sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
-    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    sizes = {name: tensor.numel() for name, tensor in plain.named_parameters()}
+    weights = {name: getattr(module, "weight", None) for name, module in plain.named_modules()}
     sizes |= {name: w.numel() for name, w in weights.items() if isinstance(w, torch.Tensor)}
-    for quantization in switched_on:
-        quantization.enabled = True
-    model.train(was_training)
-    return macs, sizes
+    return count_by_torch(plain), sizes
 
 
 def file_is_recounted(history: History, count: NetworkCount) -> Check:
@@ -504,7 +511,7 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
     coded = {name for name, layer in layers.items() if layer.quantized}
     other = layers.keys() ^ made.file.keys() if wired else coded - made.file.keys()
     if other:
-        wrong.append("other layers: " + _some(sorted(other)))
+        wrong.append("other layers: " + some(sorted(other)))
     for layer, ours in layers.items():
         theirs = made.file.get(layer)
         if theirs is None:
@@ -516,25 +523,15 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
             wrong.append(
                 f"{layer} has {theirs.levels} different weights, {ours.bits} bits give {most} at most"
             )
-        for field in (
-            "weights",
-            "zero_weights",
-            "filters",
-            "zero_filters",
-            "structured_macs",
-            "unstructured_macs",
-        ):
+        for field in RECOUNTED:
             if getattr(theirs, field) not in (None, getattr(ours, field)):
                 wrong.append(
                     f"{layer}: {field.replace('_', ' ')} {getattr(theirs, field):,} in the file, "
                     f"{getattr(ours, field):,} printed"
                 )
+    both = [(theirs, layers[n]) for n, theirs in made.file.items() if n in layers]
     bops = {
-        kind: sum(
-            getattr(theirs, f"{kind}_macs") * layers[n].bits * 32
-            for n, theirs in made.file.items()
-            if n in layers
-        )
+        kind: sum(getattr(theirs, f"{kind}_macs") * ours.bits * ACTIVATION_BITS for theirs, ours in both)
         for kind in ("unstructured", "structured")
         if wired
     }
@@ -542,19 +539,24 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
     for kind, total in bops.items():
         if printed and printed[f"{kind}_bops"] != total:
             wrong.append(f"{kind} BOPs {total:,} from the file, {printed[f'{kind}_bops']:,} printed")
-    said, claimed = made.packed_settings, made.packed_metrics.get("structured_macs")
+    said, claims = made.packed_settings, made.packed_metrics
     header = [
         f"the file's settings have {k} {said.get(k)!r}, the run's {v!r}"
         for k, v in json.loads(json.dumps(history.settings)).items()
         if k not in FOLDERS and said.get(k) != v
     ]
-    if made.packed_metrics.get("accuracy") != made.quantized_accuracy:
-        header.append(
-            f"the file claims an accuracy of {made.packed_metrics.get('accuracy')}, "
-            f"it is {made.quantized_accuracy}"
-        )
-    if claimed != made.structured_macs:
-        header.append(f"the file claims {claimed} structured MACs, {made.structured_macs:,} are printed")
+    due: dict[str, Any] = {
+        "data": history.data.name,
+        "test_images": made.images,
+        "accuracy": made.quantized_accuracy,
+        "structured_macs": made.structured_macs,
+        "zero_weights": count.total("zero_weights"),
+    }
+    header += [
+        f"the file claims {claims.get(name)!r} for {name}, it is {value!r}"
+        for name, value in due.items()
+        if claims.get(name) != value
+    ]
     floats = [
         n for n, theirs in made.file.items() if n in layers and layers[n].quantized and not theirs.coded
     ]
@@ -563,13 +565,13 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         "".join(f", {total:,} {kind} BOPs" for kind, total in bops.items()) + " counted from its bytes"
     )
     if floats:
-        measured += f"; packed as float32 though quantized: {_some(floats)}"
+        measured += f"; packed as float32 though quantized: {some(floats)}"
     cause = "a defect in metrics.py, src/channels.py or src/packing.py, or the wrong network was packed"
     if header and not wrong:
         cause = "the file's header is given other settings or claims than the run's (make_compressed)"
     wrong += header
     if wrong:
-        measured = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        measured = some(wrong, "; ")
     return judge(not wrong, name, measured, cause)
 
 
@@ -636,14 +638,14 @@ def early_warnings(history: History, epochs: int) -> Iterator[tuple[str, str]]:
         words = _words(parameter)
         silent = [f"{layer}: {why}" for layer, why in _silent(now, parameter, history.may_skip)]
         if silent:
-            yield f"{parameter} gradient", f"{words} without a gradient: {_some(silent)}"
+            yield f"{parameter} gradient", f"{words} without a gradient: {some(silent)}"
         still = [
             layer
             for layer, r in now.layers.items()
             if parameter in r.parameters and r.parameters[parameter] == start[layer].parameters[parameter]
         ]
         if still:
-            yield f"{parameter} still", f"{words} that have not moved: {_some(still)}"
+            yield f"{parameter} still", f"{words} that have not moved: {some(still)}"
     for check in now.ledger:
         if check.status == FAIL:
             yield f"ledger {check.name}", f"{check.name}: {check.message}"
@@ -651,13 +653,12 @@ def early_warnings(history: History, epochs: int) -> Iterator[tuple[str, str]]:
     if gone:
         yield (
             f"collapse of {len(gone)}",
-            f"nothing is left of the output of {_some(gone)}: its variance is far below its norm's eps. "
+            f"nothing is left of the output of {some(gone)}: its variance is far below its norm's eps. "
             "Likely cause: --sparsity-weight or --deadzone-decay is too strong",
         )
     if len(records) > 1 and all(r.accuracy <= 1.2 * history.data.chance for r in records[-2:]):
         yield "chance", f"accuracy at chance for two epochs running ({100 * now.accuracy:.1f} %)"
-    if _outweighs(now) > OUTWEIGHS:
-        times = _outweighs(now)
+    if (times := _outweighs(now)) > OUTWEIGHS:
         yield "penalty", f"the penalty outweighs the cross-entropy {times:.0f} times: lower --sparsity-weight"
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # python experiments/verify.py, without -m
     sys.path[0] = str(Path(__file__).parents[1])
 
-import json
 from dataclasses import asdict
 
 from experiments.data import load_dataset
 from experiments.exit_status import EXIT_FAILED, EXIT_OK, ExitStatus
+from experiments.files import as_json
 from experiments.live import LiveLine
 from experiments.received import NOT_CHECKED, NOT_VERIFIED, VERIFIED, check_file
 from experiments.settings import DATA, Parser
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if chosen.json:
             words = {"result": received.result, "false": received.false}
-            live.say(json.dumps({"file": str(chosen.file), **words, **asdict(received)}, indent=1))
+            live.say(as_json({"file": str(chosen.file), **words, **asdict(received)}))
         end.status = STATUS[received.result]
     return end.status
 

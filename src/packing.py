@@ -146,6 +146,9 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
             {n: torch.empty(shape, device="meta") for n, shape in header.tensors.items()}, header.bits
         )
         _check_shapes(slots, _slots(state, header.bits), header.network)
+        parameters = dict(network.named_parameters())
+        if others := [name for name in header.bits if f"{name}.weight" not in parameters]:
+            raise PackingError(f"bits are given for {others[0]!r:.60}, which has no weight in the network")
     begin = 4 * sum(slot.numbers for slot in slots)
     body = decompress(compressed, header.compression, begin + sum(slot.code_bytes for slot in slots))
     numbers = torch.from_numpy(unpack_numbers(body[:begin])).split([slot.numbers for slot in slots])
@@ -355,7 +358,8 @@ def _check_tensors(header: PackedHeader) -> None:
     for name, shape in header.tensors.items():
         if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or len(shape) > 8:
             raise PackingError(f"{name!r:.60} has the shape {shape!r:.60}; expected a list of whole numbers")
-    if 4 * sum(math.prod(shape) for shape in header.tensors.values()) > MAX_FILE_BYTES:
+    # A 0 hides no other number of a shape: torch multiplies them all.
+    if 4 * sum(math.prod(max(n, 1) for n in shape) for shape in header.tensors.values()) > MAX_FILE_BYTES:
         raise PackingError(f"the header gives shapes of more than {MAX_FILE_BYTES // 4:,} numbers")
 
 

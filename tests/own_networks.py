@@ -397,6 +397,38 @@ class Detached(Small):
         return super().forward(x).detach()
 
 
+class Ending(Small):
+    """As a script without a guard ends the program that imports it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        raise SystemExit(0)
+
+
+class WithoutBackward(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x).sigmoid()
+        x += 1
+        return x
+
+
+class InOneLayout(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous()
+        return super().forward(x)
+
+
+class OfSeveralImages(Small):
+    """Its last batch norm is over one number a channel and image."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.last_norm = nn.BatchNorm1d(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_norm(super().forward(x))
+
+
 class Uncopied(Small):
     def __deepcopy__(self, memo: object) -> "Uncopied":
         raise TypeError("there is only one")

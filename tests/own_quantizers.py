@@ -185,6 +185,16 @@ class BitsOfEachFilter(Ternary):
         return torch.full((16,), 4.0)
 
 
+class LearnedBitsOfEachFilter(Ternary):
+    def get_learned_bitwidth(self) -> Tensor:
+        return torch.full((16,), 4.0)
+
+
+class OfFourDimensions(Ternary):
+    def forward(self, w: Tensor) -> Tensor:
+        return super().forward(w / w.abs().amax((1, 2, 3), keepdim=True))
+
+
 class UnknownGroup(PerFilter):
     parameter_groups = {"factor": "biases"}  # noqa: RUF012
 

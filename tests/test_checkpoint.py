@@ -31,7 +31,7 @@ from experiments.checkpoint import (
 from experiments.draws import random_states
 from experiments.files import OutputError
 from experiments.finish import checkpoint_is_the_runs
-from experiments.history import Resumption
+from experiments.history import Origin, Resumption
 from experiments.settings import Settings, flag
 
 
@@ -355,6 +355,7 @@ def test_another_data_set_is_refused_by_both_names(change):
     [
         ({"versions": {"torch": "3.0.0"}}, ["torch", "2.9.0", "3.0.0"]),
         ({"device": "cpu (7 threads)"}, ["device", "2 threads", "7 threads"]),
+        ({"origin": Origin(commit="abc")}, ["commit", "abc now"]),
     ],
 )
 def test_another_version_or_device_is_said_with_what_follows_from_it(change, words):

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import itertools
+import os
 import pickle
 import re
 import socket
@@ -277,6 +278,36 @@ def test_a_good_archive_by_itself_is_unpacked_and_then_the_folder_is_used(
     assert second.source == str(folder)
     assert torch.equal(first.train_images, second.train_images)
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+
+
+def test_a_folder_that_another_run_has_unpacked_meanwhile_stays_in_its_place(
+    tiny: TinyCifar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.put_archive(tmp_path)
+    read = cifar._read_archive
+
+    def while_another_unpacks(*arguments: Any) -> dict[str, bytes]:
+        tiny.put_folder(tmp_path)
+        return read(*arguments)
+
+    monkeypatch.setattr(cifar, "_read_archive", while_another_unpacks)
+    said: list[str] = []
+    loaded(tmp_path, said)
+    assert said == [] and sorted(path.name for path in tmp_path.iterdir()) == sorted([FOLDER, ARCHIVE])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_a_batch_files_place_is_not_waited_for(tiny: TinyCifar, tmp_path: Path) -> None:
+    path = tiny.put_folder(tmp_path) / "data_batch_1"
+    path.unlink()
+    os.mkfifo(path)
+    # Should the program open the pipe, this ends the wait, and the test fails.
+    release = threading.Timer(600, lambda: os.close(os.open(path, os.O_WRONLY)))
+    release.daemon = True
+    release.start()
+    with pytest.raises(DataError, match="data_batch_1 is no plain file"):
+        loaded(tmp_path)
+    release.cancel()
 
 
 def test_a_bad_folder_beside_a_good_archive_is_moved_aside_and_both_are_told(

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,7 +27,7 @@ from experiments import cifar, data, debug_run, device, plots, report, training
 from experiments.data import Dataset
 from experiments.debug_run import main
 from experiments.files import write_json
-from experiments.finish import history_is_kept
+from experiments.finish import files_are_the_runs
 from experiments.history import Check, History
 from experiments.live import Stopped
 from experiments.report import check_lines
@@ -253,21 +254,30 @@ def test_the_verdict_is_printed_as_the_history_has_it(log):
     printed = log.out.partition("--- Verdict ---\n")[2].partition("\n\n")[0].splitlines()
     checks = [Check(**c) for c in log.history["verdict"]]
     kept = printed.pop()  # of the file itself, which cannot have this line
-    assert re.fullmatch(r"PASS  history\.json holds the run: \d+ parts", kept)
+    assert re.fullmatch(r"PASS  files hold the run: \d+ parts of history\.json, metrics\.csv", kept)
     assert printed == [line for check in checks for line in check_lines(check)]
     assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 23
 
 
-def test_a_history_file_that_is_not_what_was_printed_is_told(tmp_path, log):
+def test_a_file_that_does_not_hold_what_was_printed_is_told(tmp_path, log):
     history = History.from_json(log.history)
-    path = tmp_path / "history.json"
+    path, table = tmp_path / "history.json", tmp_path / "metrics.csv"
+    assert history.compressed
+    for name, size in (("compressed.codeq", "packed_bytes"), ("slim.pt2", "slim_bytes")):
+        (tmp_path / name).write_bytes(bytes(getattr(history.compressed, size)))
     write_json(path, history.to_json())
-    assert history_is_kept(path, history).status == "PASS"
+    shutil.copy(log.folder / "debug_output" / table.name, table)
+    assert files_are_the_runs(tmp_path, history).status == "PASS"
     write_json(path, history.to_json() | {"verdict": [], "device": "another"})
-    check = history_is_kept(path, history)
-    assert check.status == "FAIL" and check.message.startswith("device, verdict differ. Likely cause: ")
+    table.write_text(table.read_text()[:-5])
+    (tmp_path / "slim.pt2").write_bytes(b"")
+    check = files_are_the_runs(tmp_path, history)
+    assert check.status == "FAIL"
+    assert check.message.startswith("device, verdict, metrics.csv, slim.pt2 differ. Likely cause: ")
+    table.unlink()
+    assert files_are_the_runs(tmp_path, history).status == "FAIL"
     path.write_text("{")
-    assert history_is_kept(path, history).status == "FAIL"
+    assert files_are_the_runs(tmp_path, history).status == "FAIL"
 
 
 def test_at_the_end_stand_the_files_where_they_are_and_the_run_in_one_line(log):

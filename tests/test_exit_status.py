@@ -7,6 +7,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from experiments.cifar import DataError
 from experiments.distributed import LostProcessError
@@ -46,7 +47,9 @@ def test_a_command_that_ends_has_the_status_that_it_set(live):
     assert end.status == EXIT_FAILED == 1
 
 
-@pytest.mark.parametrize(("number", "name", "status"), [(2, "Ctrl-C", 130), (15, "SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("number", "name", "status"), [(2, "Ctrl-C", 130), (15, "SIGTERM", 143), (1, "SIGHUP", 129)]
+)
 @pytest.mark.parametrize("good", [False, True])
 def test_a_signal_is_said_with_how_to_go_on_and_gives_the_shells_status(
     live, capsys, number, name, status, good
@@ -57,6 +60,15 @@ def test_a_signal_is_said_with_how_to_go_on_and_gives_the_shells_status(
         signal.raise_signal(number)
     assert end.status == status
     assert capsys.readouterr() == (f"stopped by {name}; {ADVICE}\n", "")
+
+
+@pytest.mark.parametrize("good", [False, True])
+def test_a_full_device_is_the_users_to_mend(live, capsys, good):
+    assert (
+        ended_by(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), live, good) == 2
+    )
+    said = capsys.readouterr().err
+    assert "CUDA out of memory" in said and "--batch-size" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("good", [False, True])

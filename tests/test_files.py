@@ -250,7 +250,7 @@ def test_what_goes_wrong_while_it_is_held_goes_on_up_and_lets_go_of_it(tmp_path)
 
 
 def test_a_folder_in_use_keeps_its_files_and_loses_what_a_killed_run_left_half_written(tmp_path):
-    kept = ["history.json", "a.part", ".hidden", ".a.b.part", "checkpoint_0001.pt.1.part"]
+    kept = ["history.json", "a.part", ".hidden", ".a.b.part", "checkpoint_0001.pt.1.part", ".mine.123.part"]
     for name in (*kept, ".history.json.4711.part", ".checkpoint_0001.pt.1.part", ".probe.99.part"):
         (tmp_path / name).write_text("old")
     with lock_folder(tmp_path, silent):

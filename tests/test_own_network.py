@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import struct
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +20,7 @@ from experiments.debug_run import main
 from experiments.distributed import Processes, use_global_batch_norms
 from experiments.draws import seed_draws
 from experiments.history import History
-from experiments.network import HostUse, excluded_layers, make_network, use_of_the_host
+from experiments.network import HostUse, excluded_layers, make_network, memory_layout, use_of_the_host
 from experiments.recount import recount
 from experiments.settings import PRESETS, Settings
 from metrics import count_network
@@ -99,6 +100,9 @@ def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_preci
         (f"{HERE}:Sharing", ["left and again share one weight"]),
         (f"{HERE}:WritingIntoAWeight", ["in training mode it raises RuntimeError", "in-place"]),
         (f"{HERE}:Detached", ["no gradient to any parameter"]),
+        (f"{HERE}:WithoutBackward", ["backward pass raises RuntimeError", "inplace"]),
+        (f"{HERE}:Ending", ["calling it raises SystemExit"]),
+        ("ends_when_imported:net", ["importing ends_when_imported raises SystemExit"]),
         (f"{HERE}:Uncopied", ["copying it raises TypeError (there is only one)"]),
         (f"{HERE}:OldSpectral", ["copying it raises RuntimeError", " ...); expected"]),
         (f"{HERE}:Bits", ["reads the bytes of numbers as another type"]),
@@ -110,6 +114,8 @@ def test_what_cannot_be_a_network_is_refused_in_one_sentence_before_the_data(
     tmp_path, capsys, monkeypatch, name, words
 ):
     monkeypatch.setattr("experiments.debug_run.load", lambda *_: pytest.fail("the data was loaded"))
+    (tmp_path / "ends_when_imported.py").write_text("import sys\n\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     try:
         status = main([*SHORT, "--output-dir", str(tmp_path / "run"), "--model", name])
     except SystemExit as end:
@@ -475,3 +481,26 @@ def test_it_is_resumed_and_only_with_the_same_network(run, tmp_path, capsys):
     resume = [*SHORT, "--output-dir", str(tmp_path), "--resume", "--preflight", "off"]
     assert main(resume) == 2
     assert f"--model is resnet20, and the run to go on with has {HERE}:Small" in capsys.readouterr().err
+
+
+def test_a_network_that_asserts_its_layout_gets_it():
+    made = make_network(f"{HERE}:InOneLayout", 10)
+    assert memory_layout(made, torch.device("cpu")) == "contiguous"
+
+
+def test_a_last_batch_of_one_image_is_refused_before_the_training(tmp_path, capsys):
+    command = [*SHORT, "--output-dir", str(tmp_path / "run"), "--model", f"{HERE}:OfSeveralImages"]
+    assert main([*command, "--limit-train", "33", "--batch-size", "32"]) == 2
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert "last batch has one image" in sentence and "--limit-train" in sentence
+
+
+def test_a_module_that_seeds_torch_does_not_choose_the_weights(tmp_path, monkeypatch):
+    (tmp_path / "seeds.py").write_text("import torch\nfrom resnet import resnet20\n\ntorch.manual_seed(7)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = []
+    for seed in (0, 1):
+        monkeypatch.delitem(sys.modules, "seeds", raising=False)
+        torch.manual_seed(seed)
+        weights.append(make_network("seeds:resnet20", 10).linear.weight)
+    assert not torch.equal(*weights)

@@ -124,6 +124,11 @@ def test_a_class_gets_only_the_arguments_that_it_takes():
         (["--quantizer", f"{HERE}:NoTensor"], ["NoneType"]),
         (["--quantizer", f"{HERE}:HalfABit"], ["gives 2.5", "1 to 32"]),
         (["--quantizer", f"{HERE}:BitsOfEachFilter"], ["get_bitwidth()", "one whole number"]),
+        (["--quantizer", f"{HERE}:LearnedBitsOfEachFilter"], ["get_learned_bitwidth()", "one finite number"]),
+        (
+            ["--quantizer", f"{HERE}:OfFourDimensions", "--exclude-layers", "^conv1$"],
+            ["forward raises IndexError", "(10, 64)", "linear layer"],
+        ),
         (["--quantizer", f"{HERE}:UnknownGroup"], ["'biases'", "weights, bit, deadzone"]),
         (["--quantizer", f"{HERE}:UnknownParameter"], ["'scale'", "factor"]),
         (["--quantizer", f"{HERE}:NeedsAnArgument"], ["TypeError", "levels"]),

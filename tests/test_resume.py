@@ -367,6 +367,20 @@ def test_without_resume_an_earlier_runs_files_are_moved_aside_byte_for_byte_and_
         assert sorted(now) == ["history.json", "notes.txt"]
 
 
+def test_a_finished_run_that_is_made_longer_keeps_what_it_ended_with(fork_server, undisturbed, tmp_path):
+    shutil.copytree(undisturbed.output, tmp_path / "debug_output")
+    ended = tree(tmp_path / "debug_output")
+    run = fork_server.run(tmp_path, [*TINY, "--epochs", "4", "--resume"], STOP_AT_ONCE)
+    assert run.status == 143
+    said = "Earlier:   the files of the 3 epochs were moved to debug_output/earlier-1"
+    assert said in run.out.splitlines()
+    kept = {
+        k.removeprefix("earlier-1/"): v for k, v in tree(run.output).items() if k.startswith("earlier-1/")
+    }
+    left_alone = {name for name in ended if name.startswith("checkpoint_")} | {"metrics.csv"}
+    assert kept == {k: v for k, v in ended.items() if k not in left_alone}
+
+
 def test_resume_where_there_is_no_checkpoint_is_a_new_run_and_says_so(fork_server, tmp_path):
     run = fork_server.run(tmp_path, [*ONE_STEP, "--resume"], STOP_AT_ONCE)
     assert "Resumed:   no, there is no checkpoint in debug_output: this is a new run" in run.out.splitlines()

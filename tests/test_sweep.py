@@ -127,12 +127,27 @@ def test_a_run_with_other_settings_is_not_taken_for_done(working_folder, change)
     assert member.history() is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"stopped": null}', "null", "x" * 100])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"stopped": null}', "null", "x" * 100, "[" * 10**5])
 def test_a_history_that_is_none_is_not_taken_for_done(working_folder, content):
     member = next(plan(Path("sweep_output"), one_point(), SMALL))
     member.folder.mkdir(parents=True)
     (member.folder / "history.json").write_text(content)
     assert member.history() is None
+
+
+@pytest.mark.parametrize("change", [{"verdict": []}, {"epochs": []}, {"final": None}, {"stopped": "Ctrl-C"}])
+def test_a_run_that_was_killed_on_its_way_is_not_done(working_folder, change):
+    """The verdict is what a run writes last: before it come pictures and files, which take seconds."""
+    member = next(plan(Path("sweep_output"), one_point(), SMALL))
+    finish(member)
+    path = member.folder / "history.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert member.history() is None
+
+
+def test_a_value_that_is_given_twice_is_one_run(working_folder, capsys):
+    main([*SMALL, "--sparsity-weight", "1e-3", "0.001", "--seed", "0", "0", "--print"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_run_that_was_stopped_is_not_done(working_folder):
@@ -350,7 +365,7 @@ if "experiments.debug_run" in sys.orig_argv:
 
     data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST = 64, 32
     compressed.exported = lambda network, claims: b"an exported network"
-    compressed.read_back = lambda path, network, images: (sum(p.numel() for p in network.parameters()), 0.0)
+    compressed.read_back = lambda content, network, *_: (sum(p.numel() for p in network.parameters()), 0.0)
     compressed.measure_latency = lambda networks, images: {}
 """
 

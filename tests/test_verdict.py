@@ -14,11 +14,8 @@ from hypothesis import strategies as st
 from runs import EPOCHS, LAYERS, LOGITS, WEIGHTS, changed, good_run, in_every_epoch, in_layer
 
 from experiments import verdict
-from experiments.history import Check, History, LayerStart
+from experiments.history import FAIL, PASS, SKIP, Check, History, LayerStart
 from experiments.verdict import (
-    FAIL,
-    PASS,
-    SKIP,
     compressed_agrees,
     counts_add_up,
     early_warnings,
@@ -132,9 +129,13 @@ def test_final_metrics_of_another_epoch_fail_with_both_numbers(key):
 def test_what_the_packed_file_says_of_its_run_is_the_runs(count):
     history = runs.finished(good_run(), count)
     check(verdict.file_is_recounted(history, count), PASS)
+    claims = history.compressed.packed_metrics
     for changes, words in (
         ({"packed_settings": history.settings | {"weights_lr": 0.01}}, ("weights_lr 0.01", "0.008")),
-        ({"packed_metrics": {"structured_macs": 7}}, ("claims 7", "20,275,520")),
+        ({"packed_metrics": claims | {"structured_macs": 7}}, ("claims 7", "20275520")),
+        ({"packed_metrics": claims | {"data": "another"}}, ("'another' for data", "CIFAR-10")),
+        ({"packed_metrics": claims | {"test_images": 7}}, ("claims 7", "10000")),
+        ({"packed_metrics": claims | {"zero_weights": 1}}, ("claims 1 for zero_weights",)),
         ({"packed_metrics": {}}, ("claims None",)),
     ):
         told = json.loads(json.dumps(changes))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from own_networks import Attending
 
-from experiments.compressed import PACKED, SLIM, CompressedRecord, make_compressed
+from experiments.compressed import PACKED, SLIM, CompressedRecord, exported, make_compressed
 from experiments.data import TestBatches as Batches
 from experiments.data import load_dataset
 from experiments.verify import main
@@ -18,6 +18,7 @@ from metrics import count_network
 from resnet import resnet20
 from src.packing import pack_network, read_header
 from src.quantizer import DeadZoneLDZCompander
+from src.slim import slim_network
 from utils_quantization import attach_weight_quantizers
 
 pytestmark = pytest.mark.usefixtures("small_stand_in")
@@ -154,6 +155,34 @@ def test_an_exported_file_without_a_checksum_is_not_checked(made, tmp_path, caps
     assert status == 3 and "carries no checksum" in line
 
 
+def test_a_claim_that_cannot_be_measured_is_not_verified(made, network, tmp_path, capsys):
+    claims = {"data": "synthetic stand-in", "test_images": 40, "accuracy": made.slim_accuracy}
+    claims |= {"structured_macs": made.slim_macs, "mean_bits": 2.0}
+    path = tmp_path / "boasts.pt2"
+    path.write_bytes(exported(slim_network(network), claims))
+    status, line = answer([str(path), *FEW], capsys)
+    assert status == 3 and line == "NOT CHECKED: mean_bits cannot be measured of this file"
+
+
+def test_bits_are_claimed_in_vain_of_a_file_in_full_precision(made, tmp_path, capsys):
+    path = tmp_path / "boasts.codeq"
+    path.write_bytes(pack_network(resnet20().eval(), {}, {"mean_bits": 2.0}))
+    status, line = answer([str(path), *FEW], capsys)
+    assert status == 1 and "mean_bits is said to be 2.0, found 32.0" in line
+
+
+def test_of_a_network_with_nothing_left_no_finite_ratio_is_true(tmp_path, capsys):
+    network = resnet20().eval()
+    torch.nn.init.zeros_(network.linear.weight)
+    path = tmp_path / "nothing.codeq"
+    path.write_bytes(pack_network(network, {}, {"structured_bops_ratio": 17.5}))
+    status, line = answer([str(path), *FEW], capsys)
+    assert status == 1 and "structured_bops_ratio is said to be 17.5, found inf" in line
+    main([str(path), *FEW, "--json"])
+    said = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert said["found"]["structured_bops_ratio"] == "inf"
+
+
 def test_as_json_it_is_one_object_with_claims_and_findings(made, tmp_path, capsys):
     assert main([str(tmp_path / "compressed.codeq"), *FEW, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -199,6 +228,7 @@ def test_any_byte_of_an_exported_file_altered_is_refused(made, tmp_path, capsys)
         ("missing.codeq", "cannot be read (No such file or directory)"),
         ("folder.codeq", "cannot be read (Is a directory)"),
         ("odd.codeq", "the file says 'many' for zero_weights; expected a whole number"),
+        ("huge.codeq", "for accuracy; expected a number"),
     ],
 )
 def test_a_bad_file_gets_one_sentence(name, words, network, made, tmp_path, capsys):
@@ -208,7 +238,16 @@ def test_a_bad_file_gets_one_sentence(name, words, network, made, tmp_path, caps
     (tmp_path / "other.txt").write_text("something else")
     (tmp_path / "folder.codeq").mkdir()
     (tmp_path / "odd.codeq").write_bytes(changed(network, made, zero_weights="many"))
+    (tmp_path / "huge.codeq").write_bytes(changed(network, made, accuracy=10**400))
     assert words in refusal(tmp_path / name, capsys)
+
+
+@pytest.mark.parametrize("model", ["vgg11_bn", "F", "resnet21"])
+def test_a_model_without_its_module_is_refused(model, tmp_path, capsys):
+    path = tmp_path / "own.codeq"
+    path.write_bytes(pack_network(Attending().eval(), {}, {}, "own_networks:Attending"))
+    assert main([str(path), *FEW, "--model", model]) == 2
+    assert f"--model is {model!r}; expected resnet20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["codeq", "pt2"])
