@@ -9,7 +9,7 @@ resnet.py it holds the numbers, and --model brings the code. A .pt2 file is torc
 meant for files from strangers: open those of people you trust.
 
 The last line is VERIFIED, NOT VERIFIED (what the file says of itself is not so), or NOT CHECKED (why: it says
-nothing, or the data set that it was tested on is not here).
+nothing, or what cannot be measured of it, or the data set that it was tested on is not here).
 Exit status: 0, 1 and 3 for these, 2 for bad input.
 """
 
