@@ -147,15 +147,13 @@ def _state(subject: Subject) -> dict[str, Any]:
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first name under which two states differ; "" where they are the same."""
-    for name in before | now:
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
-            same = torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-        else:
-            same = a == b
-        if not same:
-            return name
-    return ""
+
+    def same(a: Any, b: Any) -> bool:
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            return type(a) is type(b) and a == b
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.allclose(a, b, 0, 0, equal_nan=True)
+
+    return next((name for name in before | now if not same(before.get(name), now.get(name))), "")
 
 
 def _of_all_ranks(check: Check, subject: Subject) -> Check:

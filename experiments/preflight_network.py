@@ -376,11 +376,11 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
         cause = "the dead zone: its width, the range quantile or the shift in src/quantizer.py"
         expect(not half.any(), f"{name}: {int(half.sum())} weights inside the dead zone are not zero", cause)
         bits = _learned_bits(quantizer).detach()
-        used = quantizer.get_bitwidth()
+        learned, used = quantizer.get_learned_bitwidth().detach(), quantizer.get_bitwidth()
         expect(
-            bool(used == bits.round()),
-            f"{name} uses {float(used.detach())} bits where tanh of its logit gives "
-            f"{float(bits):.3f}, rounded {float(bits.round()):.0f}",
+            bool((learned - bits).abs() < 1e-6) and bool(used == bits.round()),
+            f"{name} has learned {float(learned):.3f} bits and uses {float(used.detach())} where tanh of its "
+            f"logit gives {float(bits):.3f}, rounded {float(bits.round()):.0f}",
             "the bit-width's formula (rounding, maximum, tanh)",
         )
         wanted = reference.quantize(w, bits, quantizer.logit_dz)
