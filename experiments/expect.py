@@ -158,7 +158,7 @@ class Subject:
             with torch.no_grad():
                 self.float64_step(runs=False).model.eval()(self.probe[0])
         except RuntimeError:
-            return self.own_network  # where it is an error, which the checks shall name
+            return self.own_network and self.own_quantizers  # an error then, which the checks shall name
         return True
 
     def must_run_in_float64(self) -> None:
@@ -246,6 +246,10 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
                 stored[6] *= TINY
                 edge = torch.quantile(stored.abs().flatten(), 0.99) * (1 - quantizer.logit_dz.tanh().abs())
                 stored[6, 0, 0, 0] = 1.02 * edge
+    for name, parameter in model.named_parameters():
+        # What begins at zero, as a residual's scale may, lets no gradient through.
+        if ".parametrizations." not in name and parameter.requires_grad and not parameter.any():
+            parameter.copy_(uniform(parameter, 0.1, 0.3))
 
 
 @torch.no_grad()

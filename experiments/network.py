@@ -259,7 +259,8 @@ def excluded_layers(settings: Settings, network: nn.Module, dense: NetworkCount)
     computed = trace_network(network, SIZE).computing_their_weights()
     names = [name for name in layers if name not in counted or name in computed]
     if settings.exclude_layers is None:
-        names += dict.fromkeys((counted[0], counted[-1]))
+        # A layer that is no module, as a product with a parameter, gets no quantizer anyway.
+        names += [name for name in dict.fromkeys((counted[0], counted[-1])) if name in layers]
     return [*(settings.exclude_layers or ()), *(f"^{re.escape(name)}$" for name in names)]
 
 

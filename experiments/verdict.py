@@ -407,9 +407,10 @@ def structured_follows_warmup(history: History) -> Check:
     begins = penalised[0].epoch
     measured = f"{share:.1f} % of filters at the end{since}, the penalty from epoch {begins}"
     if first is not None and first < begins:
-        return judge(
-            False, name, measured, "filters die before the penalty acts: --deadzone-decay is too strong"
-        )
+        if ":" in history.settings["model"] or not _own_quantizers(history):
+            return Check(SKIP, name, f"{measured}; a network or quantizer of one's own may do that")
+        cause = "filters die before the penalty acts: --deadzone-decay is too strong"
+        return judge(False, name, measured, cause)
     steps = steps_of(history, penalised)
     if share == 0 and steps < STEPS_TO_KILL:
         return Check(SKIP, name, f"{measured}; {steps} steps with a penalty are too few to tell")

@@ -209,7 +209,7 @@ class EpochWatch:
 
     @only_looks
     def _note_norm(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.phase == "renewal":
+        if self.phase == "renewal" and norm.training:  # one that is frozen keeps its statistics
             var, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
             self.last_norm.append((mean, var))
 

@@ -31,7 +31,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from src.graph import LAYERS, aten, is_move, is_norm, is_pointwise, kind, move, path, trace_network
+from src.graph import (
+    LAYERS,
+    aten,
+    inputs_of,
+    is_move,
+    is_norm,
+    is_pointwise,
+    kind,
+    move,
+    path,
+    trace_network,
+)
 
 
 class ChannelState(IntEnum):
@@ -200,7 +211,7 @@ class _Flags(torch.autograd.Function):
 
 
 def _pool_pipe(op: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return op(x, *args, **kwargs) * x.numel()  # a path is less than 1 in a mean
+    return op(x, *args, **kwargs) * 2.0**24  # a path is less than 1 in a mean
 
 
 def _max_pool_pipe(
@@ -223,6 +234,10 @@ PIPES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d: _max_pool_pipe,
     aten.amax: _amax_pipe,
 }
+
+
+# Products that are no layer's.
+PRODUCTS = {aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum, aten.conv_transpose2d}
 
 
 class _Passes:
@@ -272,7 +287,7 @@ class _Passes:
         return self.signals[node].flow is not None
 
     def _which_flow(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes if self._flows(n)]
+        return [n for n in inputs_of(node) if self._flows(n)]
 
     def _add_barrier(self, node: fx.Node) -> None:
         self.barriers.append(f"{kind(node)} in {path(node) or 'the network'}")
@@ -282,6 +297,9 @@ class _Passes:
         weight, bias = (n and self.signals[n].constant for n in (*node.args[1:3], None)[:2])
         # A view: its gradient is what this layer alone reads.
         flow = x.flow.view_as(x.flow)
+        if len(x.constant) > 1 and (kind(node) is not aten.linear or flow.ndim == 2):
+            # An image has several rows: no bias can hold what is another constant in each of them.
+            flow = flow + (x.known != x.known[:1]).any(0).to(flow.dtype)
         pipe = _Flags.apply(node.target(flow, (weight != 0).to(flow.dtype), None, *node.args[3:]))
         known = x.known
         if known.any():
@@ -297,6 +315,7 @@ class _Passes:
             len(node.users) == 1
             and is_norm(behind)
             and behind.args[0] is node
+            and (kind(node) is not aten.linear or pipe.ndim == 2)  # else its channels are other ones
             and all(n in self.signals and not self._flows(n) for n in behind.all_input_nodes[1:])
         ):
             use.out = behind
@@ -312,8 +331,12 @@ class _Passes:
         with torch.random.fork_rng(devices=[]) if random else nullcontext():
             found = op(*args, **kwargs)
         constant: Any = tuple(found) if isinstance(found, list) else found
+        if isinstance(constant, Tensor) and constant.is_floating_point():
+            constant = constant.to(self.like.dtype)  # one that is made on the way is of torch's default
         flowing = [self.signals[n] for n in self._which_flow(node)]
         if not isinstance(constant, Tensor | tuple) or not (flowing or random):
+            if kind(node) in PRODUCTS:
+                self._add_barrier(node)  # torch counts its multiplications, which no image enters
             return Signal(constant)
         flow = None if random else self._pipe(node, flowing, constant)
         if flow is None:

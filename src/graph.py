@@ -30,6 +30,21 @@ COPIES = {aten.to, aten._to_copy, aten.type_as, aten.detach, aten.alias, aten.co
 # Views that read the same bytes as other numbers.
 READ_ANEW = {aten.view_as_real.default, aten.view_as_complex.default}
 PADS = {aten.pad, aten.constant_pad_nd}
+REDUCTIONS = {aten.mean, aten.sum, aten.amax}
+# Other names of the same operations.
+SAME = {
+    aten.concat: aten.cat,
+    aten.concatenate: aten.cat,
+    aten.multiply: aten.mul,
+    aten.subtract: aten.sub,
+    aten.divide: aten.div,
+    aten.true_divide: aten.div,
+    aten.view_as: aten.reshape_as,
+}
+# What lends its second operand no more than a shape or a type.
+LEND = {aten.expand_as, aten.reshape_as, aten.type_as}
+# Elementwise operations that torch does not mark so.
+_POINTWISE = {aten.hardswish, aten.log_sigmoid, aten.where, aten.masked_fill, aten.prelu}
 # What only moves elements, next to the views, which say so themselves.
 _MOVES = """
     cat stack index index_select flip roll repeat slice_scatter select_scatter reflection_pad2d
@@ -62,7 +77,11 @@ class NetworkGraph:
             self.state[n.name] for n in sources if n.name in self.state and n.meta["val"].shape == shape
         ]
         owners = [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
-        return owners[0] if len(owners) == 1 else path(node) or node.name
+        if len(owners) == 1:
+            return owners[0]
+        # The module's name, where it computes with one such weight alone.
+        weights = {n.args[1] for n in self.graph.nodes if kind(n) in LAYERS and path(n) == path(node)}
+        return path(node) if len(weights) == 1 and path(node) else f"{path(node)}.{node.name}".lstrip(".")
 
     def computing_their_weights(self) -> list[str]:
         """The names of layers that compute with other weights than they store."""
@@ -90,7 +109,23 @@ def path(node: Any) -> str:
 
 
 def is_pointwise(node: Any) -> bool:
-    return kind(node) in COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    known = kind(node) in COPIES or kind(node) in _POINTWISE
+    return known or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes with whose numbers a node computes: others lend it their shape or their type."""
+    name = getattr(kind(node), "__name__", "")
+    if name.endswith("_like") or name.startswith("new_"):
+        return []
+    return node.all_input_nodes[:1] if kind(node) in LEND else node.all_input_nodes
+
+
+def reduced_dims(node: Any) -> list[int]:
+    """The dimensions that a reduction takes together, counted from the first."""
+    ndim = node.args[0].meta["val"].ndim
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))]
 
 
 def is_move(node: Any) -> bool:
@@ -161,7 +196,7 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
             raise ValueError(f"torch.export cannot trace {name} on images {input_size}: {reason}") from error
         while len(_TRACED) >= _MOST:
             del _TRACED[next(iter(_TRACED))]
-        graph = _graph(program, kept)
+        graph = _graph(program, plain, kept)
         named = (value for n in graph.graph.nodes for value in (*n.args, *n.kwargs.values()))
         key = keys[any(isinstance(value, torch.dtype) for value in named)]
         _TRACED[key] = graph
@@ -262,12 +297,16 @@ def _may_share(node: fx.Node) -> bool:
     )
 
 
-def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> NetworkGraph:
+def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[Any, ...]) -> NetworkGraph:
+    # A module that is registered twice has the name that it has first.
+    tensors = [*plain.named_parameters(remove_duplicate=False), *plain.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
     state: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     for spec in program.graph_signature.input_specs:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            state[spec.arg.name] = str(spec.target)
+            state[spec.arg.name] = names[str(spec.target)]
         elif spec.kind is not InputKind.USER_INPUT:
             constants[spec.arg.name] = program.constants[str(spec.target)].detach().clone()
     graph = program.graph
@@ -276,12 +315,18 @@ def _graph(program: torch.export.ExportedProgram, kept: tuple[Any, ...]) -> Netw
     given = zip(output.args[0], kinds, strict=True)
     output.args = (tuple(node for node, what in given if what is OutputKind.USER_OUTPUT),)
     for node in nodes:
+        if kind(node) in SAME:
+            node.target = getattr(SAME[kind(node)], node.target._overloadname)
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # flows may lie in memory in another order
         elif kind(node) in COPIES and _is_of_numbers(node) and _is_of_numbers(node.args[0]):
             node.replace_all_uses_with(node.args[0])
-        elif kind(node) is aten.copy and _is_of_numbers(new := node.args[1]) and _shape(node) == _shape(new):
-            node.replace_all_uses_with(new)  # what is written over has no part in the result
+        elif kind(node) is aten.copy and all(map(_is_of_numbers, (node, new := node.args[1]))):
+            if _shape(node) == _shape(new):
+                node.replace_all_uses_with(new)  # what is written over has no part in the result
+        elif node.target is aten.squeeze.default:
+            ones = [i for i, n in enumerate(_shape(node.args[0])) if isinstance(n, int) and n == 1]
+            node.target, node.args = aten.squeeze.dims, (node.args[0], ones)  # not of the images
         elif isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
             graph.erase_node(node)
         elif kind(node) is aten._native_batch_norm_legit_no_training:
@@ -322,8 +367,11 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
             return value
         if isinstance(value, list | tuple):
             return (type(value), *map(part, value))
+        if isinstance(value, dict):
+            return (dict, *map(part, value.items()))
         kept.append(value)
-        return id(value)
+        changes = isinstance(value, Tensor) and not value.is_inference()
+        return (id(value), value._version) if changes else id(value)
 
     for name, module in model.named_modules():
         if name.startswith(inside):

@@ -20,7 +20,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from src.channels import PIPES, LayerUse, read_weights, trace_channels
-from src.graph import PADS, aten, is_move, is_norm, is_pointwise, kind, move
+from src.graph import (
+    PADS,
+    REDUCTIONS,
+    aten,
+    inputs_of,
+    is_move,
+    is_norm,
+    is_pointwise,
+    kind,
+    move,
+    reduced_dims,
+)
 from utils_quantization import without_quantizers
 
 FILTERS, INPUT_SLICES = 0, 1  # the dimension of a weight (O, I, kh, kw) along which a slice is taken
@@ -116,22 +127,23 @@ class _Walk:
         """The labels of a node's elements; what is no tensor of numbers stands for itself."""
         signal = self.account.signals[node]
         value: Any = signal.constant
-        if node.op == "placeholder":
+        if node.op == "placeholder" and (signal.flow is not None or value.is_floating_point()):
             return torch.full(value.shape, NONE if signal.flow is None else IMAGE)
         if node in self.account.uses:
             return self._layer(node, self.account.uses[node][0], value)
         if isinstance(value, Tensor) and signal.flow is None:
             labelled = value.is_floating_point() or value.is_complex()
             return self._none(value) if labelled else value.cpu()
-        inputs = [self.labels[n] for n in node.all_input_nodes]
+        flowing = [n for n in inputs_of(node) if self.account.signals[n].flow is not None]
+        inputs = [self.labels[n] for n in flowing]
         if not isinstance(value, Tensor | tuple):
             return value
-        if is_move(node):
+        if is_move(node) and all(self._has_numbers(n) for n in flowing):
             moved = self._moved(node)
             padded = kind(node) in PADS and moved.shape[1] != inputs[0].shape[1]
             return moved.clamp_max(NONE) if padded else moved
         if is_pointwise(node):
-            labels = [i.expand(signal.constant.shape) for i in inputs if isinstance(i, Tensor)]
+            labels = [self._spread_out(i, signal.constant.shape) for i in inputs]
             for other in labels[1:]:
                 labels[0] = self._tie(labels[0], other)
             if len(labels) > 1:
@@ -139,8 +151,13 @@ class _Walk:
             return labels[0]
         if isinstance(value, Tensor) and (kind(node) in PIPES or is_norm(node)):
             same = value.ndim > 1 and value.shape[1] == inputs[0].shape[1]
+            same = same and not (kind(node) in REDUCTIONS and 1 in reduced_dims(node))
             return self._spread(self._of_channels(inputs[0]), value.shape) if same else self._none(value)
         return tuple(map(self._none, value)) if isinstance(value, tuple) else self._none(value)
+
+    def _has_numbers(self, node: fx.Node) -> bool:
+        value = self.account.signals[node].constant
+        return isinstance(value, tuple) or value.is_floating_point()
 
     def _moved(self, node: Any) -> Any:
         """What an operation that moves elements makes of labels; it is given them as floating numbers."""
@@ -182,6 +199,12 @@ class _Walk:
         top = flat.amax(1)
         self._tie(flat, top[:, None].expand_as(flat))
         return top
+
+    @staticmethod
+    def _spread_out(labels: Tensor, shape: torch.Size) -> Tensor:
+        """Labels as they are broadcast; one that is spread over all channels is none of theirs."""
+        over_channels = labels.ndim == len(shape) and labels.shape[1:2] != shape[1:2]
+        return (labels.clamp_max(NONE) if over_channels else labels).expand(shape)
 
     @staticmethod
     def _none(value: Tensor) -> Tensor:

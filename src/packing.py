@@ -101,7 +101,7 @@ def pack_network(
     numbers, codes = [], []
     slots = _slots(state if own is None else own.state_dict(), bits)
     for slot in slots:
-        tensor = _checked(slot.name, _as_float32(slot.name, state[slot.name]))
+        tensor = _checked(slot.name, _as_float32(slot.name, state[slot.name]), plain)
         if slot.bits:
             layer = coded[slot.layer]
             numbers += [layer.step_size.reshape(1), layer.shift.reshape(1)]
@@ -158,7 +158,7 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
             values = _weight(Codes(_signed(codes, slot.bits), values[0], values[1]))
             begin += slot.code_bytes
         kind = state[slot.name].dtype
-        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone()).to(kind)
+        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone(), network).to(kind)
     network.load_state_dict(state, assign=True)
     layout = torch.channels_last if header.channels_last else torch.contiguous_format
     network.to(memory_format=layout).eval()
@@ -303,10 +303,12 @@ def _as_float32(name: str, tensor: Tensor) -> Tensor:
     return numbers
 
 
-def _checked(name: str, tensor: Tensor) -> Tensor:
+def _checked(name: str, tensor: Tensor, network: nn.Module) -> Tensor:
+    """Raises: PackingError for numbers that are not finite; a buffer, as a mask, may hold infinity."""
     if tensor.dtype != torch.float32:
         raise PackingError(f"{name} is {tensor.dtype}; expected torch.float32")
-    if not tensor.isfinite().all():
+    is_mask = name in dict(network.named_buffers()) and "running_" not in name
+    if (tensor.isnan() if is_mask else ~tensor.isfinite()).any():
         raise PackingError(f"{name} holds a number that is not finite")
     return tensor
 

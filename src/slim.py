@@ -18,7 +18,7 @@ the constants in their places.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -27,10 +27,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
-from src.graph import PADS, aten, is_move, is_norm, is_pointwise, kind, move
+from src.graph import (
+    PADS,
+    REDUCTIONS,
+    aten,
+    inputs_of,
+    is_move,
+    is_norm,
+    is_pointwise,
+    kind,
+    move,
+    reduced_dims,
+)
 from utils_quantization import without_quantizers
 
-REDUCTIONS = {aten.mean, aten.sum, aten.amax}
 # What can move elements within each channel alone, and names no number of channels then.
 WITHIN_CHANNELS = PADS | {aten.slice, aten.flip, aten.reflection_pad2d, aten.replication_pad2d}
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of a weight
@@ -92,7 +102,7 @@ class Shift(nn.Module):
             shift, rows = shift.unique(dim=1, return_inverse=True)
             shift, columns = shift.unique(dim=2, return_inverse=True)
         is_map = shift.ndim == 3 and shift[0].numel() > 1
-        self.values = nn.Parameter(shift.contiguous())  # (O, h, w)
+        self.values = _stored(shift)  # (O, h, w)
         self.register_buffer("rows", rows if is_map else None)
         self.register_buffer("columns", columns if is_map else None)
 
@@ -142,10 +152,14 @@ class Constant(nn.Module):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
-        self.values = nn.Parameter(values)
+        self.values = _stored(values)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.values.repeat(x.shape[0], *[1] * self.values.ndim)
+
+
+def _stored(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.contiguous(), requires_grad=values.is_floating_point())
 
 
 @dataclass
@@ -191,7 +205,7 @@ class _Builder:
                 # A constant made of the number of images has to be made anew for each batch.
                 self.held[node] = self._all_of(signal.constant, self._call(node, self._given))
         answers = output.all_input_nodes
-        if len(answers) == 1 and not self.signals[answers[0]].alive().any():
+        if len(answers) == 1 and not self.signals[answers[0]].alive(0).any():
             return Constant(self.signals[answers[0]].constant[0].clone())
         whole = [self._whole(answer) for answer in answers]
         self.graph.output(whole[0] if len(whole) == 1 else tuple(whole))
@@ -211,7 +225,9 @@ class _Builder:
     def _module(self, name: str, module: nn.Module, x: Any) -> fx.Node:
         if isinstance(module, nn.Identity):
             return x
-        name = name if name not in self.parts else f"{name}_{len(self.parts)}"
+        # Some names are the module's own that the graph becomes.
+        taken = name in self.parts or name == "meta" or hasattr(fx.GraphModule, name)
+        name = f"{name}_{len(self.parts)}" if taken else name
         self.parts[name] = module
         return self.graph.create_node("call_module", name, (x,))
 
@@ -284,13 +300,12 @@ class _Builder:
         if not whole:
             shift = shift[0]
         elif self._images_along(use.node) is None:  # its channels lie last, and each image has several rows
-            if (shift != shift[:1]).any():  # whose constants differ: let the weights make them
-                channels = replace(channels, inputs=torch.ones_like(channels.inputs))
-                shift = use.shift(channels.inputs)
             shift = shift[:1]
-        x = self._whole(source) if whole else self._settle(source).node
-        index = torch.arange(weight.shape[1]) if whole else self.held[source].index
-        count = weight.shape[1] if whole else self.held[source].count
+        # It may read constants: those that differ from row to row.
+        whole_input = whole or bool((self.held[source].index[channels.inputs] < 0).any())
+        x = self._whole(source) if whole_input else self._settle(source).node
+        index = torch.arange(len(channels.inputs)) if whole_input else self.held[source].index
+        count = len(channels.inputs) if whole_input else self.held[source].count
         options = (*use.node.args[3:6], *(1, 0, 1)[len(use.node.args[3:6]) :])  # stride, padding, dilation
         layers, numbers = [], []
         for outputs, inputs in _alike(channels, use.groups):
@@ -313,7 +328,7 @@ class _Builder:
     def _operation(self, node: Any) -> Any:
         """The smaller version of an operation, by the first rule that holds for it."""
         value = self.signals[node].constant
-        flowing = (n for n in node.all_input_nodes if self.signals[n].flow is not None)
+        flowing = (n for n in inputs_of(node) if self.signals[n].flow is not None)
         first = all(self._images_along(n) == 0 for n in (node, *flowing))
         if first and isinstance(value, Tensor) and value.ndim > 1 and not value.is_complex():
             alive = self.signals[node].alive()
@@ -371,7 +386,9 @@ class _Builder:
             late = late or held.shift is not None
             if held.node is not None and (held.index[wanted] >= 0).any():
                 x = self._select(term, held, held.index[wanted])
-                layer = held.layer if x is held.node and layer is None else layer
+                # Of a term that stands there twice a bias would count twice.
+                own = x is held.node and layer is None and terms.count(term) == 1
+                layer = held.layer if own else layer
                 made = x if made is None else self.graph.call_function(node.target, (made, x))
         late = late or bool(rest[wanted].any())
         return self._holding(node, made, wanted, shift=rest if late else None, layer=layer)
@@ -423,8 +440,7 @@ class _Builder:
         before = self.signals[sources[0]].constant
         if not is_pointwise(node):
             same = isinstance(before, Tensor) and before.ndim == 4 and before.shape[1] == value.shape[1]
-            dims: Any = node.args[1] if len(node.args) > 1 and kind(node) in REDUCTIONS else []
-            if not same or (kind(node) in REDUCTIONS and not dims) or any(d % 4 < 2 for d in dims):
+            if not same or (kind(node) in REDUCTIONS and any(d < 2 for d in reduced_dims(node))):
                 return None
             if kind(node) not in PIPES and not (kind(node) in WITHIN_CHANNELS and self._keeps_channels(node)):
                 return None
@@ -434,6 +450,8 @@ class _Builder:
             if not isinstance(signal.constant, Tensor):
                 return self.held[source]
             axis = 1 + (signal.constant.ndim - value.ndim) * is_pointwise(node)  # of the channels
+            if kind(node) is aten.prelu and source is node.args[1]:
+                axis = 0
             if axis < 0 or signal.constant.shape[axis] != value.shape[1]:
                 return self._whole(source)
             if signal.flow is not None and axis == 1:
@@ -447,7 +465,7 @@ class _Builder:
 
     def _origins(self, node: Any) -> list[Tensor] | None:
         """Of what only moves the elements of one tensor: where each element comes from, 0 for a padding."""
-        sources = [n for n in node.all_input_nodes if self.signals[n].flow is not None]
+        sources = [n for n in inputs_of(node) if self.signals[n].flow is not None]
         before = self.signals[sources[0]].constant if is_move(node) and len(sources) == 1 else None
         if not isinstance(before, Tensor) or not before.is_floating_point():
             return None

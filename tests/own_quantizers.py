@@ -195,6 +195,15 @@ class OfFourDimensions(Ternary):
         return super().forward(w / w.abs().amax((1, 2, 3), keepdim=True))
 
 
+class Centred(Ternary):
+    """Two levels around the mean, neither of which is zero."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        centred = w - w.mean()
+        w_hat = centred.abs().mean() * torch.where(centred < 0, -1.0, 1.0).to(w.dtype) + 0.1 * w.abs().max()
+        return w + (w_hat - w).detach()
+
+
 class UnknownGroup(PerFilter):
     parameter_groups = {"factor": "biases"}  # noqa: RUF012
 

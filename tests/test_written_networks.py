@@ -1,0 +1,271 @@
+"""Ways in which people write what is between a network's layers: account, groups and the smaller network."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import plant
+from planted import images
+from test_any_network import SMALL, assert_nothing_claimed_is_wrong, assert_smaller_is_the_same
+from torch import Tensor, nn
+
+from metrics import count_network
+from src.channels import trace_channels
+from src.groups import FILTERS, channel_groups
+from src.slim import slim_network
+
+WIDTH = 8
+Way = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """Eight channels of 12 x 12 pixels that become ten logits in one of many ways."""
+
+    def __init__(self, way: Way, parts: Mapping[str, nn.Module | Tensor]) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.norm = nn.Conv2d(3, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH)
+        self.last = nn.Linear(WIDTH, 10)
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, F.relu(self.norm(self.first(x))))
+
+
+def pooled(net: Net, x: Tensor) -> Tensor:
+    return net.last(x.mean((2, 3)))
+
+
+def folded_groups(net: Net, x: Tensor) -> Tensor:
+    """Groups of channels as images of their own, as in attention by groups."""
+    y = net.mix(x.reshape(x.shape[0] * 2, 4, 12, 12)).reshape(x.shape[0], WIDTH, 12, 12)
+    return pooled(net, x * y.sigmoid())
+
+
+def padded_pools(net: Net, x: Tensor) -> Tensor:
+    x = F.adaptive_avg_pool2d(x, 1)
+    return pooled(net, F.max_pool2d(F.avg_pool2d(F.max_pool2d(x, 3, 1, 1), 3, 1, 1), 3, 1, 1))
+
+
+def added_to_itself(net: Net, x: Tensor) -> Tensor:
+    y = net.bn(net.conv(x))
+    return pooled(net, F.relu(y + y))
+
+
+def soft_argmax(net: Net, x: Tensor) -> Tensor:
+    p = x.softmax(3)
+    return net.last((p * torch.arange(12, device=p.device)).sum(-1).mean(-1))
+
+
+def masked(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(x.masked_fill(~net.mask, 0.0)))
+
+
+def permuted(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(x[:, net.order]))
+
+
+def looked_up(net: Net, x: Tensor) -> Tensor:
+    return net.last(net.table[(x.mean((1, 2, 3)).sigmoid() * 6).long()])
+
+
+def spatial_attention(net: Net, x: Tensor) -> Tensor:
+    where = torch.cat([torch.mean(x, 1).unsqueeze(1), x.amax(1).unsqueeze(1)], 1)
+    return pooled(net, x * net.attend(where).sigmoid())
+
+
+def two_computed_weights(net: Net, x: Tensor) -> Tensor:
+    x = x.mean((2, 3))
+    x = F.relu(F.linear(x, F.normalize(net.up)))
+    return net.last(F.linear(x, F.normalize(net.down)))
+
+
+def expanded_as(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, x * net.gamma.expand_as(x))
+
+
+def typed_as(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, x * (x.mean(1, keepdim=True) > 0.1).type_as(x) + torch.arange(12).type_as(x))
+
+
+def viewed_as(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(x).transpose(2, 3).contiguous().view_as(x))
+
+
+def zeros_beside(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.wide(torch.cat([x, torch.zeros_like(x), x.new_zeros(x.shape)], 1)))
+
+
+def squeezed(net: Net, x: Tensor) -> Tensor:
+    return net.last(F.adaptive_avg_pool2d(x, 1).squeeze())
+
+
+def norm_over_rows(net: Net, x: Tensor) -> Tensor:
+    return net.last(net.rows(net.mix(x.flatten(2))).mean(2))
+
+
+def gated_by_sign(net: Net, x: Tensor) -> Tensor:
+    y = net.bn(net.conv(x))
+    return pooled(net, x * (y > 0))
+
+
+def made_on_the_way(net: Net, x: Tensor) -> Tensor:
+    box = torch.ones(WIDTH, 1, 3, 3, dtype=x.dtype) / 9
+    return pooled(net, F.conv2d(x, box, padding=1, groups=WIDTH))
+
+
+def whole_numbers(net: Net, x: Tensor) -> Tensor:
+    q = torch.empty_like(x, dtype=torch.long)
+    q.copy_(10 * x)
+    return pooled(net, q.to(x.dtype) / 10)
+
+
+def elementwise(net: Net, x: Tensor) -> Tensor:
+    x = F.hardswish(net.conv(x))
+    x = torch.where(x > 0, x, 0.1 * x).masked_fill(x > 3, 3.0)
+    return pooled(net, torch.multiply(F.logsigmoid(x), torch.subtract(x, 1.0)))
+
+
+def concatenated(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.both(torch.concat([x, net.conv(x)], 1)))
+
+
+def with_prelu(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.prelu(net.conv(x)))
+
+
+def awkward_names(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.graph(F.relu(net.code(x))))
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+
+# What is between the layers, and what it needs.
+WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
+    folded_groups: lambda: {"mix": nn.Conv2d(4, 4, 3, padding=1)},
+    padded_pools: dict,
+    added_to_itself: lambda: {"conv": conv(), "bn": nn.BatchNorm2d(WIDTH)},
+    soft_argmax: dict,
+    masked: lambda: {"conv": conv(), "mask": torch.arange(12) < 7},
+    permuted: lambda: {"conv": conv(), "order": torch.tensor([3, 1, 2, 0, 7, 6, 5, 4])},
+    looked_up: lambda: {"table": nn.Parameter(torch.randn(7, WIDTH))},
+    spatial_attention: lambda: {"attend": nn.Conv2d(2, 1, 7, padding=3)},
+    two_computed_weights: lambda: {
+        "up": nn.Parameter(torch.randn(20, WIDTH)),
+        "down": nn.Parameter(torch.randn(WIDTH, 20)),
+    },
+    expanded_as: lambda: {"gamma": nn.Parameter(torch.randn(WIDTH, 1, 1))},
+    typed_as: dict,
+    viewed_as: lambda: {"conv": conv()},
+    zeros_beside: lambda: {"wide": nn.Conv2d(3 * WIDTH, WIDTH, 3, padding=1)},
+    squeezed: dict,
+    norm_over_rows: lambda: {"mix": nn.Linear(144, 20), "rows": nn.BatchNorm1d(WIDTH)},
+    gated_by_sign: lambda: {"conv": conv(), "bn": nn.BatchNorm2d(WIDTH)},
+    made_on_the_way: dict,
+    whole_numbers: dict,
+    elementwise: lambda: {"conv": conv()},
+    concatenated: lambda: {"conv": conv(), "both": nn.Conv2d(2 * WIDTH, WIDTH, 1)},
+    with_prelu: lambda: {"conv": conv(), "prelu": nn.PReLU(WIDTH)},
+    awkward_names: lambda: {"code": conv(), "graph": conv()},
+}
+
+
+def planted(way: Way, seed: int) -> Net:
+    torch.manual_seed(seed)
+    model = plant(Net(way, WAYS[way]()), seed, 0.3)
+    with torch.no_grad():
+        # Dead filters that leave constants of both signs, so that what is made of them shows.
+        model.first.weight[[1, 5]] = 0
+        model.norm.bias[[1, 5]] = torch.tensor([0.5, 0.9], dtype=torch.float64)
+        model.norm.weight[[1, 5]] = 1
+    return model  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_it_is_counted_grouped_and_made_smaller(way):
+    for seed in range(3):
+        model = planted(way, seed)
+        if way is not folded_groups:  # of which an image is several rows, while the probe looks at one
+            assert_nothing_claimed_is_wrong(model, trace_channels(model, SMALL), SMALL)
+        assert_smaller_is_the_same(model, SMALL)
+        layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+        channel_groups(model, layers, SMALL)
+
+
+NO_BARRIERS = (
+    padded_pools, added_to_itself, expanded_as, zeros_beside, elementwise, concatenated, with_prelu, viewed_as
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", NO_BARRIERS, ids=lambda way: way.__name__)
+def test_it_is_no_barrier(way):
+    assert trace_channels(planted(way, 0), SMALL).barriers == ()
+
+
+@pytest.mark.parametrize("way", [masked, permuted, spatial_attention], ids=lambda way: way.__name__)
+def test_its_channels_stay_apart(way):
+    """Of the layer behind, each input slice is a channel's of its own."""
+    model = Net(way, WAYS[way]() | {"before": nn.Conv2d(3, 3, 1)})
+    model.way = lambda net, x: way(net, F.relu(net.between(x)))
+    model.between = conv()
+    groups = channel_groups(model, ["between"], SMALL)
+    assert [(g.channels, g.members) for g in groups] == [(WIDTH, (("between", FILTERS),))]
+
+
+def test_a_mask_that_is_changed_is_seen():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.mask = nn.Parameter(torch.randn(WIDTH, 3, 3, 3)), torch.ones(WIDTH, 1, 1, 1)
+            self.last, self.options = nn.Linear(WIDTH, 10), {"padding": 1}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(F.conv2d(x, self.weight * self.mask, **self.options)).mean((2, 3)))
+
+    model = Masked().eval()
+    before = count_network(model, SMALL).total("structured_macs")
+    model.mask[3] = 0
+    after = count_network(model, SMALL).total("structured_macs")
+    assert after < before
+    model.options["padding"] = 0
+    assert count_network(model, SMALL).total("structured_macs") < after
+
+
+def test_a_module_that_is_registered_twice_is_one_layer():
+    block = nn.Sequential(conv(), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), block, block, nn.Flatten(), nn.Linear(144 * WIDTH, 10))
+    count = count_network(plant(model, 0, 0.2), SMALL)
+    assert [layer.name for layer in count.layers] == ["0", "1.0", "4"]
+    assert_smaller_is_the_same(model, SMALL)
+
+
+def test_an_output_without_channels_is_made_smaller():
+    model = nn.Sequential(
+        nn.Conv2d(3, WIDTH, 12), nn.ReLU(), nn.Flatten(), nn.Linear(WIDTH, 1), nn.Flatten(0)
+    )
+    plant(model, 0, 0.3)
+    x = images(3, SMALL)
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_infinity_in_a_mask_is_packed_and_not_a_number_is_not():
+    from src.encoding import PackingError
+    from src.packing import pack_network, unpack_network
+
+    def of(number: float) -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), nn.Flatten(), nn.Linear(144 * WIDTH, 10)).eval()
+        model.register_buffer("mask", torch.full((2,), number))
+        return model
+
+    content = pack_network(of(-math.inf), {}, {}, "own:net")
+    assert unpack_network(content, lambda: of(0.0)).mask.tolist() == [-math.inf] * 2
+    with pytest.raises(PackingError, match="mask"):
+        pack_network(of(math.nan), {}, {}, "own:net")
