@@ -211,15 +211,33 @@ def count_by_torch(network: nn.Module, input_size: tuple[int, int, int] = (3, 32
     return by_module | {"": counter.get_total_flops() // 2}
 
 
+def in_layers(by_torch: Mapping[str, int], count: NetworkCount) -> dict[str, int]:
+    """What torch counts in each layer of a network, from `count_by_torch`, by name.
+
+    A layer that is not called as a module, and one whose module does more, with a barrier or another layer in
+    it, has this file's own count.
+    """
+    barriers = [barrier.rpartition(" in ")[2] for barrier in count.barriers]
+    inner = [*barriers, *(layer.name for layer in count.layers)]
+
+    def does_more(name: str) -> bool:
+        return name in barriers or any(other.startswith(f"{name}.") for other in inner)
+
+    return {
+        layer.name: by_torch.get(layer.name, layer.dense_macs)
+        if not does_more(layer.name)
+        else layer.dense_macs
+        for layer in count.layers
+    }
+
+
 def of_layers(by_torch: Mapping[str, int], count: NetworkCount) -> int:
     """What torch counts in a network's layers, from `count_by_torch`: all of it, where there is no barrier.
 
     In a barrier torch counts what this file leaves out: products of activations, as in attention, and
-    transposed convolutions. A layer that is not called as a module has this file's own count.
+    transposed convolutions.
     """
-    if not count.barriers:
-        return by_torch[""]
-    return sum(by_torch.get(layer.name, layer.dense_macs) for layer in count.layers)
+    return sum(in_layers(by_torch, count).values()) if count.barriers else by_torch[""]
 
 
 def count_slim_by_torch(slim: nn.Module, count: NetworkCount) -> int:

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import random
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -42,7 +41,7 @@ from experiments.history import History, epoch_record, some
 from experiments.recount import recount
 from experiments.settings import Settings, flag
 from experiments.training import TrainingStep, renew_batch_norms
-from metrics import NetworkCount, count_by_torch, count_slim_by_torch, of_layers, ratio
+from metrics import NetworkCount, count_by_torch, count_slim_by_torch, in_layers, of_layers, ratio
 from src.channels import ChannelState
 from src.encoding import PackingError
 from src.packing import pack_network, unpack_network
@@ -61,35 +60,33 @@ def counts_are_the_networks(subject: Subject) -> str:
     compression = subject.pipeline.evaluator.evaluate(model)
     images = subject.probe[0].clone()
     weights, quantizers = used_weights(model), subject.quantizers(model)
-    positions: Counter[str] = Counter()  # over all uses of a layer
+    entered = set[str]()  # layers that an image enters: what none enters is not counted
 
     def note(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            if inputs[0].requires_grad:  # what no image enters is not counted
-                positions[name] += output[0].numel() // len(module.weight)
-
-        return hook
+        return lambda module, inputs: entered.add(name) if inputs[0].requires_grad else None
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    handles = [m.register_forward_hook(note(n)) for n, m in layers.items()]
+    handles = [m.register_forward_pre_hook(note(n)) for n, m in layers.items()]
     masked = model.requires_grad_(False)(images.requires_grad_()).detach()
     for handle in handles:
         handle.remove()
     cause = "a defect in metrics.py or src/channels.py"
     names = [layer.name for layer in compression.count.layers]
-    missing = [name for name in positions if name not in names]
+    missing = [name for name in layers if name in entered and name not in names]
     expect(not missing, f"layers are missing from the counts: {some(missing)}", cause)
     expect(
         not subject.own_network or names == list(layers),
         "the counts are not of the network's layers in their order",
         cause,
     )
-    for layer in compression.count.layers:
+    count, by_torch = compression.count, count_by_torch(model)
+    macs = in_layers(by_torch, count)
+    for layer in count.layers:
         if layer.name not in weights:  # a weight that is in no layer, as of torch's attention
             continue
         w, name = weights[layer.name], layer.name
         bits = int(quantizers[name].get_bitwidth()) if name in quantizers else FULL_BITS
-        at = positions[name] or layer.dense_macs // w.numel()  # where a layer's weight is used without it
+        at = macs[name] // w.numel()
         dead = int((w != 0).flatten(1).sum(1).eq(0).sum())
         for what, said, counted in (
             ("bits", layer.bits, bits),
@@ -104,11 +101,10 @@ def counts_are_the_networks(subject: Subject) -> str:
         ):
             measured = f"{name}: {said:,} {what} counted, {counted:,} in the network"
             expect(said == counted, measured, f"{cause}: how {what} are counted")
-    count = compression.count
-    by_torch = of_layers(count_by_torch(model), count)
+    theirs = of_layers(by_torch, count)
     expect(
-        count.total("dense_macs") == by_torch,
-        f"{count.total('dense_macs'):,} MACs, torch counts {by_torch:,}",
+        count.total("dense_macs") == theirs,
+        f"{count.total('dense_macs'):,} MACs, torch counts {theirs:,}",
         cause,
     )
     for name in ("bops", "mac"):

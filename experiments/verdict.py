@@ -28,7 +28,7 @@ from experiments.history import (
 )
 from experiments.network import SIZE
 from experiments.settings import FOLDERS, Settings
-from metrics import ACTIVATION_BITS, NetworkCount, count_by_torch, of_layers, ratio
+from metrics import ACTIVATION_BITS, NetworkCount, count_by_torch, in_layers, of_layers, ratio
 from src.encoding import PackingError
 from src.graph import trace_network
 from utils_quantization import without_quantizers
@@ -467,14 +467,15 @@ def bits_fall(history: History) -> Check:
 
 def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
     """Check each layer's counts against each other, against its weights and against torch's own counter."""
-    macs, sizes = _counted_by_torch(model)
+    by_torch, sizes = _counted_by_torch(model)
+    macs = in_layers(by_torch, count)
     # A layer that a function makes, with a weight that is computed, is no module and has no size of its own.
     made = set(trace_network(model, SIZE).computing_their_weights())
     sizes = {layer.name: layer.weights for layer in count.layers if layer.name in made} | sizes
     wrong = [
         layer.name
         for layer in count.layers
-        if macs.get(layer.name, layer.dense_macs) != layer.dense_macs
+        if macs[layer.name] != layer.dense_macs
         or len(layer.states) != layer.filters
         or layer.unstructured_macs * layer.weights != (layer.weights - layer.zero_weights) * layer.dense_macs
         or layer.structured_macs > layer.dense_macs
@@ -482,7 +483,7 @@ def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
         or layer.zero_filters * layer.weights > layer.zero_weights * layer.filters
         or (layer.is_convolution and layer.alive_channels > layer.filters - layer.zero_filters)
     ]
-    total, theirs = count.total("dense_macs"), of_layers(macs, count)
+    total, theirs = count.total("dense_macs"), of_layers(by_torch, count)
     measured = f"{total:,} MACs in {len(count.layers)} layers, torch counts {2 * theirs:,} = 2 x {theirs:,}"
     if wrong:
         measured += f"; these layers disagree: {some(wrong)}"

@@ -448,6 +448,35 @@ class BegunAtZero(Small):
         return F.linear(x.mean((2, 3)), self.prototypes)
 
 
+class LowRank(nn.Linear):
+    """What it computes beside its own product counts in its module too."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * x @ self.down.T @ self.up.T
+
+
+class Cropping(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., 1:-1, 1:-1]
+
+
+class Adapted(Small):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.crop, self.low_rank = Cropping(8, 8, 3), LowRank(8, 8)
+        self.left_factor, self.right_factor = nn.Parameter(torch.randn(8, 3)), nn.Parameter(torch.randn(3, 8))
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.crop(F.relu(self.norm(self.stem(x))))).mean((2, 3))
+        x = F.linear(self.low_rank(x), self.left_factor @ self.right_factor)
+        return self.head(F.relu(x))
+
+
 class Uncopied(Small):
     def __deepcopy__(self, memo: object) -> "Uncopied":
         raise TypeError("there is only one")

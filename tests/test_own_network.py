@@ -277,7 +277,7 @@ def test_a_network_that_is_random_in_training_raises_no_alarm(run):
 
 ALL = (
     *("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "Recurrent", "OddNorms"),
-    *("Recomputing", "Fourier", "BegunAtZero"),
+    *("Recomputing", "Fourier", "BegunAtZero", "Adapted"),
 )
 
 
