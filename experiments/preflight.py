@@ -137,7 +137,7 @@ def _state(subject: Subject) -> dict[str, Any]:
     model, found = subject.pipeline.model, dict[str, Any]()
     modules = list(model.modules())
     if not _is_large(model):
-        found |= model.state_dict()
+        found |= {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
         for number, moments in subject.step.optimizer.state_dict()["state"].items():
             found |= {f"{name} of parameter {number}": value for name, value in moments.items()}
     found["mode"] = [module.training for module in modules]
