@@ -55,7 +55,7 @@ def layers_are_quantized(subject: Subject) -> str:
     expect(
         not (subject.own_network and subject.own_quantizers and subject.step.host.decides),
         "the forward pass draws random numbers on the host, or looks at a tensor's numbers",
-        "a branch or a draw in resnet.py or src/quantizer.py, which neither of them needs",
+        "a random draw (dropout, stochastic depth) or a branch by numbers in resnet.py or src/quantizer.py",
     )
     patterns = settings.exclude_layers
     if patterns is None:
