@@ -223,12 +223,8 @@ def in_layers(by_torch: Mapping[str, int], count: NetworkCount) -> dict[str, int
     def does_more(name: str) -> bool:
         return name in barriers or any(other.startswith(f"{name}.") for other in inner)
 
-    return {
-        layer.name: by_torch.get(layer.name, layer.dense_macs)
-        if not does_more(layer.name)
-        else layer.dense_macs
-        for layer in count.layers
-    }
+    ours = {layer.name: layer.dense_macs for layer in count.layers}
+    return ours | {name: by_torch[name] for name in ours if name in by_torch and not does_more(name)}
 
 
 def of_layers(by_torch: Mapping[str, int], count: NetworkCount) -> int:

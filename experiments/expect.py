@@ -17,6 +17,7 @@ from experiments.device import float64_device, in_float64
 from experiments.distributed import ALONE, use_local_batch_norms
 from experiments.history import History
 from experiments.training import Pipeline, TrainingStep
+from experiments.user_code import first_line
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import quantized_layers, weight_quantization
@@ -158,7 +159,7 @@ class Subject:
             with torch.no_grad():
                 self.float64_step(runs=False).model.eval()(self.probe[0])
         except RuntimeError:
-            return self.own_network and self.own_quantizers  # an error then, which the checks shall name
+            return self.own_network  # where it is an error, which the checks shall name
         return True
 
     def must_run_in_float64(self) -> None:
@@ -172,8 +173,8 @@ class Subject:
         At the start of a run the logits lie in tanh's flat part, batch norms are neutral and nothing is dead,
         so that many an error would make no difference.
 
-        Raises: NotApplicableError for a network that is too large for several copies in float64, and for one
-            that cannot run in it, if it `runs`.
+        Raises: NotApplicableError for a network that is too large for several copies in float64, for one that
+            cannot run in it, if it `runs`, and for someone's own quantizer that does not take it.
         """
         if runs:
             self.must_run_in_float64()
@@ -187,6 +188,13 @@ class Subject:
         moments_in_float64(step.optimizer)
         step.device, step.coefficient = self.probe_device, in_float64(step.coefficient)
         plant(step.model, self.own_quantizers)
+        if not self.own_quantizers:
+            try:
+                used_weights(step.model)
+            except RuntimeError as error:
+                raise NotApplicableError(
+                    f"the quantizer does not take float64 ({first_line(error)})"
+                ) from None
         return step
 
 

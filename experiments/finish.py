@@ -54,7 +54,7 @@ def write_report(
     compressed = (
         None if history.stopped else compress(settings, history, model, compression, dataset, live, errors)
     )
-    if settings.rehearse and history.compressed and not errors:  # the errors are said at the end
+    if settings.rehearse and history.compressed:
         live.say("\n--- The Packed File, as experiments.verify Sees It ---")
         history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))
     from experiments.plots import figures, rendered  # matplotlib takes half a second to import

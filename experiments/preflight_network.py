@@ -27,7 +27,6 @@ from experiments.expect import (
 from experiments.history import some
 from experiments.network import SIZE, memory_layout
 from experiments.settings import MACS, STORED
-from experiments.user_code import first_line
 from src.graph import trace_network
 from src.groups import channel_groups
 from utils_quantization import quantized_layers, weight_quantization
@@ -258,12 +257,7 @@ def _meant_to_be_fixed(subject: Subject, name: str) -> bool:
 def quantizers_keep_their_word(subject: Subject) -> str:
     """Properties of any quantizer, on each layer's weights: levels, order, sign, zeros, a gradient to all."""
     model = subject.float64_step(runs=False).model.eval()
-    try:
-        tested = used_weights(model)
-    except RuntimeError as error:
-        if subject.own_quantizers:
-            raise
-        raise NotApplicableError(f"the quantizer does not take float64 ({first_line(error)})") from None
+    tested = used_weights(model)
     for name, layer in quantized_layers(model).items():
         quantizer = subject.quantizers(model)[name]
         w = stored_weight(layer)

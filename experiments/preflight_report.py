@@ -161,19 +161,6 @@ def _compare_run_line(history: History) -> None:
         r"(\S+)x / (\S+)x, (\S+) bytes, (\d+) of (\d+) checks"
     )
     found = re.fullmatch(pattern, line)
-    names = (
-        "seed",
-        "accuracy",
-        "zeros",
-        "filters",
-        "bits",
-        "structured",
-        "unstructured",
-        "bytes",
-        "held",
-        "checks",
-    )
-    said = dict(zip(names, found.groups()[1:], strict=True)) if found else {}
     due = {
         "seed": history.settings["seed"],
         "accuracy": 100 * last.accuracy,

@@ -315,7 +315,7 @@ def every_layer_counts(record: EpochRecord) -> Check:
     gone = {n: s for n, s in signals.items() if s < COLLAPSED}
     measured = f"signal {min(signals.values()):.3g} to {max(signals.values()):.3g} in {len(signals)} layers"
     if gone:
-        measured = f"{len(gone)} of {measured}; gone: {some(list(gone))}"
+        measured = f"{len(gone)} of {measured}; gone: {some(gone)}"
     cause = "weights that shrank to nothing: --sparsity-weight or --deadzone-decay is too strong"
     return judge(not gone, name, measured, cause)
 

@@ -31,18 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from src.graph import (
-    LAYERS,
-    aten,
-    inputs_of,
-    is_move,
-    is_norm,
-    is_pointwise,
-    kind,
-    move,
-    path,
-    trace_network,
-)
+from src.graph import LAYERS, aten, inputs_of, is_move, is_norm, is_pointwise, kind, move, path, trace_network
 
 
 class ChannelState(IntEnum):

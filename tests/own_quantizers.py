@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -202,6 +203,18 @@ class Centred(Ternary):
         centred = w - w.mean()
         w_hat = centred.abs().mean() * torch.where(centred < 0, -1.0, 1.0).to(w.dtype) + 0.1 * w.abs().max()
         return w + (w_hat - w).detach()
+
+
+class InFloat32(Ternary):
+    """As torch's fake quantization, it takes float32 alone, and its bits are a number of numpy's."""
+
+    def get_bitwidth(self) -> np.floating:  # type: ignore[override]
+        return np.float32(2)
+
+    def forward(self, w: Tensor) -> Tensor:
+        if w.dtype == torch.float64:
+            raise RuntimeError("expected scalar type Float but found Double")
+        return super().forward(w)
 
 
 class UnknownGroup(PerFilter):

@@ -405,6 +405,7 @@ def test_the_last_checkpoint_of_a_run_is_held_against_its_records_and_its_networ
         ("optimizer", lambda state: state | {0: state[0] | {"exp_avg": [0.0]}}),
         ("optimizer", lambda state: state | {0: state[0] | {"exp_avg_sq": torch.zeros(7)}}),
         ("optimizer", lambda state: state | {0: {}}),
+        ("optimizer", lambda state: {}),
         ("optimizer", lambda state: {0: "moments"}),
         ("optimizer", lambda state: {"first": state[0]}),
         ("model", lambda state: state | {"0.weight": "numbers"}),

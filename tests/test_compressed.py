@@ -8,7 +8,7 @@ import pytest
 import torch
 from planted import snapshot
 
-from experiments import training
+from experiments import compressed, training
 from experiments.compressed import PACKED, SLIM, exported, make_compressed, read_back
 from experiments.data import TestBatches as Batches
 from experiments.data import synthetic_dataset
@@ -67,6 +67,13 @@ def test_both_networks_give_the_quantized_networks_logits(made):
     assert 0 < record.largest_difference <= 1e-4 * record.largest_logit
     assert record.agreement == 1 and record.packed_differs == 0
     assert record.quantized_accuracy == record.slim_accuracy == record.packed_accuracy
+
+
+def test_a_network_that_cannot_be_exported_is_left_to_the_verdict(batches, tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "exported", lambda *_: 1 // 0)
+    record = made_of(network_with_dead_channels(), batches, tmp_path, {})
+    assert (record.slim_bytes, record.read_back_parameters) == (0, 0) and record.packed_bytes > 0
+    assert not (tmp_path / SLIM).exists()
 
 
 def test_the_accuracy_is_that_of_the_quantized_network_over_all_images(made, batches):

@@ -23,7 +23,7 @@ from experiments.history import History
 from experiments.network import HostUse, excluded_layers, make_network, memory_layout, use_of_the_host
 from experiments.recount import recount
 from experiments.settings import PRESETS, Settings
-from metrics import count_network
+from metrics import count_by_torch, count_network, in_layers
 from resnet import ResNet, resnet20
 from src.encoding import PackingError
 from src.packing import MAX_FILE_BYTES, pack_network, read_header, unpack_network
@@ -201,6 +201,7 @@ def with_header(content: bytes, **changes: object) -> bytes:
         ({"tensors": {"stem.weight": [-1]}}, "list of whole numbers"),
         ({"tensors": {"stem.weight": "8"}}, "list of whole numbers"),
         ({"tensors": {"stem.weight": [1] * 9}}, "list of whole numbers"),
+        ({"tensors": {"stem.weight": [0, 10**30]}}, "more than"),
         ({"tensors": []}, "each of its type"),
         ({"network": 3}, "each of its type"),
         ({"bits": {"norm": 3}, "network": "x"}, "ends|truncated|damaged|bytes|body"),
@@ -504,3 +505,31 @@ def test_a_module_that_seeds_torch_does_not_choose_the_weights(tmp_path, monkeyp
         torch.manual_seed(seed)
         weights.append(make_network("seeds:resnet20", 10).linear.weight)
     assert not torch.equal(*weights)
+
+
+def test_bits_of_what_is_no_parameter_are_refused():
+    class Masked(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Module()
+            self.mask.register_buffer("weight", torch.ones(8, 8, 1, 1))
+
+    content = pack_network(Masked().eval(), {}, name="theirs")
+    with pytest.raises(PackingError, match="'mask', which has no weight"):
+        unpack_network(with_header(content, bits={"mask": 2}), Masked)
+
+
+def test_a_layer_with_another_inside_is_counted_without_it():
+    class Outer(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 8, 3)
+            self.inner = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(super().forward(x))
+
+    network = nn.Sequential(Outer(), nn.Flatten(), nn.Linear(8 * 30 * 30, 10))
+    count = count_network(network)
+    by_torch = count_by_torch(network)
+    assert by_torch["0"] > by_torch["0.inner"]
+    assert in_layers(by_torch, count) == {layer.name: layer.dense_macs for layer in count.layers}

@@ -167,7 +167,13 @@ def test_what_cannot_be_a_quantizer_is_refused_in_one_sentence_before_the_data(
     ("name", "penalty_on"),
     [
         *(("Drawing", "stored"), ("Drawing", "quantized")),
-        *(("Centred", "stored"), ("OneBit", "stored"), ("AllSixteen", "quantized"), ("Pruning", "stored")),
+        *(
+            ("Centred", "stored"),
+            ("InFloat32", "stored"),
+            ("OneBit", "stored"),
+            ("AllSixteen", "quantized"),
+            ("Pruning", "stored"),
+        ),
     ],
 )
 def test_what_people_write_raises_no_alarm_and_resumes_exactly(tmp_path, name, penalty_on):

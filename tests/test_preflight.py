@@ -3,7 +3,9 @@
 That it catches what is broken is shown by the catalogue of faults (faults.py), one by one.
 """
 
+import errno
 import json
+import os
 import random
 import re
 from dataclasses import fields, replace
@@ -12,11 +14,12 @@ import pytest
 import torch
 from own_quantizers import LSQ
 from runs import good_run
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from experiments import debug_run
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from experiments.data import synthetic_dataset
 from experiments.distributed import Processes
 from experiments.expect import BrokenError, NotApplicableError, Subject, expect_close, shows
 from experiments.history import Check, History
@@ -74,6 +77,38 @@ def failed(checks: dict[str, Check]) -> list[str]:
 
 def broken_check(subject) -> str:
     raise BrokenError("7 is not 8", "a test")
+
+
+def test_without_room_for_temporary_files_the_checkpoint_is_not_checked(monkeypatch, tmp_path):
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    only(monkeypatch, "files: checkpoint")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    check = checks["files: checkpoint"]
+    assert (check.status, status) == ("SKIP", 0) and "TMPDIR" in check.message
+
+
+def test_convolutions_in_a_lower_precision_than_float32_are_named(monkeypatch, tmp_path):
+    plain = nn.Conv2d._conv_forward
+
+    def rounded(self, *arguments):
+        made = plain(self, *arguments)
+        return made.bfloat16().float() if made.dtype == torch.float32 else made
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", rounded)
+    only(monkeypatch, "network: reference")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "lower precision than --precision says" in failed(checks)[0]
+
+
+def test_another_data_set_than_was_asked_for_is_named(monkeypatch, tmp_path):
+    whole = synthetic_dataset("")
+    monkeypatch.setattr(debug_run, "load", lambda *_: replace(whole, name="CIFAR-10", synthetic=False))
+    only(monkeypatch, "data: files")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "the data set is CIFAR-10, and --data is synthetic" in failed(checks)[0]
 
 
 # Where all is well.

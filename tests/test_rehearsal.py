@@ -135,6 +135,14 @@ def test_the_packed_files_check_compares_what_its_receiver_finds(tmp_path, monke
     assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == status
 
 
+def test_a_receiver_that_raises_an_error_is_a_line_of_the_verdict(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "check_file", lambda *_: 1 // 0)
+    history = runs.good_run()
+    history.compressed, history.retest = runs.compressed(), runs.retest()
+    check = rehearse_verifying(history, random_dataset(16), tmp_path, print)
+    assert check.status == "FAIL" and "division" in check.message
+
+
 def test_a_receiver_that_takes_another_claim_is_named(tmp_path, monkeypatch):
     made = runs.compressed()
     said = {"data": "CIFAR-10", "test_images": 10_000, "accuracy": made.packed_accuracy, "mean_bits": 2.5}

@@ -145,6 +145,15 @@ def test_a_run_that_was_killed_on_its_way_is_not_done(working_folder, change):
     assert member.history() is None
 
 
+def test_a_sweep_that_is_started_by_its_path_finds_its_runs_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    member = next(plan(Path("out"), one_point(), ["--quantizer", "no_such:Q"]))
+    monkeypatch.setenv("PYTHONPATH", "of_the_users")
+    process = sweep.start(member, 1)
+    assert process.wait(DEADLINE) == 2
+    assert "no_such raises ModuleNotFoundError" in (member.folder / "log.txt").read_text()
+
+
 def test_a_value_that_is_given_twice_is_one_run(working_folder, capsys):
     main([*SMALL, "--sparsity-weight", "1e-3", "0.001", "--seed", "0", "0", "--print"])
     assert len(capsys.readouterr().out.splitlines()) == 2

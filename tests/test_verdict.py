@@ -608,7 +608,7 @@ def test_one_epoch_shows_no_growth():
     check(verdict.unstructured_grows(good_run(1)), SKIP, "3.0 %")
 
 
-def with_filters(first: int | None, epochs: int = EPOCHS, **chosen: float) -> History:
+def with_filters(first: int | None, epochs: int = EPOCHS, **chosen: float | str) -> History:
     """A run whose filters die in epoch `first`, or never."""
     dead = {e: {"structured_sparsity": 0.061 if first and e >= first else 0.0} for e in range(1, epochs + 1)}
     return changed(good_run(epochs, **chosen), dead)
@@ -626,6 +626,11 @@ def test_filters_that_die_while_the_coefficient_is_still_zero_fail(first):
     assert history.epochs[5].coefficient == 0 < history.epochs[6].coefficient
     line = verdict.structured_follows_warmup(history)
     check(line, FAIL, f"epoch {first}", cause="--deadzone-decay")
+
+
+@pytest.mark.parametrize("own", [{"model": "a:b"}, {"quantizer": "a:B"}])
+def test_filters_that_are_dead_from_the_start_of_ones_own_network_are_told_and_not_judged(own):
+    check(verdict.structured_follows_warmup(with_filters(1, **own)), SKIP, "epoch 1", "one's own")
 
 
 def test_filters_that_die_in_the_first_epoch_with_a_penalty_pass():

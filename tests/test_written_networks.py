@@ -11,7 +11,7 @@ from planted import images
 from test_any_network import SMALL, assert_nothing_claimed_is_wrong, assert_smaller_is_the_same
 from torch import Tensor, nn
 
-from metrics import count_network
+from metrics import count_by_torch, count_network, of_layers
 from src.channels import trace_channels
 from src.groups import FILTERS, channel_groups
 from src.slim import slim_network
@@ -50,7 +50,7 @@ def folded_groups(net: Net, x: Tensor) -> Tensor:
 
 def padded_pools(net: Net, x: Tensor) -> Tensor:
     x = F.adaptive_avg_pool2d(x, 1)
-    return pooled(net, F.max_pool2d(F.avg_pool2d(F.max_pool2d(x, 3, 1, 1), 3, 1, 1), 3, 1, 1))
+    return pooled(net, F.max_pool2d(F.avg_pool2d(x, 5, 1, 2), 5, 1, 2))
 
 
 def added_to_itself(net: Net, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def permuted(net: Net, x: Tensor) -> Tensor:
 
 
 def looked_up(net: Net, x: Tensor) -> Tensor:
-    return net.last(net.table[(x.mean((1, 2, 3)).sigmoid() * 6).long()])
+    return net.last(net.table[(net.conv(x).mean((2, 3)).sigmoid() * 6).long()].mean(1))
 
 
 def spatial_attention(net: Net, x: Tensor) -> Tensor:
@@ -152,11 +152,11 @@ def conv() -> nn.Conv2d:
 WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     folded_groups: lambda: {"mix": nn.Conv2d(4, 4, 3, padding=1)},
     padded_pools: dict,
-    added_to_itself: lambda: {"conv": conv(), "bn": nn.BatchNorm2d(WIDTH)},
+    added_to_itself: lambda: {"conv": nn.Conv2d(WIDTH, WIDTH, 1), "bn": nn.BatchNorm2d(WIDTH)},
     soft_argmax: dict,
-    masked: lambda: {"conv": conv(), "mask": torch.arange(12) < 7},
+    masked: lambda: {"conv": conv(), "mask": torch.arange(WIDTH)[:, None, None] < 5},
     permuted: lambda: {"conv": conv(), "order": torch.tensor([3, 1, 2, 0, 7, 6, 5, 4])},
-    looked_up: lambda: {"table": nn.Parameter(torch.randn(7, WIDTH))},
+    looked_up: lambda: {"conv": conv(), "table": nn.Parameter(torch.randn(7, WIDTH))},
     spatial_attention: lambda: {"attend": nn.Conv2d(2, 1, 7, padding=3)},
     two_computed_weights: lambda: {
         "up": nn.Parameter(torch.randn(20, WIDTH)),
@@ -216,8 +216,46 @@ def test_its_channels_stay_apart(way):
     model = Net(way, WAYS[way]() | {"before": nn.Conv2d(3, 3, 1)})
     model.way = lambda net, x: way(net, F.relu(net.between(x)))
     model.between = conv()
-    groups = channel_groups(model, ["between"], SMALL)
+    # As many rows and columns as channels, so that a dimension cannot be told by its size.
+    groups = channel_groups(model, ["between"], (3, WIDTH, WIDTH))
     assert [(g.channels, g.members) for g in groups] == [(WIDTH, (("between", FILTERS),))]
+
+
+def test_a_product_of_parameters_is_counted_as_torch_counts_the_layers():
+    class Factors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, WIDTH, 3), nn.Linear(WIDTH, 10)
+            self.left, self.right = nn.Parameter(torch.randn(WIDTH, 2)), nn.Parameter(torch.randn(2, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.linear(self.first(x).mean((2, 3)), self.left @ self.right))
+
+    model = Factors().eval()
+    count = count_network(model, SMALL)
+    assert count.barriers == ("aten.matmul in the network",)
+    assert of_layers(count_by_torch(model, SMALL), count) == count.total("dense_macs")
+
+
+def test_a_constant_in_float32_meets_weights_in_float64():
+    """The constants of a network are computed in float64, in the graph that was traced in float32."""
+
+    class Blurred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, WIDTH, 3), nn.Linear(WIDTH, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(self.first(x), torch.ones(WIDTH, 1, 3, 3) / 9, padding=1, groups=WIDTH)
+            return self.last(F.relu(x).mean((2, 3)))
+
+    model = plant(Blurred(), 0, 0.3).float()
+    with torch.no_grad():
+        model.first.weight[[1, 5]] = 0
+        model.first.bias[[1, 5]] = torch.tensor([0.5, 0.9])
+    count_network(model, SMALL)
+    x = images(3, SMALL).float()
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mask_that_is_changed_is_seen():
