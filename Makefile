@@ -14,8 +14,8 @@ smoke: $(VENV)/run-ready
 test: $(VENV)/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/mypy & types=$$!; OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder && wait $$types
 
 faults: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(ARGS)

@@ -38,8 +38,8 @@ from experiments.evaluator import Evaluator
 from experiments.exit_status import ExitStatus
 from experiments.history import epoch_record, new_history
 from experiments.live import LiveLine
-from experiments.settings import DEVICES, Parser, Settings
-from experiments.sparsity import coupled_group_lasso
+from experiments.settings import DEVICES, Parser, Settings, folder_path
+from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import TrainingStep, make_optimizer, measure_accuracy
 from resnet import BasicBlock, ResNet, resnet20, resnet110
 from src.quantizer import DeadZoneLDZCompander
@@ -50,14 +50,17 @@ LOOPS = ("plan", "float32", "bf16")
 FAILED = "the run that was to be measured failed, as its own error says; mend that first"
 WEIGHT = 1e-3  # the lasso's weight in the loss; any value but 0 costs the same time
 
+FEWEST_WITH_DATA = 8  # steps a measurement of a loop that loads its data
+
 Step = Callable[[Tensor, Tensor], Any]
+Say = Callable[[str], None]
 
 
 def main() -> int:
     parser = Parser(description="Measure the speed of the training step and of an epoch.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="times each pair is measured (default: 5)")
     parser.add_argument("--steps", type=int, default=6, help="steps a measurement (default: 6)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="CIFAR-10, if it is there")
+    parser.add_argument("--data-dir", type=folder_path, default=Path("data"), help="CIFAR-10, if it is there")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as for experiments.debug_run")
     parser.add_argument(
         "--only", choices=LOOPS, help="run one loop alone and print its median seconds a step"
@@ -66,41 +69,47 @@ def main() -> int:
     for name in ("rounds", "steps"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}; expected a whole number, 1 or more")
-    with ExitStatus(LiveLine(), "the same command starts over") as end:
-        measure(arguments)
+    live = LiveLine()
+    with ExitStatus(live, "the same command starts over") as end:
+        measure(arguments, live.say)
     return end.status
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Measure what the command line asks for, and print it."""
+def measure(arguments: argparse.Namespace, say: Say) -> None:
+    """Measure what the command line asks for, and `say` it."""
     if arguments.only:
-        print(seconds_a_step(arguments.only, arguments.data_dir, arguments.device, arguments.steps))
+        say(str(seconds_a_step(arguments.only, arguments.data_dir, arguments.device, arguments.steps, say)))
         return
     # Measure whole commands before this process loads any data: the peak memory that Linux reports of a
     # child is never less than what its parent took when it forked.
-    results = peak_memory(arguments.data_dir, arguments.device)
-    results |= first_step(arguments.data_dir, arguments.device)
+    results = peak_memory(arguments.data_dir, arguments.device, say)
+    results |= first_step(arguments.data_dir, arguments.device, say)
     settings = Settings(device=arguments.device, data_dir=arguments.data_dir)
     device = prepare_device(settings)
-    dataset = load_dataset("auto", arguments.data_dir, None, None, lambda text: print(text, flush=True))
-    print(
+    dataset = load_dataset("auto", arguments.data_dir, None, None, say)
+    say(
         f"torch {torch.__version__}, {describe_device(device)}, {dataset.name}, batch {settings.batch_size}, "
-        f"{arguments.rounds} rounds of {arguments.steps} steps, in turn\n"
+        f"{arguments.rounds} rounds of {arguments.steps} steps, {_steps_with_data(arguments)} where data are "
+        f"loaded, in turn\n"
     )
-    bench = Bench(dataset, settings, device, arguments.rounds, arguments.steps)
+    bench = Bench(dataset, settings, device, arguments.rounds, arguments.steps, say)
     results |= {"torch": torch.__version__, "device": describe_device(device), "data": dataset.name}
-    results |= against_the_plan(arguments) | bench.overheads() | bench.outside_the_steps()
-    print(json.dumps(results))
+    results |= against_the_plan(arguments, say) | bench.overheads() | bench.outside_the_steps()
+    say(json.dumps(results))
+
+
+def _steps_with_data(arguments: argparse.Namespace) -> int:
+    return max(arguments.steps, FEWEST_WITH_DATA)
 
 
 class Bench:
     """The measurements that share a data set and a device."""
 
     def __init__(
-        self, dataset: Dataset, settings: Settings, device: torch.device, rounds: int, steps: int
+        self, dataset: Dataset, settings: Settings, device: torch.device, rounds: int, steps: int, say: Say
     ) -> None:
         self.dataset, self.settings, self.device = dataset, settings, device
-        self.rounds, self.steps = rounds, steps
+        self.rounds, self.steps, self.say = rounds, steps, say
 
     def overheads(self) -> dict[str, Any]:
         """Time a training step with quantizers and lasso against one without.
@@ -133,7 +142,7 @@ class Bench:
         for loop in loops.values():
             self._timed(loop)
         turns = {name: functools.partial(self._timed, loop) for name, loop in loops.items()}
-        return compare(what, turns, base, self.rounds, faster=False)
+        return compare(what, turns, base, self.rounds, self.say, faster=False)
 
     def _timed(self, loop: Iterator[None]) -> float:
         return timed(loop, self.steps, self.device)
@@ -157,11 +166,10 @@ class Bench:
             compression = evaluator.evaluate(model)
             record = epoch_record(1, model, compression, penalty=penalty(model).item(), **numbers)
             history.epochs = [record] * 20
-            save_checkpoint(folder, take_checkpoint(history, model, optimizer))
+            save_checkpoint(Path(output), take_checkpoint(history, model, optimizer))
 
         times: dict[str, list[float]] = {"training steps": [], "test pass": [], "the rest": []}
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory() as output:
             for _ in range(self.rounds):
                 model.train()
                 times["training steps"].append(STEPS_AN_EPOCH * self._timed(loop))
@@ -169,10 +177,8 @@ class Bench:
                 times["the rest"].append(_seconds(rest))
         share = [m / (a + t) for a, t, m in zip(*times.values(), strict=True)]
         for name, values in times.items():
-            print(f"{'epoch: ' + name:<44} {spread(values, ' s')}", flush=True)
-        print(
-            f"{'epoch: outside steps and test pass':<44} {100 * statistics.median(share):.2f} %", flush=True
-        )
+            self.say(f"{'epoch: ' + name:<44} {spread(values, ' s')}")
+        self.say(f"{'epoch: outside steps and test pass':<44} {100 * statistics.median(share):.2f} %")
         return {f"epoch: {k}": summary(v) for k, v in times.items()} | {
             "epoch: share outside": summary(share)
         }
@@ -191,7 +197,7 @@ def timed(loop: Iterator[None], steps: int, device: torch.device) -> float:
 
 
 def compare(
-    what: str, turns: Mapping[str, Callable[[], float]], base: str, rounds: int, faster: bool
+    what: str, turns: Mapping[str, Callable[[], float]], base: str, rounds: int, say: Say, faster: bool
 ) -> dict[str, Any]:
     """Call each of the measurements `turns` once in every round; each returns seconds a step.
 
@@ -208,11 +214,11 @@ def compare(
     for name, times in seconds.items():
         ratios = [b / t if faster else t / b for b, t in zip(seconds[base], times, strict=True)]
         found[f"{what}: {name}"] = summary(times, ratios)
-        print(f"{what + ': ' + name:<44} {spread(times, ' s')}   {spread(ratios, 'x')}", flush=True)
+        say(f"{what + ': ' + name:<44} {spread(times, ' s')}   {spread(ratios, 'x')}")
     return found
 
 
-def against_the_plan(arguments: argparse.Namespace) -> dict[str, Any]:
+def against_the_plan(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Compare the plan's loop with the debug run's, including the time that a batch takes to load.
 
     Each measurement is a process of its own: the debug run's allocator settings hold for a whole process.
@@ -221,18 +227,25 @@ def against_the_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     def turn(kind: str) -> Callable[[], float]:
         command = [sys.executable, "-m", "experiments.benchmark", "--only", kind]
         command += ["--data-dir", str(arguments.data_dir), "--device", arguments.device]
-        command += ["--steps", str(max(arguments.steps, 8))]
-        return lambda: float(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
+        command += ["--steps", str(_steps_with_data(arguments))]
+
+        def seconds() -> float:
+            run = subprocess.run(command, stdout=subprocess.PIPE)
+            if run.returncode:
+                raise ValueError(FAILED)
+            return float(run.stdout.splitlines()[-1])
+
+        return seconds
 
     turns = {kind: turn(kind) for kind in LOOPS}
-    return compare("step, data included", turns, "plan", arguments.rounds, faster=True)
+    return compare("step, data included", turns, "plan", arguments.rounds, say, faster=True)
 
 
-def seconds_a_step(kind: str, data_dir: Path, device_name: str, steps: int) -> float:
+def seconds_a_step(kind: str, data_dir: Path, device_name: str, steps: int, say: Say) -> float:
     """Measure one of `LOOPS`, after a few steps that set it up. Returns: the median seconds a step."""
     settings = Settings(device=device_name)
     device = choose_device(device_name) if kind == "plan" else prepare_device(settings)
-    dataset = load_dataset("auto", data_dir, None, None, print)
+    dataset = load_dataset("auto", data_dir, None, None, say)
     loop = (
         plan_loop(dataset, settings, device) if kind == "plan" else our_loop(dataset, settings, device, kind)
     )
@@ -283,7 +296,8 @@ def our_step(
     model.train()
     weight = WEIGHT if quantize else 0.0
     penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)
-    step = TrainingStep(model, make_optimizer(model, settings, STEPS_AN_EPOCH), penalty, precision)
+    keep_dead = keep_dead_slices(model) if quantize and settings.keep_dead else None
+    step = TrainingStep(model, make_optimizer(model, settings, STEPS_AN_EPOCH), penalty, precision, keep_dead)
     return lambda images, labels: step(images, labels, weight)
 
 
@@ -394,13 +408,13 @@ def looped_lasso(model: ResNet) -> Tensor:
 # Measurements of the whole `debug_run` command.
 
 
-def first_step(data_dir: Path, device: str) -> dict[str, Any]:
+def first_step(data_dir: Path, device: str, say: Say) -> dict[str, Any]:
     """Time the command from its start to the end of its first training step.
 
     The command runs on a pseudo-terminal: only on a terminal it prints a line after a training step.
     """
     seconds = [_until_first_step(data_dir, device) for _ in range(3)]
-    print(f"{'command to the end of its first step':<44} {spread(seconds, ' s')}", flush=True)
+    say(f"{'command to the end of its first step':<44} {spread(seconds, ' s')}")
     return {"command to first step": summary(seconds)}
 
 
@@ -408,9 +422,9 @@ def _until_first_step(data_dir: Path, device: str) -> float:
     import pty
 
     ours, theirs = pty.openpty()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as output:
         start = time.perf_counter()
-        process = _debug_run(data_dir, device, folder, stdout=theirs)
+        process = _debug_run(data_dir, device, output, stdout=theirs)
         os.close(theirs)
         seen = b""
         try:
@@ -429,23 +443,23 @@ def _until_first_step(data_dir: Path, device: str) -> float:
             os.close(ours)
 
 
-def peak_memory(data_dir: Path, device: str) -> dict[str, Any]:
+def peak_memory(data_dir: Path, device: str, say: Say) -> dict[str, Any]:
     """Measure the peak resident memory, in bytes, of an epoch over 4,096 images at batch size 512."""
-    with tempfile.TemporaryDirectory() as folder:
-        process = _debug_run(data_dir, device, folder, "--epochs", "1", "--limit-train", "4096")
+    with tempfile.TemporaryDirectory() as output:
+        process = _debug_run(data_dir, device, output, "--epochs", "1", "--limit-train", "4096")
         _, _, usage = os.wait4(process.pid, 0)
-        if not (Path(folder) / "history.json").exists():
+        if not (Path(output) / "history.json").exists():
             raise ValueError(FAILED)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS reports bytes, Linux KiB
-    print(f"{'peak memory, batch 512':<44} {peak / 1e9:8.3f} GB", flush=True)
+    say(f"{'peak memory, batch 512':<44} {peak / 1e9:8.3f} GB")
     return {"peak memory bytes": peak}
 
 
 def _debug_run(
-    data_dir: Path, device: str, folder: str, *more: str, stdout: int = subprocess.DEVNULL
+    data_dir: Path, device: str, output: str, *more: str, stdout: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "experiments.debug_run", "--data-dir", str(data_dir), "--device", device]
-    return subprocess.Popen([*command, "--output-dir", folder, *more], stdout=stdout)
+    return subprocess.Popen([*command, "--output-dir", output, *more], stdout=stdout)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "output_dir",
     "figure_format",
     "preflight",
+    "rehearse",
 )  # settings that a resumed run may change
 
 
@@ -179,9 +180,11 @@ def check_settings(saved: Mapping[str, Any], settings: Settings) -> None:
     now = settings.to_json()
     for name in now:
         if name not in MAY_CHANGE and saved.get(name) != now[name]:
+            was = saved.get(name)
+            begun = "began without it" if was is None else f"has {_shown(was)}"
             raise ValueError(
-                f"--resume: {flag(name)} is {_shown(now[name])}, and the run to go on with has "
-                f"{_shown(saved.get(name))}; give that, or another --output-dir, or leave --resume out"
+                f"--resume: {flag(name)} is {_shown(now[name])}, and the run to go on with {begun}; do as it "
+                f"did, or give another --output-dir, or leave --resume out"
             )
     if type(saved.get("epochs")) is not int:
         raise ValueError(
@@ -259,6 +262,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
             raise ValueError("it holds no moments")
         optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
         _check_moments(optimizer)
+        for parameter, state in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # they were saved in the layout of another device, perhaps
+                state[name] = torch.empty_like(parameter).copy_(state[name])
         set_random_states(checkpoint.random)
     except Exception as error:  # what stands in the place of a tensor or a number may raise anything
         raise ValueError(

@@ -82,6 +82,12 @@ def class_count(data: str) -> int:
     return CIFARS[data].classes if data in CIFARS else STAND_IN_CLASSES
 
 
+def data_of(name: str) -> str:
+    """What --data calls the data set of this name; "auto" for a name that is none."""
+    names = {files.name: data for data, files in CIFARS.items()} | {STAND_IN: "synthetic"}
+    return names.get(name, "auto")
+
+
 def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
     train = _limit("--limit-train", limit_train, len(dataset.train_labels), f"{dataset.name}'s training set")
     test = _limit("--limit-test", limit_test, len(dataset.test_labels), f"{dataset.name}'s test set")
@@ -104,6 +110,7 @@ def _limit(flag: str, limit: int | None, size: int, what: str) -> int:
 
 # The stand-in.
 
+STAND_IN = "synthetic stand-in"
 STAND_IN_CLASSES = 10  # as CIFAR-10 has
 SYNTHETIC_TRAIN = 20_000
 SYNTHETIC_TEST = 4_000
@@ -124,9 +131,7 @@ def synthetic_dataset(source: str) -> Dataset:
     images = torch.cat(list(synthetic_chunks()))
     train, test = images.split((SYNTHETIC_TRAIN, SYNTHETIC_TEST))
     train_labels, test_labels = labels.split((SYNTHETIC_TRAIN, SYNTHETIC_TEST))
-    return Dataset(
-        "synthetic stand-in", source, True, STAND_IN_CLASSES, train, train_labels, test, test_labels
-    )
+    return Dataset(STAND_IN, source, True, STAND_IN_CLASSES, train, train_labels, test, test_labels)
 
 
 def synthetic_chunks() -> Iterator[Tensor]:

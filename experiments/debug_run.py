@@ -62,7 +62,15 @@ from experiments.files import OutputError, archive_files, lock_folder, write_who
 from experiments.finish import write_report
 from experiments.history import FAIL, Check, EpochRecord, History, epoch_record, new_history
 from experiments.ledger import check_epoch
-from experiments.live import EpochProgress, LiveLine, Stopped, ignore_sigterm
+from experiments.live import (
+    EXIT_BAD_INPUT,
+    ClosedOutputError,
+    EpochProgress,
+    LiveLine,
+    Stopped,
+    ignore_sigterm,
+    refuse,
+)
 from experiments.network import excluded_layers, make_network, memory_layout, refuse_one_image
 from experiments.preflight import preflight
 from experiments.quantizer_class import find_quantizer
@@ -91,7 +99,7 @@ HOW_TO_GO_ON = "--resume goes on from the last checkpoint"
 
 def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
-    with ExitStatus(live, HOW_TO_GO_ON) as end, contextlib.ExitStack() as held:
+    with ExitStatus(live, "nothing was trained") as end, contextlib.ExitStack() as held:
         processes = join_processes()
         held.callback(leave_processes, processes)
         live.silent = not processes.first
@@ -108,7 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
         model = make_network(settings.model, class_count(settings.data)).to(device)
         if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
             keep_freed_memory(False)  # its copies are so large that what is kept soon fills the machine
-        evaluator = Evaluator(model)
+        try:
+            evaluator = Evaluator(model)
+        except ValueError as error:
+            raise ValueError(
+                f"--model is {settings.model!r}, and {error}; expected a network that it can"
+            ) from error
         excluded = excluded_layers(settings, model, evaluator.dense)
         quantized = attach_weight_quantizers(model, excluded, make_quantizer, {})
         if memory_layout(model, device) == "channels_last":
@@ -137,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
             sparsity_schedule=linear_warmup(settings.sparsity_delay, settings.sparsity_ramp),
         )
 
-        # Made before anything is trained, so that it learns of the run by the checkpoint alone.
+        # The copy is made before anything is trained: it learns of the run by the checkpoint alone.
         spare = replace(pipeline, step=copy.deepcopy(step)) if settings.rehearse else None
         history = new_history(
             settings,
@@ -152,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if checkpoint:
             resume(checkpoint, history, model, optimizer)
+            end.advice = HOW_TO_GO_ON
         end.inputs_are_good()
         live.say(report.first_lines(history, settings, evaluator.dense))
         subject = Subject(pipeline, dataset, history, one_epoch, arguments, resumed=bool(checkpoint))
@@ -188,8 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
                     history.epochs.append(record)
                     if processes.first:
                         save(history, pipeline, live)
+                        end.advice = HOW_TO_GO_ON
                     show_epoch(live, history, epoch + 1)
-        except (Stopped, NotFiniteError, LostProcessError) as reason:
+        except (Stopped, NotFiniteError, LostProcessError, ClosedOutputError) as reason:
             end.status = stop(history, reason, live)
         if processes.first:
             status = write_report(settings, history, pipeline.model, compression, dataset, live)
@@ -287,17 +302,26 @@ def save(history: History, pipeline: Pipeline, live: LiveLine) -> None:
         live.say(f"      ! no row of epoch {epoch} in {report.CSV}: {error}")
 
 
-def stop(history: History, reason: Stopped | NotFiniteError | LostProcessError, live: LiveLine) -> int:
+def stop(history: History, reason: BaseException, live: LiveLine) -> int:
     """Note in the history why the run ends early, and say so; the exit status."""
     if not isinstance(reason, NotFiniteError):
         ignore_sigterm()  # schedulers send it twice, and torchrun once it sees that a rank is lost
     epoch = len(history.epochs) + 1
     history.not_finite = isinstance(reason, NotFiniteError)
+    history.stopped, status = f"stopped in epoch {epoch}: {reason}", EXIT_FAILED
     if isinstance(reason, Stopped):
         history.stopped, status = f"stopped by {reason.name} in epoch {epoch}", reason.status
-    else:
-        history.stopped, status = f"stopped in epoch {epoch}: {reason}", EXIT_FAILED
-    live.say(history.stopped + (f"; {HOW_TO_GO_ON}" if history.epochs else ""))
+    sentence = history.stopped + (f"; {HOW_TO_GO_ON}" if history.epochs else "")
+    if history.not_finite:
+        sentence = f"{history.stopped}; give a lower --weights-lr or --sparsity-weight"
+    try:
+        if isinstance(reason, ClosedOutputError):
+            status = EXIT_BAD_INPUT
+            raise reason
+        live.say(sentence)
+    except ClosedOutputError:  # Ctrl-C ends the `tee` behind a run too, and SIGHUP comes when a terminal goes
+        live.close()
+        refuse(sentence)
     return status
 
 

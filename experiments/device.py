@@ -68,7 +68,8 @@ def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.de
         keep_freed_memory()
     if settings.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"--precision is 'tf32', which needs CUDA; this run is on {device.type}")
-    # cuDNN times its deterministic algorithms and takes the fastest: a run repeats digit for digit.
+    # cuDNN times its deterministic algorithms and takes the fastest: the same for a whole process, but in
+    # another process it may be another one.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
@@ -84,6 +85,16 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Let CUDA compute by torch's own kernels."""
+    enabled, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 def usable_cores() -> int:

@@ -64,6 +64,14 @@ class Processes:
 
 
 ALONE = Processes()
+TORCHRUNS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # variables
 
 
 def _guarded(collective: Any, *arguments: Any) -> None:
@@ -79,10 +87,17 @@ def _guarded(collective: Any, *arguments: Any) -> None:
 def join_processes() -> Processes:
     """Connect this process to the others that torchrun started; without torchrun, return `ALONE`.
 
-    Raises: LostProcessError if the processes do not find each other.
+    Raises: LostProcessError if the processes do not find each other; ValueError where only some of torchrun's
+        variables are there.
     """
     if not dist.is_torchelastic_launched():
         return ALONE
+    missing = [name for name in TORCHRUNS if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"TORCHELASTIC_RUN_ID is set, as torchrun does, and {', '.join(missing)} is not; start with "
+            f"torchrun, or unset it"
+        )
     # The default argument of these functions is the process group that there is when they are imported, and
     # torch's optimizers import them. Imported before, they do not hold it: threads of a group that outlives
     # Python end the process by abort().
@@ -90,13 +105,13 @@ def join_processes() -> Processes:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _guarded(dist.init_process_group, backend)
-    local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, local_count)
 
 
 def leave_processes(processes: Processes) -> None:
     """Close the connection to the other processes; without torchrun there is none, and nothing happens."""
-    if processes.count > 1 and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

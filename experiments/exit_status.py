@@ -46,26 +46,29 @@ class ExitStatus:
         try:
             return self._say(error)
         except ClosedOutputError as closed:  # standard output broke while the sentence was said
-            return self._say(closed)
+            status = self.status
+            self._say(closed)
+            self.status = status or self.status  # what ended the command came first
+            return True
         finally:
             self.signals.__exit__()
 
     def _say(self, error: BaseException | None) -> bool:
         """Say what happened and set the status; False for an error that is not to be caught."""
         if isinstance(error, Stopped):
-            self.live.say(f"stopped by {error.name}; {self.advice}")
             self.status = error.status
+            self.live.say(f"stopped by {error.name}; {self.advice}")
         elif isinstance(error, LostProcessError):
-            self.live.say(f"{error}; {self.advice}")
             self.status = EXIT_FAILED
+            self.live.say(f"{error}; {self.advice}")
         elif isinstance(error, ClosedOutputError):
             self.live.close()
             self._refuse(f"{error}, so this program stopped; {self.advice}")
-        elif isinstance(error, torch.OutOfMemoryError):
+        elif error is not None and _is_out_of_memory(error):
             self.live.clear()
             self._refuse(
-                f"the device has not enough memory ({first_line(error)}); give a smaller --batch-size or "
-                f"--model, or another --device"
+                f"there is not enough memory ({first_line(error)}); a smaller --batch-size or --model needs "
+                f"less"
             )
         elif isinstance(error, self.mistakes):
             self.live.clear()
@@ -77,3 +80,9 @@ class ExitStatus:
     def _refuse(self, sentence: str) -> None:
         # Every rank meets the same mistake: rank 0 alone reports it.
         self.status = EXIT_BAD_INPUT if self.live.silent else refuse(sentence)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU torch raises no error of its own for it."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from experiments import schedules, sparsity
+from experiments import reference, schedules, sparsity
 from experiments.data import Dataset
 from experiments.device import float64_device, in_float64
 from experiments.distributed import ALONE, use_local_batch_norms
@@ -252,7 +252,7 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
             stored = model.get_submodule(name).parametrizations.weight.original  # type: ignore[union-attr]
             if stored.ndim == 4 and len(stored) > 6:  # a filter with one weight left, the smallest there is
                 stored[6] *= TINY
-                edge = torch.quantile(stored.abs().flatten(), 0.99) * (1 - quantizer.logit_dz.tanh().abs())
+                edge = reference.quantile_99(stored) * (1 - quantizer.logit_dz.tanh().abs())
                 stored[6, 0, 0, 0] = 1.02 * edge
     for name, parameter in model.named_parameters():
         # What begins at zero, as a residual's scale may, lets no gradient through.

@@ -44,7 +44,8 @@ def write_report(
         return 0
     history.final = final_counts(compression)
     live.say(report.metrics_lines(history.final))
-    # What is smallest and dearest is written first, and a file that cannot be written ends nothing.
+    # The history is small and all else can be made from it, so it is written first. A file that cannot be
+    # written ends nothing.
     keep(errors, write_json, path, history.to_json())
     # A stopped run holds the weights of a half-finished epoch: do not test or export those.
     if not history.stopped:
@@ -79,15 +80,19 @@ def write_report(
         errors,
         write_whole,
         page,
-        report_page(history, settings, checks, shown).encode(errors="backslashreplace"),  # of paths
+        report_page(history, settings, checks, shown).encode(
+            errors="backslashreplace"
+        ),  # a path may be no UTF-8
     )
     live.say(report.verdict_lines(checks, colour))
     made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
     live.say(report.file_lines([p for p in (*pictures, path, table, page, *made) if p.exists()]))
-    live.say("\n".join(["", *report.failed_lines(checks, colour), report.run_line(history, checks)]))
+    found = [*history.preflight, *checks]
+    last = report.run_line(history, settings, checks)
+    live.say("\n".join(["", *report.failed_lines(found, colour), last]))
     if errors:
         raise OutputError("; ".join(map(str, errors)))
-    return EXIT_FAILED if any(check.status == FAIL for check in checks) else 0
+    return EXIT_FAILED if any(check.status == FAIL for check in found) else 0
 
 
 def keep(errors: list[OutputError], write: Callable[..., object], *arguments: Any) -> None:

@@ -80,7 +80,7 @@ class Ledger:
             self.check_rates(),
             self.check_coefficient(),
             self.check_step_counts(),
-            self.check_first_update(),
+            self.check_updates(),
             self.check_movement(),
             self.check_order(),
             self.check_cross_entropy(),
@@ -180,16 +180,42 @@ class Ledger:
             wrong, "optimizer steps", f"{steps} of each of {len(self.parameters)} parameters", cause
         )
 
-    def check_first_update(self) -> Check:
-        """The epoch's first update of every weight against AdamW's formulas, in float64."""
-        name = "first update is AdamW's"
-        values, gradients = self.batches.first_values, self.batches.first_gradients
-        if values is None:
+    def check_updates(self) -> Check:
+        """The epoch's first and last update of every weight against AdamW's formulas, in float64."""
+        name, seen, wrong = "first and last update are AdamW's", self.batches, Wrong()
+        if seen.first_values is None:
             return Check(SKIP, name, "no training step was seen")
-        wrong = Wrong()
-        parts = _split(self.parameters, self.before.values, values, *self.watch.moments)
-        flags = {}
-        for (n, (w, after, m, v)), t in zip(parts.items(), self.before.steps, strict=True):
+        began = self.before.values, self.watch.moments
+        self._compare_update(
+            "first", began, seen.first_values, seen.first_gradients, self.before.steps, wrong
+        )
+        if seen.last_began:
+            done = [max(t - 1, 0) for t in self.after.steps]
+            left = self.watch.last_gradients
+            self._compare_update("last", seen.last_began, self.after.values, left, done, wrong)
+        cause = (
+            "another optimizer, rate, decay or beta than the settings', an update outside the optimizer, "
+            "or gradients changed or cleared after it"
+        )
+        return _judge(wrong, name, f"{len(self.parameters)} parameters", cause)
+
+    def _compare_update(
+        self,
+        which: str,
+        began: tuple[Tensor, tuple[Tensor, Tensor]],
+        values: Tensor,
+        gradients: dict[str, Tensor],
+        steps: list[float],
+        wrong: Wrong,
+    ) -> None:
+        """One update: what it began with, values and moments, (P,) each, and what it left."""
+        before, moments = began
+        flags, taken = {}, zip(self.before.steps, self.after.steps, strict=True)
+        lost = [n for n, (a, b) in zip(self.parameters, taken, strict=True) if b > a and n not in gradients]
+        wrong.unless(not lost or self.may_skip, f"the {which} step leaves no gradient at {some(lost)}")
+        for (n, (w, after, m, v)), t in zip(
+            _split(self.parameters, before, values, *moments).items(), steps, strict=True
+        ):
             if n in gradients:
                 rate, decay = self._used(n)
                 g = gradients[n].flatten()
@@ -198,16 +224,12 @@ class Ledger:
                 beta2, count = self.settings.beta2, int(t) + 1
                 expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, count)
                 moved = (m.abs() + g.abs()) / ((second / (1 - beta2**count)).sqrt() + 1e-8)
-                # Over what float32 may round: 1 and less is no difference.
-                off = (after - expected).abs() / (3e-5 * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
+                # Over what float32 may round, 1 - beta2 too: 1 and less is no difference.
+                rounding = 3e-5 + 1e-7 / (1 - beta2)
+                off = (after - expected).abs() / (rounding * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
                 flags[n] = torch.where(after == 0, 0, off) if self.masked else off
         for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
-            wrong.unless(times <= 1, f"{n} is {times:.3g} times the rounding away")
-        cause = (
-            "another optimizer, rate, decay or beta than the settings', an update outside the optimizer, "
-            "or gradients changed after it"
-        )
-        return _judge(wrong, name, f"{len(flags)} parameters", cause)
+            wrong.unless(times <= 1, f"the {which} of {n} is {times:.3g} times the rounding away")
 
     def check_movement(self) -> Check:
         """Every tensor moved over the epoch, and by no more than AdamW can move it."""
@@ -336,8 +358,8 @@ class Ledger:
         if not self.ours or getattr(self.step.penalty, "__module__", "") != "experiments.sparsity":
             if wrong:
                 return _judge(wrong, name, "", cause)
-            return Check(SKIP, name, "loss = cross-entropy + coefficient x penalty; the penalty's formula is "
-                         "not this project's")  # fmt: skip
+            whose = "the formula is not known" if self.ours else "only the groups of resnet.py are known"
+            return Check(SKIP, name, f"loss = cross-entropy + coefficient x penalty; of the penalty, {whose}")
         last = self._lasso(self.weights, self.end)
         # In training mode another quantizer may give other weights than in evaluation mode.
         if c and (self.settings.penalty_on == STORED or self.settings.quantizer == Settings.quantizer):

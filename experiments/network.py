@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+import random
 import re
 from numbers import Number
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -21,6 +23,7 @@ from metrics import NetworkCount
 from src.graph import only_looks, trace_network
 
 SIZE = (3, 32, 32)  # of an image
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # on the host
 TRIED = (2, *SIZE)  # images; two, since a batch norm over one number cannot train
 
 
@@ -146,9 +149,11 @@ class _Copies(TorchFunctionMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         # A single number goes along with an operation, but not where a tensor is made of it.
         makes = function in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
-        from_host = makes or any(t.is_cpu and t.ndim for t in given)
+        moves = function in (Tensor.to, Tensor.copy_, Tensor.cuda)
+        from_host = makes or any(t.is_cpu and (t.ndim or moves) for t in given)
         listed = function in (Tensor.__getitem__, Tensor.__setitem__) and any(
-            isinstance(i, list | tuple) for i in (args[1] if isinstance(args[1], tuple) else args[1:2])
+            isinstance(i, list | tuple | range | np.ndarray)
+            for i in (args[1] if isinstance(args[1], tuple) else args[1:2])
         )
         # An operation in place may return nothing, so what it was given counts too.
         on_device = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((made, given)))
@@ -185,6 +190,7 @@ def use_of_the_host(model: nn.Module) -> HostUse:
                 # A graph writes and reads the buffers that there were, and not those that took their places.
                 rebound = [*map(id, twin.buffers())] != [*map(id, buffers)]
                 remembers = rebound or _plain_values(twin) != values
+                decides = any(isinstance(v, GENERATORS) for m in twin.modules() for v in tree_leaves(vars(m)))
             except RAISED:
                 decides = True
         return HostUse(copies.seen, decides or drawn_since(before), remembers)

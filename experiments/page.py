@@ -39,7 +39,7 @@ def report_page(
         "<!doctype html>",
         f'<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
         f"<h1>{title}</h1>",
-        f"<p>{escape(run_line(history, checks))}</p>",
+        f"<p>{escape(run_line(history, settings, checks))}</p>",
         f"<pre>{escape(_run(history, settings))}</pre>",
         f"<h2>Verdict</h2>{_table(checks)}",
         f"<h2>Epochs</h2><pre>{escape(table)}</pre>",

@@ -164,7 +164,9 @@ def trade_off_figure(
         panels[0].legend(fontsize=8)
     lines = [textwrap.fill(line, 130, break_on_hyphens=False) for line in title.splitlines()]
     figure.suptitle(
-        "\n".join([*lines, f"mean and range of up to {seeds} seeds"]), fontsize=10, parse_math=False
+        "\n".join([*lines, f"mean and range of up to {seeds} seeds" if seeds > 1 else "one seed"]),
+        fontsize=10,
+        parse_math=False,
     )
     return figure
 
@@ -202,7 +204,7 @@ def _over_epochs(history: History, title: str, panels: int = 1) -> Any:
     delay, ramp = history.settings["sparsity_delay"], history.settings["sparsity_ramp"]
     begins, ends = delay + 1, min(delay + 1 + ramp, last)  # settings count epochs from 0, the axis from 1
     for row in rows:
-        if begins < last:
+        if begins < last and history.settings["sparsity_weight"]:
             label = "the penalty's warm-up" if row is rows[0] else None
             row.axvspan(begins, ends, color=SHADE, zorder=0, label=label)
         row.set(xlim=(0.5, last + 0.5))

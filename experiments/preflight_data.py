@@ -22,7 +22,7 @@ GREY = 2e-3  # of 255 grey levels: float32 stays a hundred times closer, half pr
 WALKED = 2048  # images of the second epoch that are looked at; the first is walked wholly
 FEW = 16  # images that are looked at for the cause
 ENOUGH_TO_AVERAGE = 16  # images whose mean and standard deviation are those of the set, to a factor of two
-MIN_PROBED = 1000  # training images below which the linear probe tells nothing
+PROBED_TRAIN, PROBED_TEST = 100, 20  # images of each class below which the linear probe tells nothing
 CIFAR_IMAGES = (50_000, 10_000)  # for training and for the test; as many of each class
 STAND_IN = "synthetic stand-in"
 # What --data may give.
@@ -191,7 +191,7 @@ def labels_fit_the_images(subject: Subject) -> str:
     dataset = subject.dataset
     classes = dataset.classes
     count, tested = min(20_000, len(dataset.train_labels)), len(dataset.test_labels)
-    if count < MIN_PROBED or tested < 200:
+    if count < PROBED_TRAIN * classes or tested < PROBED_TEST * classes:
         raise NotApplicableError(f"{count} training and {tested} test images are too few")
     train, test = (_thumbnails(images) for images in (dataset.train_images[:count], dataset.test_images))
     targets = F.one_hot(dataset.train_labels[:count], classes).float() - 1 / classes

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from experiments import reference
 from experiments.draws import kept_draws
-from experiments.expect import BrokenError, Subject, expect, expect_close, stored_weight
+from experiments.expect import (
+    BrokenError,
+    NotApplicableError,
+    Subject,
+    expect,
+    expect_close,
+    stored_weight,
+)
 from experiments.history import FAIL, EpochRecord, some
 from experiments.training import TrainingStep
 from src.graph import only_looks
@@ -112,10 +119,15 @@ def schedules_are_the_settings(subject: Subject) -> str:
                     f"{what} in epoch {epoch + 1} stand at {factor:.4f} of their peak, expected {wanted:.4f}",
                     cause,
                 )
-    skipped = [w for w, own in (("rates", subject.own_rates), ("penalty", subject.own_warmup)) if not own]
-    return f"{min(settings.epochs, 1000)} epochs" + (
-        f"; SKIP of the formula of {some(skipped)}: not this project's" * bool(skipped)
-    )
+    foreign = [
+        *(["learning rates (--rate-warmup)"] if not subject.own_rates else []),
+        *(["penalty's coefficient (--sparsity-delay, --sparsity-ramp)"] if not subject.own_warmup else []),
+    ]
+    if foreign:
+        raise NotApplicableError(
+            f"the schedule of the {some(foreign)} is not this project's, so that these flags may do nothing"
+        )
+    return f"{min(settings.epochs, 1000)} epochs"
 
 
 @dataclass

@@ -74,7 +74,8 @@ def small_history(history: History) -> History:
     numbers: dict[str, Any] = {f.name: 1.37 + i for i, f in enumerate(dataclasses.fields(FinalCounts))}
     return dataclasses.replace(
         history,
-        settings=history.settings | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP)},
+        settings=history.settings
+        | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP), "sparsity_weight": 1e-3},
         epochs=[_record(epoch) for epoch in range(1, len(COEFFICIENTS) + 1)],
         final=FinalCounts(**(numbers | {"totals": {"dense_macs": 27_120}, "layers": [*counts, linear]})),
         compressed=_compressed(),

@@ -44,7 +44,7 @@ def lines_show_the_history(subject: Subject) -> str:
     history = small_history(subject.history)
     for record in history.epochs:
         _compare_row(record)
-    _compare_run_line(history)
+    _compare_run_line(history, subject.pipeline.settings)
     _compare_layer_table(history)
     _compare_csv(history)
     assert history.final and history.compressed
@@ -151,17 +151,18 @@ def _compare_row(record: EpochRecord) -> None:
     _expect_shown("a row of the table", dict(zip(names, cells, strict=True)), due)
 
 
-def _compare_run_line(history: History) -> None:
+def _compare_run_line(history: History, settings: Settings) -> None:
     """The last line, which is made to be quoted: the last epoch's numbers, and the checks that hold."""
     assert history.final and history.compressed
     checks = [Check(PASS, "a", ""), Check(PASS, "b", ""), Check(FAIL, "c", ""), Check(SKIP, "d", "")]
-    line, last = report.run_line(history, checks), history.epochs[-1]
+    line, last = report.run_line(history, settings, checks), history.epochs[-1]
     pattern = (
-        r"(\S+), seed (\S+), .*: (\S+) % accuracy, (\S+) % zeros, (\S+) % filters, (\S+) bits, BOPs "
-        r"(\S+)x / (\S+)x, (\S+) bytes, (\d+) of (\d+) checks"
+        r".*, epoch (\d+), seed (\d+), .*: (\S+) % accuracy, (\S+) % zeros, (\S+) % zero filters, "
+        r"(\S+) learned bits, BOPs (\S+)x / (\S+)x, (\S+) bytes, (\d+) of (\d+) checks.*"
     )
     found = re.fullmatch(pattern, line)
     due = {
+        "epoch": last.epoch,
         "seed": history.settings["seed"],
         "accuracy": 100 * last.accuracy,
         "zeros": 100 * last.unstructured_sparsity,
@@ -173,14 +174,26 @@ def _compare_run_line(history: History) -> None:
         "held": 2,
         "checks": 3,
     }
-    said = dict(zip(due, found.groups()[1:], strict=True)) if found else {}
+    said = dict(zip(due, found.groups(), strict=True)) if found else {}
     _expect_shown("the run's last line", said, due)
 
 
 def _compare_layer_table(history: History) -> None:
     """A row a layer: its numbers under their heads, and channels as alive, constant and nothing."""
     assert history.final
-    rows = report.layer_table(history.final.count).splitlines()[2:-1]
+    *rows, total = report.layer_table(history.final.count).splitlines()[2:]
+    _, zeros, filters, channels, left, dense = total.split()
+    layers = history.final.layers
+    summed = {
+        "zeros": 100 * sum(x.zero_weights for x in layers) / sum(x.weights for x in layers),
+        "MACs left": sum(x.structured_macs for x in layers),
+        "MACs": sum(x.dense_macs for x in layers),
+        "filters": sum(x.filters for x in layers),
+        "alive": sum(x.alive_channels for x in layers),
+    }
+    said = {"zeros": zeros, "MACs left": left, "MACs": dense, "filters": filters.partition("/")[2]}
+    said["alive"] = channels.partition("/")[0]
+    _expect_shown("the row of the totals in the layers' table", said, summed)
     for layer, row in zip(history.final.layers, rows, strict=True):
         name, bits, zeros, filters, channels, left, dense = row.split()
         said = {"bits": bits, "zeros": zeros, "MACs left": left, "MACs": dense}
@@ -278,7 +291,7 @@ def _compare_page(history: History, settings: Settings) -> None:
     assert history.final
     checks = [Check(PASS, "one <check>", "holds"), Check(FAIL, "another", "fails. Likely cause: some")]
     page = report_page(history, settings, checks, {})
-    due = [report.run_line(history, checks), *map(report.table_row, history.epochs)]
+    due = [report.run_line(history, settings, checks), *map(report.table_row, history.epochs)]
     due += report.layer_table(history.final.count).splitlines()
     due += [text for check in checks for text in (check.name, check.message)]
     missing = [text for text in due if escape(text) not in page]
@@ -297,6 +310,7 @@ def _stand_in_is_named(history: History, settings: Settings) -> None:
             ("the first lines", report.first_lines(shown, settings, history.final.count), "NOT CIFAR-10"),
             ("the pictures' title", report.picture_title(shown, settings), "NOT CIFAR-10"),
             ("the table's head", report.table_header(data), data.name),
+            ("the last line", report.run_line(shown, settings, []), "NOT CIFAR-10"),
         ):
             expect(
                 (mark in " ".join(text.split())) == synthetic,

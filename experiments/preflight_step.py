@@ -51,6 +51,7 @@ class Trace:
     cross_entropy: list[float] = field(default_factory=list)
     penalty: list[float] = field(default_factory=list)
     dead: list[list[reference.Member]] = field(default_factory=list)  # before each step
+    cleared: list[str] = field(default_factory=list)  # parameters without a gradient behind a step
 
 
 def trace_of(subject: Subject, penalised: bool) -> Trace:
@@ -82,6 +83,8 @@ def _trace(subject: Subject, penalised: bool) -> Trace:
         with same_draws():
             trace.returned.append(step(*turned, trace.coefficient, len(labels)).detach().clone())
         trace.after.append(_state(step.model))
+        had = trace.gradients[-1] if trace.gradients else {}
+        trace.cleared += [n for n, p in step.model.named_parameters() if p.grad is None and _any(had.get(n))]
     return trace
 
 
@@ -178,7 +181,9 @@ def loss_is_what_it_says(subject: Subject) -> str:
                 abs(loss - wanted) < 1e-7 * max(1, abs(wanted)),
                 f"the loss is {loss:.6f}; cross-entropy {ours:.6f} + {trace.coefficient:g} x penalty "
                 f"{penalty:.4f} = {wanted:.6f}",
-                "the penalty's coefficient is not applied, applied twice, or not reported",
+                "the penalty's coefficient is not applied, applied twice, or not reported"
+                if trace.coefficient
+                else "a further term in the loss, such as weight decay or distillation",
             )
     return f"cross-entropy + coefficient x penalty in {2 * len(trace.returned)} steps"
 
@@ -200,6 +205,12 @@ def gradients_are_the_losss(subject: Subject) -> str:
                 f"no gradient at {len(silent)} of {len(wanted)} parameters: {some(silent)}",
                 "backward is not called, gradients are cleared before the optimizer's step (zero_grad), or a "
                 "parameter is detached from the loss",
+            )
+            expect(
+                not trace.cleared,
+                f"no gradient is left behind a step at {some(trace.cleared)}",
+                "zero_grad behind the optimizer's step: the records of an epoch and the ledger read the last "
+                "step's gradients, so clear them before the next",
             )
             dead = [n for n, g in wanted.items() if not _any(g)]
             expect(

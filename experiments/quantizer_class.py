@@ -10,6 +10,7 @@ from torch import nn
 from experiments.settings import Settings, flag
 from experiments.user_code import RAISED, first_line, import_named
 from src.packing import read_codes
+from src.quantizer import MIN_BITS, DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, weight_bits
 
 ARGUMENTS = {"max_bits": "max_bits", "fixed_bits": "fixed_bit_val"}  # setting, and the constructor's argument
@@ -36,7 +37,14 @@ def find_quantizer(settings: Settings) -> Callable[[], nn.Module]:
         read_codes(model)
     except RAISED as error:
         what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"--quantizer {settings.quantizer}: {what}{first_line(error)}") from error
+        asked = "".join(
+            f", {flag(name)} {value}" for name in ARGUMENTS if (value := getattr(settings, name)) is not None
+        )
+        raise ValueError(f"--quantizer {settings.quantizer}{asked}: {what}{first_line(error)}") from error
+    if found is DeadZoneLDZCompander and settings.max_bits == MIN_BITS:
+        raise ValueError(
+            f"--max-bits is {MIN_BITS}, the fewest, so that none are learned; give --fixed-bits {MIN_BITS}"
+        )
     bits, _ = weight_bits(model[0])
     if settings.fixed_bits not in (None, bits):
         raise ValueError(

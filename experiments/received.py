@@ -80,8 +80,10 @@ class Received:
         return bool(said == found)
 
 
-def check_file(path: Path, load: Callable[[], Dataset], say: Say, model: str = "") -> Received:
-    """Check a file and tell `say` what is found. The data set is loaded once the file has been read.
+def check_file(path: Path, load: Callable[[str], Dataset], say: Say, model: str = "") -> Received:
+    """Check a file and tell `say` what is found.
+
+    The data set is loaded once the file has been read: `load` is given the name that the file says.
 
     A packed file of another network than `resnet.py`'s needs the `model` that builds it, as --model names it.
     The accuracy is measured on the data set that the file names, and never on another.
@@ -106,7 +108,7 @@ def check_file(path: Path, load: Callable[[], Dataset], say: Say, model: str = "
     else:
         network, received = open_exported(name, content)
     _say_claims(received.claims, say)
-    dataset = load()
+    dataset = load(received.claims.get("data", ""))
     say(f"Data:     {dataset.name}, {len(dataset.test_labels):,} test images ({dataset.source})")
     try:
         received.macs = count_by_torch(network)[""]
@@ -140,7 +142,9 @@ def _not_to_score(claims: Mapping[str, Any], dataset: Dataset) -> str:
     if said != dataset.name:
         return f"the accuracy is of {printable(said):.60}, which is not here; give --data and --data-dir"
     if images != len(dataset.test_labels):
-        return f"the accuracy is of {images:,} test images, and {len(dataset.test_labels):,} are here"
+        here = len(dataset.test_labels)
+        advice = f"; give --limit-test {images}" if 0 < images < here else ""
+        return f"the accuracy is of {images:,} test images, and {here:,} are here{advice}"
     return ""
 
 

@@ -77,7 +77,7 @@ def rehearse_verifying(history: History, dataset: Dataset, folder: Path, say: Sa
         return Check(SKIP, VERIFIED, "there is no packed file")
     cause = "a defect in src/packing.py, in what the file says of itself, or in experiments/received.py"
     try:
-        received = check_file(folder / PACKED, lambda: dataset, say, model if ":" in model else "")
+        received = check_file(folder / PACKED, lambda _: dataset, say, model if ":" in model else "")
     except Exception as error:  # the verdict names what is broken, and the report is still written
         return judge(False, VERIFIED, first_line(error), cause)
     accuracy = received.found.get("accuracy", math.nan)

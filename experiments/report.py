@@ -260,7 +260,7 @@ def failed_lines(checks: Sequence[Check], colour: bool = False) -> list[str]:
     return [line for c in checks if c.status == FAIL for line in check_lines(c, colour)]
 
 
-def run_line(history: History, checks: Sequence[Check]) -> str:
+def run_line(history: History, settings: Settings, checks: Sequence[Check]) -> str:
     """The run in one line, to be pasted elsewhere."""
     counted = [c for c in checks if c.status != SKIP]
     held = sum(c.status == PASS for c in counted)
@@ -268,10 +268,12 @@ def run_line(history: History, checks: Sequence[Check]) -> str:
     packed = f"{history.compressed.packed_bytes:,} bytes" if history.compressed else "not packed"
     assert final
     code = "no commit" if commit is None else commit[:7] + ("+" if commit.endswith("-dirty") else "")
+    before = sum(c.status == FAIL for c in history.preflight)
     return (
-        f"{history.settings['preset']}, seed {history.settings['seed']}, {code}: "
+        f"{picture_title(history, settings)}, seed {settings.seed}, {code}: "
         f"{100 * last.accuracy:.2f} % accuracy, {100 * last.unstructured_sparsity:.1f} % zeros, "
-        f"{100 * last.structured_sparsity:.1f} % filters, {last.learned_bits:.2f} bits, BOPs "
+        f"{100 * last.structured_sparsity:.1f} % zero filters, {last.learned_bits:.2f} learned bits, BOPs "
         f"{format_ratio(final.structured_bops_ratio)} / {format_ratio(final.unstructured_bops_ratio)}, "
         f"{packed}, {held} of {len(counted)} checks"
+        + (f", and {before} of the preflight FAIL" if before else "")
     )

@@ -15,7 +15,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {
     "float32": "float32",
     "tf32": "TF32 convolutions (all else float32)",
-    "bf16": "bf16 convolutions (all else float32)",
+    "bf16": "bf16 in the layers and between them (weights, quantizers and loss in float32)",
 }
 DATA = ("auto", "cifar10", "cifar100", "synthetic")
 STORED, QUANTIZED = "stored", "quantized"  # the weights that the penalty is on
@@ -113,7 +113,9 @@ class Settings:
         for item in fields(self):
             _check(item, getattr(self, item.name))
         if self.rehearse and self.epochs < 2:
-            raise ValueError("--rehearse is given, and --epochs is 1; expected 2 or more, to stop in between")
+            raise ValueError(
+                "--epochs is 1, and --rehearse stops in between; expected 2 or more, or --no-rehearse"
+            )
         if self.max_bits is not None and self.fixed_bits is not None:
             raise ValueError(
                 f"--max-bits is {self.max_bits} and --fixed-bits is {self.fixed_bits}; expected one of them, "
@@ -266,6 +268,14 @@ def _check(item: Field[Any], value: Any) -> None:
 class Parser(argparse.ArgumentParser):
     """One sentence for a mistake, not the whole usage."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, others = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            # argparse makes a list of --flag=--
+            if action.nargs is None and isinstance(getattr(found, action.dest, None), list):
+                self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
+        return found, others
+
     def error(self, message: str) -> NoReturn:
         raise SystemExit(refuse(f"{message}; --help lists the settings"))
 
@@ -285,9 +295,6 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     given = vars(parser.parse_args(arguments))  # only what was typed
     if "exclude_layers" in given:
         given["exclude_layers"] = tuple(given["exclude_layers"])
-    for name, value in given.items():
-        if isinstance(value, list):  # what argparse makes of --flag=--
-            parser.error(f"argument {flag(name)}: expected one argument")
     preset = given.get("preset", "debug")
     try:
         return Settings(**(PRESETS.get(preset, {}) | given))
@@ -323,7 +330,8 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _folder(text: str) -> Path:
+def folder_path(text: str) -> Path:
+    """A folder's path as a flag gives it. Raises: argparse.ArgumentTypeError for an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("'' is no folder's name; '.' is the current one")
     return Path(text)
@@ -348,5 +356,5 @@ _CONVERTERS: dict[Any, tuple[Any, str]] = {
     int | None: (lambda text: None if text == "none" else _whole_number(text), "N"),
     str: (str, "NAME"),
     float: (_number, "X"),
-    Path: (_folder, "FOLDER"),
+    Path: (folder_path, "FOLDER"),
 }

@@ -47,7 +47,7 @@ from experiments.files import lock_folder, read_file, write_whole
 from experiments.history import FAIL, History
 from experiments.live import LiveLine, spelled
 from experiments.network import network_name
-from experiments.settings import Parser, Settings, flag, parse_settings
+from experiments.settings import Parser, Settings, flag, folder_path, parse_settings
 
 NUMBERS = (int, float, int | None)
 # The settings that can be lists, in the order of the folders' names.
@@ -117,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in AXES:
         shown = " ".join(f"{value:g}" for value in LISTS.get(name, ())) or "the debug run's"
         parser.add_argument(flag(name), nargs="+", metavar="X", help=f"one run for each (default: {shown})")
-    parser.add_argument("--output-dir", type=Path, default=Path("sweep_output"), help="a folder a run in it")
+    parser.add_argument(
+        "--output-dir", type=folder_path, default=Path("sweep_output"), help="a folder a run in it"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--print", action="store_true", help="print the commands still to run, and run none")
     chosen, others = parser.parse_known_args(arguments)
@@ -258,18 +260,24 @@ def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
 def describe(history: History) -> str:
     """Describe a finished run in a few words for the sweep's own output."""
     row = results(history)
-    fails = sum(check.status == FAIL for check in history.verdict)
+    fails = _fails(history)
     return (
         f"{100 * row['accuracy']:.2f} %, BOPs {row['structured_bops_ratio']:.1f}x structured, "
-        f"{row['unstructured_bops_ratio']:.1f}x unstructured" + (f"; verdict: {fails} FAIL" if fails else "")
+        f"{row['unstructured_bops_ratio']:.1f}x unstructured" + (f"; {fails} checks FAIL" if fails else "")
     )
 
 
+def _fails(history: History) -> int:
+    """How many checks of the preflight and of the verdict failed."""
+    return sum(check.status == FAIL for check in (*history.preflight, *history.verdict))
+
+
 def why_failed(member: Member, status: int) -> str:
-    """Describe a failed run by its exit status and the last line of its log, its error message."""
+    """Describe a failed run by its exit status and the line of its log that says why, else the last one."""
     log = member.folder / LOG
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return f"FAILED with status {status}; the last line of {log}: {lines[-1] if lines else 'none'}"
+    said = [line for line in lines if line.startswith(("error: ", "FAIL  ", "stopped "))] or lines
+    return f"FAILED with status {status}; {log} says: {said[-1] if said else 'nothing'}"
 
 
 def results(history: History) -> dict[str, float]:
@@ -300,7 +308,8 @@ def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder
         if history:
             found = results(history)
             seconds = sum(epoch.seconds for epoch in history.epochs)
-            row |= found | {"status": "done", "data": history.data.name, "seconds": seconds}
+            status = f"done, {fails} checks FAIL" if (fails := _fails(history)) else "done"
+            row |= found | {"status": status, "data": history.data.name, "seconds": seconds}
             row["epochs"] = len(history.epochs)
             others = ", ".join(p for p in member.point.split(",") if not p.startswith("sparsity_weight="))
             if is_full:
@@ -310,12 +319,17 @@ def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder
             data.add(history.data.name)
         table.writerow({"status": "missing"} | row)
     write_whole(folder / CSV, text.getvalue().encode())
-    common = members[0].settings
-    what = (
-        f"{network_name(common.model)} on {', '.join(sorted(data)) or 'nothing yet'}, {common.epochs} epochs"
-    )
-    title = f"Accuracy over BOPs: {what}\npreset {common.described(but=AXES)}"
+    title = _title(members[0].settings, lists, ", ".join(sorted(data)) or "nothing yet")
     write_whole(folder / PICTURE, plots.rendered(plots.trade_off_figure(series, full, title)))
+
+
+def _title(common: Settings, lists: Mapping[str, Sequence[str]], data: str) -> str:
+    """What all runs have in common; the legend says of each series what it has for itself."""
+    differ = [name for name, values in lists.items() if len(values) > 1]
+    parts = {"model": f"{network_name(common.model)} on", "epochs": f"{common.epochs} epochs"}
+    network, epochs = ("" if name in differ else part for name, part in parts.items())
+    first = f"Accuracy over BOPs: {network} {data}".replace("  ", " ") + (f", {epochs}" if epochs else "")
+    return first if "preset" in differ else f"{first}\npreset {common.described(but=('model', *differ))}"
 
 
 if __name__ == "__main__":

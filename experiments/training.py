@@ -45,7 +45,7 @@ def pace(pace_steps: int, steps: int) -> float:
     """What the quantizers' learning rates and the weights' decay are multiplied by in a run of `steps` steps.
 
     AdamW moves a quantizer's parameter by about its learning rate a step, whatever the gradient's size, and
-    decays it by rate times decay. So in a run of more than `pace_steps` steps (0: of any length) the rates of
+    decays it by rate times decay. So in a run of more than `pace_steps` steps (0: in none) the rates of
     both parameters shrink in proportion: they travel the same way, only slower. The weights' rate stays, and
     their decay shrinks, so that they forget what they were over the same share of the run.
     """

@@ -10,7 +10,8 @@ meant for files from strangers: open those of people you trust.
 
 The last line is VERIFIED, NOT VERIFIED (what the file says of itself is not so), or NOT CHECKED (why: it says
 nothing, or what cannot be measured of it, or the data set that it was tested on is not here).
-Exit status: 0, 1 and 3 for these, 2 for bad input.
+Exit status: 0, 1 and 3 for these, 2 for bad input or where standard output cannot be written; 130 after
+Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
 import sys
@@ -21,12 +22,12 @@ if __name__ == "__main__" and not __package__:  # python experiments/verify.py, 
 
 from dataclasses import asdict
 
-from experiments.data import load_dataset
+from experiments.data import data_of, load_dataset
 from experiments.exit_status import EXIT_FAILED, EXIT_OK, ExitStatus
 from experiments.files import as_json
 from experiments.live import LiveLine
 from experiments.received import NOT_CHECKED, NOT_VERIFIED, VERIFIED, check_file
-from experiments.settings import DATA, Parser
+from experiments.settings import DATA, Parser, folder_path
 
 EXIT_NOT_CHECKED = 3
 STATUS = {VERIFIED: EXIT_OK, NOT_VERIFIED: EXIT_FAILED, NOT_CHECKED: EXIT_NOT_CHECKED}
@@ -38,10 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m experiments.verify", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="compressed.codeq or slim.pt2")
-    parser.add_argument("--data", choices=DATA, default="auto", help="as for experiments.debug_run")
+    parser.add_argument("--data", choices=DATA, default="auto", help="auto: the set that the file says")
     parser.add_argument(
         "--data-dir",
-        type=Path,
+        type=folder_path,
         default=Path("data"),
         help="folder of cifar-10-batches-py or cifar-100-python",
     )
@@ -55,7 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStatus(live, "the same command starts over") as end:
         received = check_file(
             chosen.file,
-            lambda: load_dataset(chosen.data, chosen.data_dir, None, chosen.limit_test, say),
+            lambda named: load_dataset(
+                data_of(named) if chosen.data == "auto" else chosen.data,
+                chosen.data_dir,
+                None,
+                chosen.limit_test,
+                say,
+            ),
             say,
             chosen.model,
         )

@@ -45,7 +45,10 @@ class WatchedBatches:
         self.coefficients: list[Tensor] = []
         self.replayed_others: list[Tensor] = []  # of each replay, whether its graph held another batch
         self.first_gradients: dict[str, Tensor] = {}
-        self.first_values: Tensor | None = None
+        self.first_values: Tensor | None = None  # (P,), behind the first step
+        self.last_began: tuple[Tensor, tuple[Tensor, Tensor]] | None = (
+            None  # values and moments before the last
+        )
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -56,6 +59,8 @@ class WatchedBatches:
             self.labels.append(labels)
             self.images += _ends(images)
             self.rates.append([_copied(g["lr"]) for g in self.step.optimizer.param_groups])
+            if len(self.labels) == len(self):
+                self.last_began = flat(self.parameters.values()), moments(self.step, self.parameters)
             yield images, labels
             self.coefficients.append(self.step.coefficient.clone())
             if graph := self.step.replayed:
@@ -63,9 +68,7 @@ class WatchedBatches:
                 self.replayed_others.append(~same)
             if self.first_values is None:
                 self.first_values = flat(self.parameters.values())
-                self.first_gradients = {
-                    n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None
-                }
+                self.first_gradients = {n: g.clone() for n, g in gradients(self.parameters).items()}
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class EpochWatch:
         self.quantizations = [m for m in self.model.modules() if isinstance(m, WeightQuantization)]
         self.batches: Any = WatchedBatches(pipeline.train_batches, self.step, self.parameters)
         self.before, self.weights_before = self.state(), self.weights()
-        self.moments = self._moments()
+        self.moments = moments(self.step, self.parameters)
         self.left = self.step.left
         self.passes: dict[str, list[Pass]] = {"training": [], "renewal": [], "test": []}
         self.phase = "training"
@@ -145,7 +148,7 @@ class EpochWatch:
             self.hooks.append(self.model.register_forward_hook(self._note))
         if self.norms:
             self.hooks.append(list(self.norms.values())[-1].register_forward_pre_hook(self._note_norm))
-        self.after = self.state()
+        self.after, self.last_gradients = self.state(), gradients(self.parameters)
 
     def renewed(self) -> None:
         """To be called before the test pass, whether batch norms were renewed or not."""
@@ -175,18 +178,9 @@ class EpochWatch:
         layers: Any = {name: self.model.get_submodule(name) for name in quantizers(self.model)}
         return {name: layer.parametrizations.weight().detach() for name, layer in layers.items()}
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """AdamW's first and second moments of all trained parameters, (P,) each."""
-        states = {p: self.step.optimizer.state.get(p, {}) for p in self.parameters.values()}
-        first, second = (
-            [state[name] if name in state else torch.zeros_like(p) for p, state in states.items()]
-            for name in ("exp_avg", "exp_avg_sq")
-        )
-        return flat(first, self.step.device), flat(second, self.step.device)
-
     def leave(self) -> None:
         """Note the state for the next epoch to begin with."""
-        self.step.left = _carried(self.state(), self._moments())
+        self.step.left = _carried(self.state(), moments(self.step, self.parameters))
 
     def begun(self) -> dict[str, Tensor]:
         """The state that this epoch began with."""
@@ -212,6 +206,21 @@ class EpochWatch:
         if self.phase == "renewal" and norm.training:  # one that is frozen keeps its statistics
             var, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
             self.last_norm.append((mean, var))
+
+
+def moments(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """AdamW's first and second moments of all trained parameters, (P,) each."""
+    states = {p: step.optimizer.state.get(p, {}) for p in parameters.values()}
+    first, second = (
+        [state[name] if name in state else torch.zeros_like(p) for p, state in states.items()]
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    return flat(first, step.device), flat(second, step.device)
+
+
+def gradients(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradients that the last step left, by name, not copied."""
+    return {n: p.grad.detach() for n, p in parameters.items() if p.grad is not None}
 
 
 def _carried(state: State, moments: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from src.graph import LAYERS, aten, inputs_of, is_move, is_norm, is_pointwise, kind, move, path, trace_network
+from src.graph import (
+    LAYERS,
+    aten,
+    images_along,
+    inputs_of,
+    is_move,
+    is_norm,
+    is_pointwise,
+    kind,
+    move,
+    path,
+    trace_network,
+)
 
 
 class ChannelState(IntEnum):
@@ -250,7 +262,7 @@ class _Passes:
                 self.signals[node] = Signal(self.values[node.name])
             elif node.op == "placeholder":
                 image = self.like.new_zeros(1, *self.input_size)
-                self.signals[node] = Signal(image, self._ones(image.shape))
+                self.image, self.signals[node] = node, Signal(image, self._ones(image.shape))
             elif node.op == "output":
                 self.outputs = [self.signals[n] for n in node.all_input_nodes]
             elif kind(node) in LAYERS and self._which_flow(node) == [node.args[0]]:
@@ -286,9 +298,11 @@ class _Passes:
         weight, bias = (n and self.signals[n].constant for n in (*node.args[1:3], None)[:2])
         # A view: its gradient is what this layer alone reads.
         flow = x.flow.view_as(x.flow)
-        if len(x.constant) > 1 and (kind(node) is not aten.linear or flow.ndim == 2):
-            # An image has several rows: no bias can hold what is another constant in each of them.
-            flow = flow + (x.known != x.known[:1]).any(0).to(flow.dtype)
+        along = images_along(node.args[0], self.image)
+        if along is None or (along > 0 and flow.ndim == 2):
+            # An image is several rows: no bias can hold what is another constant in each of them.
+            rows = x.known.flatten(0, -2) if kind(node) is aten.linear else x.known
+            flow = flow + (rows != rows[:1]).any(0).to(flow.dtype)
         pipe = _Flags.apply(node.target(flow, (weight != 0).to(flow.dtype), None, *node.args[3:]))
         known = x.known
         if known.any():
@@ -364,13 +378,15 @@ class _Passes:
             return x if scale is None else _Flags.apply(x * (scale != 0).view(-1, *[1] * (x.ndim - 2)))
         if kind(node) in PIPES and len(flowing) == 1 and self._flows(node.all_input_nodes[0]):
             args, _ = self._args(node, lambda s: s.constant if s.flow is None else s.flow)
-            paths = PIPES[kind(node)](node.target, *args, **node.kwargs)
+            kwargs = {name: value for name, value in node.kwargs.items() if name != "dtype"}
+            paths = PIPES[kind(node)](node.target, *args, **kwargs)
             return None if paths is None else _Flags.apply(paths)
         return None
 
     def _product(self, *factors: Any) -> Any:
         """A factor that is known to be zero lets nothing of the other through."""
-        a, b = (self.signals[f] if isinstance(f, fx.Node) else Signal(torch.as_tensor(f)) for f in factors)
+        signals = (self.signals[f] if isinstance(f, fx.Node) else Signal(f) for f in factors)
+        a, b = (s if isinstance(s.constant, Tensor) else Signal(torch.as_tensor(s.constant)) for s in signals)
         opens = [(s.known != 0) | s.varies for s in (b, a)]
         return sum(s.flow * o for s, o in zip((a, b), opens, strict=True) if s.flow is not None)
 

@@ -121,6 +121,16 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes[:1] if kind(node) in LEND else node.all_input_nodes
 
 
+def images_along(node: fx.Node, image: fx.Node) -> int | None:
+    """The dimension of a node's value, or of each of its values, along which the images lie, if any."""
+    number = str(image.meta["val"].shape[0])
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else [value]
+    sizes = [list(map(str, v.shape)) if isinstance(v, Tensor) else [] for v in values]
+    along = {of.index(number) if number in of else None for of in sizes}
+    return along.pop() if len(along) == 1 else None
+
+
 def reduced_dims(node: Any) -> list[int]:
     """The dimensions that a reduction takes together, counted from the first."""
     ndim = node.args[0].meta["val"].ndim
@@ -187,6 +197,8 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
                 program = _exported(plain, like, input_size)
                 if any(node.target is aten.view.dtype for node in program.graph.nodes):
                     raise ValueError("it reads the bytes of numbers as another type, by view(dtype)")
+                if any(node.op == "get_attr" for node in program.graph.nodes):
+                    raise ValueError("it branches or loops by torch.cond, while_loop or the like")
                 if not _make_functional(program.graph):
                     program = program.run_decompositions({})
                 if _image(program).meta["val"].shape[0] == _MANY:
@@ -268,7 +280,7 @@ def _make_functional(graph: fx.Graph) -> bool:
         elif node.target._schema.is_mutable:
             written, function = node.args[0], _function(node.target)
             near = (written, *(user for user in written.users if user is not node and user not in now))
-            if function is None or any(_may_share(other) for other in near):
+            if function is None or any(_may_share(other) for other in near) or not _gives_as(function, node):
                 return False
             node.target, now[written] = function, node
     for node in reversed(now):
@@ -282,6 +294,15 @@ def _function(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     first, *others = (a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
     packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     return None if not first or any(others) else getattr(packet, target._overloadname, None)
+
+
+def _gives_as(function: torch._ops.OpOverload, node: fx.Node) -> bool:
+    """Whether a function takes what a node is given and returns its type: x.gt_(0) keeps the type of x."""
+    try:
+        found = function(*fx.node.map_arg(node.args, lambda n: n.meta["val"]), **node.kwargs)
+    except RuntimeError:  # its arguments are of other types, as those of pow are
+        return False
+    return bool(found.dtype == node.meta["val"].dtype)
 
 
 def _may_share(node: fx.Node) -> bool:
@@ -357,31 +378,46 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
 
     Quantizers are left out, and the values of weights: both may change from count to count.
     """
-    quantized = quantized_layers(model)
-    inside = tuple(f"{name}.parametrizations" for name in quantized)
+    quantized: dict[str, Any] = quantized_layers(model)
+    inside = {m for layer in quantized.values() for m in layer.parametrizations.modules()}
     parts: list[Hashable] = []
     kept: list[Any] = []
+    order: dict[int, int] = {}  # the number of each module and tensor, by its id: what is there twice, is one
 
-    def part(value: Any) -> Hashable:
+    def part(value: Any, holders: tuple[int, ...] = ()) -> Hashable:
         if isinstance(value, int | float | str | None):
             return value
+        within = (*holders, id(value))
         if isinstance(value, list | tuple):
-            return (type(value), *map(part, value))
+            return (type(value), *(part(v, within) for v in value))
         if isinstance(value, dict):
-            return (dict, *map(part, value.items()))
+            return (dict, *(part(v, within) for v in value.items()))
+        if isinstance(value, set | frozenset):
+            return frozenset(part(v, within) for v in value)
         kept.append(value)
-        changes = isinstance(value, Tensor) and not value.is_inference()
-        return (id(value), value._version) if changes else id(value)
+        if isinstance(value, Tensor):
+            return id(value) if value.is_inference() else (id(value), value._version)
+        if hasattr(value, "tobytes"):  # an array of numpy's
+            return (id(value), value.tobytes())
+        plain = hasattr(value, "__dict__") and not callable(value) and id(value) not in holders
+        return (id(value), part(vars(value), within)) if plain else id(value)
 
-    for name, module in model.named_modules():
-        if name.startswith(inside):
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in inside:
+            continue
+        known = id(module) in order
+        parts += [name, order.setdefault(id(module), len(order))]
+        if known:
             continue
         layer: Any = module
         own_class: Any = type(layer)
         tensors = {**layer._parameters, **layer._buffers}
         if name in quantized:
             tensors["weight"], own_class = layer.parametrizations.weight.original, own_class.__bases__[0]
-        parts += [name, own_class, *sorted((n, t.shape) for n, t in tensors.items() if t is not None)]
+        numbered = (
+            (n, t.shape, order.setdefault(id(t), len(order))) for n, t in tensors.items() if t is not None
+        )
+        parts += [own_class, *sorted(numbered)]
         parts += [(k, part(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE]
         hooks = [hook for hooks in _hooks(module) for hook in hooks.values()]
         parts += [part(hook) for hook in hooks if not hasattr(hook, "only_looks")]

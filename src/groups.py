@@ -61,7 +61,7 @@ def channel_groups(
     is filter i of its conv1 and input slice i of its conv2. Then come the others: residual channel c of a
     stage, which is filter c of every conv2 in the stage and input slice c of what reads their sums.
 
-    Raises: ValueError if torch.export cannot trace the network; AssertionError if groups overlap.
+    Raises: ValueError if torch.export cannot trace the network.
     """
     walk = _Walk(model, input_size)
     sets: dict[Any, list[list[int]]] = defaultdict(list)
@@ -105,7 +105,9 @@ class _Walk:
 
     def groups(self) -> list[tuple[bool, list[Slice]]]:
         """Each channel that can go, as its slices; with it, whether it goes into a sum or a product."""
-        tied, answers = ({self._root(label) for label in labels} for labels in (self.tied, self.answers))
+        tied, answers = (
+            {self._root(label) for label in labels if label > NONE} for labels in (self.tied, self.answers)
+        )
         groups: dict[int, list[Slice]] = defaultdict(list)
         for which, label in self.slices.items():
             groups[self._root(label)].append(which)
@@ -195,7 +197,7 @@ class _Walk:
 
     def _of_channels(self, labels: Tensor) -> Tensor:
         """The labels of the channels, (C,): one that is several channels in one ties them."""
-        flat = labels[0].flatten(1) if labels.ndim > 2 else labels[0][:, None]
+        flat = labels.movedim(1, 0).flatten(1)  # an image may be several rows
         top = flat.amax(1)
         self._tie(flat, top[:, None].expand_as(flat))
         return top

@@ -31,6 +31,7 @@ from src.graph import (
     PADS,
     REDUCTIONS,
     aten,
+    images_along,
     inputs_of,
     is_move,
     is_norm,
@@ -147,6 +148,22 @@ class SlimParts(nn.Module):
         return torch.cat([part(x) for part in self.parts], 1)
 
 
+class Zeros(nn.Module):
+    """A dead layer, of which an image is several rows.
+
+    Shapes: (N, I, ...) -> (N, O, *positions), or (..., I) -> (..., O) where `positions` is None.
+    """
+
+    def __init__(self, channels: int, positions: torch.Size | None) -> None:
+        super().__init__()
+        self.channels, self.positions = channels, positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.positions is None:
+            return x.new_zeros(*x.shape[:-1], self.channels)
+        return x.new_zeros(x.shape[0], self.channels, *self.positions)
+
+
 class Constant(nn.Module):
     """The same values for every image, or for a network with nothing left the same logits."""
 
@@ -183,8 +200,7 @@ class _Builder:
         self.graph, self.parts = fx.Graph(), dict[str, Any]()
         self.held: dict[fx.Node, Any] = {}
         self.image: Any = None
-        image = next(n for n in self.account.graph.nodes if self.signals[n].flow is not None)
-        self.number = str(image.meta["val"].shape[0])  # of images
+        self.entry = next(n for n in self.account.graph.nodes if self.signals[n].flow is not None)
 
     def network(self) -> nn.Module:
         layers = {use.out: (use, channels) for use, channels in self.uses.values()}
@@ -215,17 +231,13 @@ class _Builder:
     # What the smaller network computes with
 
     def _images_along(self, node: fx.Node) -> int | None:
-        """The dimension of a node's value, or of each of its values, along which the images lie, if any."""
-        value = node.meta.get("val")
-        values = value if isinstance(value, tuple | list) else [value]
-        sizes = [list(map(str, v.shape)) if isinstance(v, Tensor) else [] for v in values]
-        along = {of.index(self.number) if self.number in of else None for of in sizes}
-        return along.pop() if len(along) == 1 else None
+        return images_along(node, self.entry)
 
     def _module(self, name: str, module: nn.Module, x: Any) -> fx.Node:
         if isinstance(module, nn.Identity):
             return x
-        # Some names are the module's own that the graph becomes.
+        first = name.partition(".")[0]  # some names are those of the module that the graph becomes
+        name = name.replace(".", "_") if first == "meta" or hasattr(fx.GraphModule, first) else name
         taken = name in self.parts or name == "meta" or hasattr(fx.GraphModule, name)
         name = f"{name}_{len(self.parts)}" if taken else name
         self.parts[name] = module
@@ -290,7 +302,8 @@ class _Builder:
     def _layer(self, use: LayerUse, channels: LayerChannels) -> _Held:
         """The smaller version of a layer and its batch norm."""
         weight, bias = use.parameters
-        if not channels.outputs.any():
+        dead = not channels.outputs.any()
+        if dead and self._images_along(use.out) == 0:
             return self._holding(use.out, None, torch.arange(0))
         if use.norm is not None:
             weight = weight * _scale(use.norm).view(-1, *[1] * (weight.ndim - 1))
@@ -300,9 +313,9 @@ class _Builder:
         if not whole:
             shift = shift[0]
         elif self._images_along(use.node) is None:  # its channels lie last, and each image has several rows
-            shift = shift[:1]
+            shift = shift.flatten(0, -2)[:1]
         # It may read constants: those that differ from row to row.
-        whole_input = whole or bool((self.held[source].index[channels.inputs] < 0).any())
+        whole_input = whole or dead or bool((self.held[source].index[channels.inputs] < 0).any())
         x = self._whole(source) if whole_input else self._settle(source).node
         index = torch.arange(len(channels.inputs)) if whole_input else self.held[source].index
         count = len(channels.inputs) if whole_input else self.held[source].count
@@ -314,8 +327,11 @@ class _Builder:
             layers.append(SlimLayer(torch.cat(kept), reads, (*options, len(outputs))))
             numbers += outputs
         name = use.name or use.node.name
-        made = self._module(name, layers[0] if len(layers) == 1 else SlimParts(layers), x)
-        order = torch.cat(numbers)
+        positions = None if whole else self.signals[use.node].constant.shape[2:]
+        nothing = Zeros(len(weight), positions)  # of as many rows as come in
+        part = nothing if dead else layers[0] if len(layers) == 1 else SlimParts(layers)
+        made = self._module(name, part, x)
+        order = torch.arange(len(weight)) if dead else torch.cat(numbers)
         if whole:
             places = torch.full([len(weight)], -1).index_copy(0, order, torch.arange(len(order)))
             made = self._module(f"{name}_places", _selection(places, len(order), -1), made)
@@ -374,7 +390,8 @@ class _Builder:
     def _sum(self, node: Any, wanted: Tensor) -> _Held | None:
         """A sum, to which what its terms do not hold is added at last."""
         shape = self.signals[node].constant.shape
-        if kind(node) is not aten.add or node.kwargs:
+        number = self.signals[node].constant.is_floating_point()  # of truth values the sum is another
+        if kind(node) is not aten.add or node.kwargs or not number:
             return None
         terms: Any = [t for t in node.args if isinstance(t, fx.Node) and self.signals[t].flow is not None]
         if len(terms) < 2 or any(self.signals[t].constant.shape != shape for t in terms):

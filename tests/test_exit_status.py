@@ -155,10 +155,15 @@ def test_an_output_that_takes_no_more_is_said_on_stderr_with_how_to_go_on_and_gi
     assert capsys.readouterr().err == f"error: {why}, so this program stopped; {ADVICE}\n"
 
 
-@pytest.mark.parametrize("error", [LostProcessError("rank 2 is gone"), Stopped(signal.SIGTERM)])
-def test_an_output_that_breaks_while_the_sentence_is_said_is_no_traceback(live, monkeypatch, capsys, error):
+@pytest.mark.parametrize(
+    ("error", "status"), [(LostProcessError("rank 2 is gone"), 1), (Stopped(signal.SIGTERM), 143)]
+)
+def test_an_output_that_breaks_while_the_sentence_is_said_is_no_traceback_and_changes_no_status(
+    live, monkeypatch, capsys, error, status
+):
+    """Ctrl-C ends the `tee` behind a program too."""
     closed = break_output(live, monkeypatch)
-    assert ended_by(error, live, good=True) == 2
+    assert ended_by(error, live, good=True) == status
     assert closed == ["closed"] and "standard output takes no more" in capsys.readouterr().err
 
 

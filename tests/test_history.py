@@ -291,7 +291,7 @@ def test_a_new_history_says_what_runs_on_what_with_which_data():
     assert torch.__version__.startswith(history.versions["torch"])
     assert (history.threads, history.processes) == (torch.get_num_threads(), 1)
     assert history.device.startswith("cpu") and "processes" not in history.device
-    assert history.precision.startswith("bf16 convolutions")
+    assert history.precision.startswith("bf16 in the layers")
     data = history.data
     assert (data.name, data.source, data.synthetic) == ("random", "made here", True)
     assert (data.train_images, data.test_images) == (12, 5)

@@ -173,7 +173,7 @@ def test_a_weight_that_something_else_writes_is_named(monkeypatch):
 
     monkeypatch.setattr(TrainingStep, "__call__", written)
     checks = found(pipeline())
-    assert failures(checks) == ["first update is AdamW's", "every parameter moves"]
+    assert failures(checks) == ["first and last update are AdamW's", "every parameter moves"]
     assert "times as far as AdamW can" in checks["every parameter moves"].message
 
 

@@ -397,6 +397,9 @@ REMEMBERS = HostUse(remembers=True)
         (COPIES, lambda net, x: x - torch.tensor([1.0, 2.0, 3.0], device=x.device).view(3, 1, 1)),
         (COPIES, lambda net, x: x[:, :, torch.arange(16)]),
         (COPIES, lambda net, x: x[:, :, [0, 1, 2]]),
+        (COPIES, lambda net, x: x[:, :, np.array([0, 2])]),
+        (COPIES, lambda net, x: x[:, :, range(3)]),
+        (COPIES, lambda net, x: x * torch.tensor(0.5).to(x.device)),
         (COPIES, lambda net, x: x - x.new_tensor([1.0, 2.0, 3.0]).view(3, 1, 1)),
         (COPIES, writing_columns([0, 2])),
         (COPIES, writing_columns((0, 2))),
@@ -436,6 +439,13 @@ def test_a_quantizer_that_counts_its_passes_is_noticed():
     network = Small()
     attach_weight_quantizers(network, ["stem", "head"], Counting, {})
     assert use_of_the_host(network) == REMEMBERS
+
+
+@pytest.mark.parametrize("generator", [np.random.default_rng(0), random.Random(0), torch.Generator()])
+def test_a_generator_of_its_own_draws_on_the_host(generator):
+    network = Small()
+    network.options = {"noise": generator}
+    assert use_of_the_host(network) == DECIDES
 
 
 def test_the_debug_runs_own_step_needs_no_host():

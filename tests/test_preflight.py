@@ -282,8 +282,9 @@ def test_what_fails_is_told_before_the_next_check_is_made(monkeypatch, tmp_path,
 
 
 def test_warn_goes_on_and_the_history_keeps_what_was_found(one_broken_check, tmp_path, capsys):
-    run(tmp_path, "--preflight", "warn")
-    assert "Epoch |" in capsys.readouterr().out
+    assert run(tmp_path, "--preflight", "warn") == 1
+    out = capsys.readouterr().out
+    assert "Epoch |" in out and out.endswith("and 1 of the preflight FAIL\n")
     history = History.from_json(json.loads((tmp_path / "history.json").read_text()))
     assert [check.status for check in history.preflight] == ["FAIL", "PASS", "SKIP"]
     assert "waits for 'first'" in history.preflight[2].message
@@ -305,6 +306,7 @@ def test_an_error_in_the_runs_own_code_is_a_fail_that_names_the_place(monkeypatc
         return penalty
 
     monkeypatch.setattr(debug_run, "coupled_group_lasso", lasso)
+    only(monkeypatch, "penalty")
     checks, status = checks_of(monkeypatch, tmp_path)
     assert status == 1 and "RuntimeError: no such layer" in str(checks["penalty"])
     assert "penalty (line" in str(checks["penalty"])

@@ -200,10 +200,12 @@ def test_help_has_the_values_of_every_preset(capsys):
 def test_one_epoch_has_no_middle(capsys):
     with pytest.raises(SystemExit):
         parse_settings(["--preset", "smoke", "--epochs", "1"])
-    assert "--rehearse is given, and --epochs is 1; expected 2 or more" in capsys.readouterr().err
+    assert "--epochs is 1, and --rehearse stops in between; expected 2 or more" in capsys.readouterr().err
 
 
-def test_a_smoke_run_cut_to_four_steps_has_both_lines_and_no_failure(small_stand_in, tmp_path, capsys):
+def test_a_smoke_run_cut_to_four_steps_has_both_lines_and_no_failure(
+    small_stand_in, quick_end, tmp_path, capsys
+):
     short = ["--preset", "smoke", "--epochs", "2", "--limit-train", "128", "--limit-test", "64"]
     main([*short, "--device", "cpu", "--threads", "1", "--preflight", "off", "--output-dir", str(tmp_path)])
     history = History.from_json(json.loads((tmp_path / "history.json").read_text()))

@@ -353,13 +353,18 @@ def finished(**changes: object) -> History:
 
 def test_a_run_is_said_in_one_line_to_be_pasted():
     checks = [Check("PASS", "a", ""), Check("SKIP", "b", ""), Check("FAIL", "c", "1. Likely cause: d")]
-    assert run_line(finished(), checks) == (
-        "debug, seed 0, 0123456: 36.00 % accuracy, 9.0 % zeros, 0.0 % filters, 7.40 bits, "
+    assert run_line(finished(), Settings(), checks) == (
+        "ResNet-20 on CIFAR-10, preset debug, epoch 3, seed 0, 0123456: 36.00 % accuracy, 9.0 % zeros, "
+        "0.0 % zero filters, 7.40 learned bits, "
         "BOPs 30.25x / 66.50x, 54,321 bytes, 1 of 2 checks"
     )
     dirty = finished(origin=Origin(commit="0123456789-dirty"), compressed=None)
-    assert "0123456+: " in run_line(dirty, checks) and "not packed" in run_line(dirty, checks)
-    assert "no commit: " in run_line(finished(origin=Origin()), checks)
+    assert "0123456+: " in run_line(dirty, Settings(), checks) and "not packed" in run_line(
+        dirty, Settings(), checks
+    )
+    assert "no commit: " in run_line(finished(origin=Origin()), Settings(), checks)
+    warned = finished(preflight=[checks[2], checks[0]])
+    assert run_line(warned, Settings(), checks).endswith("1 of 2 checks, and 1 of the preflight FAIL")
     assert failed_lines(checks) == ["FAIL  c: 1", "      Likely cause: d"]
 
 
@@ -395,7 +400,8 @@ def test_the_page_holds_verdict_tables_and_pictures_and_needs_nothing_outside_it
     (image,) = found["img"]
     assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == b"\x89PNG"
     assert {attrs.get("class") for attrs in found["td"]} >= {"PASS", "FAIL"}
-    assert "bits &lt;fall&gt;" in page and "8 &amp; 8" in page and run_line(history, checks) in page
+    assert "bits &lt;fall&gt;" in page and "8 &amp; 8" in page
+    assert html.escape(run_line(history, OVERRIDDEN, checks)) in page
     text = html.unescape(page)
     for said in (
         "Preset:    debug, with --sparsity-weight 1 --weights-lr 0.001",

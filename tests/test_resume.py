@@ -37,14 +37,19 @@ ROW = re.compile(r"^ *\d+ \|")
 RESULTS = sorted([*PICTURES, "checkpoint_0002.pt", "checkpoint_0003.pt", "compressed.codeq", "history.json",
                   "metrics.csv", "report.html", "slim.pt2"])  # fmt: skip
 
-# Importing torch takes longer than a tiny run, so one process imports it and forks for every run. The runs
-# make no more of the stand-in than they use, and time the networks once: neither is what is tested here.
+# Importing torch takes longer than a tiny run, and so does what it imports when it first traces and exports
+# a network: one process does both, and forks for every run. The runs make no more of the stand-in than they
+# use, and time the networks once: neither is what is tested here.
 FORK_SERVER = """
 import json, os, signal, sys, traceback
-import experiments.debug_run, experiments.plots, torch._dynamo, torch.export
+import experiments.debug_run, experiments.plots, torch
 from experiments import compressed, data
 from pathlib import Path
+from resnet import resnet20
+from src.graph import trace_network
 data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST, compressed.LATENCY_RUNS = 256, 128, 1
+trace_network(resnet20(), (3, 32, 32))
+compressed.exported(torch.nn.Conv2d(3, 1, 1))
 for line in sys.stdin:
     folder, arguments, code = json.loads(line)
     child = os.fork()
@@ -250,6 +255,15 @@ def test_killed_inside_write_after_write_it_ends_as_if_undisturbed(fork_server, 
     assert_same_end(fork_server.run(folder, arguments), undisturbed)
 
 
+# Where files matter, not what is in them: a file of the same size stands for the exported network.
+QUICK_END = """
+from experiments import plots
+compressed.exported = lambda *_: bytes(2 << 20)
+compressed.read_back = lambda content, network, *_: (sum(p.numel() for p in network.parameters()), 0.0)
+plots.rendered = lambda *_: b"a picture"
+"""
+
+
 # Stopped by a signal
 
 
@@ -309,12 +323,34 @@ def test_after_sigterm_a_resumed_run_says_after_which_epoch_and_ends_as_if_undis
     assert undisturbed.history["resumed"] == []
 
 
-@pytest.mark.parametrize("code", [signal_in_epoch(1, "SIGINT"), signal_at("replace", 4, "SIGINT")],
+@pytest.mark.parametrize("code", [signal_in_epoch(1, "SIGINT"), signal_at("replace", 7, "SIGINT")],
                          ids=["in the first epoch", "while the files are made"])  # fmt: skip
 def test_ctrl_c_at_any_moment_is_status_130_without_a_traceback(fork_server, tmp_path, code):
     run = fork_server.run(tmp_path, TINY, code)
     assert run.status == 130 and run.err == ""
     assert "stopped by Ctrl-C" in run.out
+
+
+OUTPUT_TAKES_NO_MORE = 'os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_breaks_with_ctrl_c_or_by_itself_costs_no_file(fork_servers, tmp_path):
+    """Ctrl-C ends the `tee` behind a run too."""
+    both = f"{OUTPUT_TAKES_NO_MORE}; os.kill(os.getpid(), signal.SIGINT)"
+    for server, name, act in zip(
+        fork_servers, ("signal", "alone"), (both, OUTPUT_TAKES_NO_MORE), strict=True
+    ):
+        server.start(
+            tmp_path / name, [*ONE_STEP, "--epochs", "4"], QUICK_END + IN_EPOCH.format(number=2, act=act)
+        )
+    interrupted, alone = (server.wait() for server in fork_servers)
+    assert interrupted.status == 130 and alone.status == 2
+    assert interrupted.err.startswith("error: stopped by Ctrl-C in epoch 2; --resume goes on")
+    assert "standard output takes no more (No space left on device)" in alone.err
+    for run in (interrupted, alone):
+        assert run.err.count("\n") == 1 and len(run.history["epochs"]) in (1, 2)
+        assert {"report.html", "accuracy_curve.png"} <= set(run.files)
 
 
 INTERRUPT_AT_IMPORT = """
@@ -455,7 +491,7 @@ def test_a_full_disk_is_said_and_costs_no_older_checkpoint(fork_server, small_di
     assert_nothing_half_written(run.output)
 
 
-TOO_LARGE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
+TOO_LARGE = QUICK_END + "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
 
 
 # Root may write where permissions forbid it, but not on a file system that is mounted read-only.
@@ -468,7 +504,7 @@ def test_files_that_may_not_be_so_large_or_have_no_folder_any_more_end_the_run_i
 ):
     fork_servers[0].start(tmp_path / "large", [*ONE_STEP, "--epochs", "1"], TOO_LARGE)
     fork_servers[1].start(
-        tmp_path / "removed", [*ONE_STEP, "--epochs", "2"], IN_EPOCH.format(number=2, act=REMOVED)
+        tmp_path / "removed", [*ONE_STEP, "--epochs", "2"], QUICK_END + IN_EPOCH.format(number=2, act=REMOVED)
     )
     large, removed = (server.wait() for server in fork_servers)
     assert (
@@ -483,7 +519,8 @@ def test_files_that_may_not_be_so_large_or_have_no_folder_any_more_end_the_run_i
 
 
 def test_a_folder_that_becomes_read_only_in_mid_run_keeps_what_it_has(fork_server, small_disk, tmp_path):
-    run = fork_server.run(tmp_path, [*ONE_STEP, "--epochs", "2"], IN_EPOCH.format(number=2, act=READ_ONLY))
+    code = QUICK_END + IN_EPOCH.format(number=2, act=READ_ONLY)
+    run = fork_server.run(tmp_path, [*ONE_STEP, "--epochs", "2"], code)
     assert "no checkpoint of epoch 2: cannot write debug_output/checkpoint_0002.pt: Read-only" in run.out
     assert run.status == 2 and run.err.count("\n") == 1 and "Read-only file system" in run.err
     assert run.files == ["checkpoint_0001.pt", "metrics.csv"]

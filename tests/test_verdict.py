@@ -15,6 +15,7 @@ from runs import EPOCHS, LAYERS, LOGITS, WEIGHTS, changed, good_run, in_every_ep
 
 from experiments import verdict
 from experiments.history import FAIL, PASS, SKIP, Check, History, LayerStart
+from experiments.settings import PRECISIONS
 from experiments.verdict import (
     compressed_agrees,
     counts_add_up,
@@ -362,7 +363,7 @@ def test_a_compressed_network_with_another_accuracy_fails(field):
 
 
 def test_bf16_may_round_the_float32_networks_predictions_otherwise():
-    history = replace(ended(right=6980, ties=20), precision="bf16 convolutions (all else float32)")
+    history = replace(ended(right=6980, ties=20), precision=PRECISIONS["bf16"])
     assert verdict.accuracy_is_the_files(history).status == PASS
 
 

@@ -86,6 +86,11 @@ def test_what_a_run_left_is_verified_on_the_data_that_it_names(name, made, tmp_p
     assert out.splitlines()[-1].startswith("VERIFIED")
 
 
+def test_without_a_data_set_it_is_the_one_that_the_file_says(made, tmp_path, capsys):
+    status, line = answer([str(tmp_path / "compressed.codeq"), "--limit-test", "40"], capsys)
+    assert status == 0 and line.startswith("VERIFIED")
+
+
 def test_the_exported_network_of_one_with_attention_is_verified_as_it_is_counted(tmp_path, capsys):
     """torch counts the products of activations in it too."""
     network = Attending()
@@ -128,7 +133,7 @@ def test_a_claim_that_does_not_hold_is_named(claim, value, network, made, tmp_pa
     ("claims", "arguments", "why"),
     [
         ({"data": "CIFAR-10"}, FEW, "the accuracy is of CIFAR-10, which is not here"),
-        ({}, FEW[:2], "the accuracy is of 40 test images, and 250 are here"),
+        ({}, FEW[:2], "the accuracy is of 40 test images, and 250 are here; give --limit-test 40"),
         ({"accuracy": None}, FEW, "says no accuracy"),
     ],
 )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from metrics import count_by_torch, count_network, of_layers
 from src.channels import trace_channels
-from src.groups import FILTERS, channel_groups
+from src.groups import FILTERS, INPUT_SLICES, channel_groups
 from src.slim import slim_network
 
 WIDTH = 8
@@ -148,6 +149,48 @@ def conv() -> nn.Conv2d:
     return nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
 
 
+def _windows(x: Tensor) -> Tensor:
+    """Four windows an image, as rows of an attention: (N, C, 12, 12) -> (4 N, 36, C)."""
+    return x.view(-1, WIDTH, 2, 6, 2, 6).permute(0, 2, 4, 3, 5, 1).reshape(-1, 36, WIDTH)
+
+
+def by_windows(net: Net, x: Tensor) -> Tensor:
+    """The constant of a channel is another one in each window."""
+    y = net.mix(_windows(x + net.position))
+    return net.last(y.view(x.shape[0], 144, WIDTH).mean(1))
+
+
+def by_dead_windows(net: Net, x: Tensor) -> Tensor:
+    y = net.mix(_windows(x)) + _windows(x)
+    return net.last(y.view(x.shape[0], 144, WIDTH).mean(1))
+
+
+def by_dead_groups(net: Net, x: Tensor) -> Tensor:
+    y = net.mix(x.reshape(x.shape[0] * 2, 4, 12, 12)).reshape(x.shape[0], WIDTH, 6, 6)
+    return pooled(net, F.max_pool2d(x, 2) * y.sigmoid())
+
+
+def by_sequence(net: Net, x: Tensor) -> Tensor:
+    """Images along the second dimension, as of recurrent layers: (L, N, C)."""
+    rows = x.flatten(2).permute(2, 0, 1)
+    return net.last((net.mix(rows) + rows).mean(0))
+
+
+def in_place(net: Net, x: Tensor) -> Tensor:
+    """Operations in place, of which the function takes other types or returns another."""
+    y = net.conv(x)
+    mask = x.clone().gt_(0.6)
+    return pooled(net, y.relu_().pow_(2) * (mask + mask))
+
+
+def either_mask(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, x * ((x > 0.6) + (net.bn(net.conv(x)) > 0)))
+
+
+def counted_places(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, x * (x > 0.5).sum((2, 3), dtype=torch.long, keepdim=True) + x * x.shape[1])
+
+
 # What is between the layers, and what it needs.
 WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     folded_groups: lambda: {"mix": nn.Conv2d(4, 4, 3, padding=1)},
@@ -175,13 +218,35 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     concatenated: lambda: {"conv": conv(), "both": nn.Conv2d(2 * WIDTH, WIDTH, 1)},
     with_prelu: lambda: {"conv": conv(), "prelu": nn.PReLU(WIDTH)},
     awkward_names: lambda: {"code": conv(), "graph": conv()},
+    by_windows: lambda: {
+        "mix": nn.Linear(WIDTH, WIDTH),
+        "position": nn.Parameter(torch.randn(1, WIDTH, 12, 12)),
+    },
+    by_dead_windows: lambda: {"mix": dead(nn.Linear(WIDTH, WIDTH))},
+    by_dead_groups: lambda: {"mix": dead(nn.Conv2d(4, 4, 3, 2, padding=1))},
+    by_sequence: lambda: {"mix": dead(nn.Linear(WIDTH, WIDTH))},
+    in_place: lambda: {"conv": conv()},
+    either_mask: lambda: {"conv": conv(), "bn": nn.BatchNorm2d(WIDTH)},
+    counted_places: dict,
 }
+
+
+SEVERAL_ROWS = (folded_groups, by_windows, by_dead_windows, by_dead_groups, by_sequence)
+
+
+def dead(layer: nn.Module) -> nn.Module:
+    """Mark a layer as one to be wholly dead."""
+    layer.dead = True
+    return layer
 
 
 def planted(way: Way, seed: int) -> Net:
     torch.manual_seed(seed)
     model = plant(Net(way, WAYS[way]()), seed, 0.3)
     with torch.no_grad():
+        for layer in model.modules():
+            if hasattr(layer, "dead"):
+                layer.weight.zero_()
         # Dead filters that leave constants of both signs, so that what is made of them shows.
         model.first.weight[[1, 5]] = 0
         model.norm.bias[[1, 5]] = torch.tensor([0.5, 0.9], dtype=torch.float64)
@@ -193,9 +258,10 @@ def planted(way: Way, seed: int) -> Net:
 def test_it_is_counted_grouped_and_made_smaller(way):
     for seed in range(3):
         model = planted(way, seed)
-        if way is not folded_groups:  # of which an image is several rows, while the probe looks at one
+        if way not in SEVERAL_ROWS:  # an image is several rows, while the probe looks at one
             assert_nothing_claimed_is_wrong(model, trace_channels(model, SMALL), SMALL)
         assert_smaller_is_the_same(model, SMALL)
+        assert not trace_channels(model, SMALL).layers["first"].outputs[[1, 5]].any()
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
         channel_groups(model, layers, SMALL)
 
@@ -283,6 +349,83 @@ def test_a_module_that_is_registered_twice_is_one_layer():
     count = count_network(plant(model, 0, 0.2), SMALL)
     assert [layer.name for layer in count.layers] == ["0", "1.0", "4"]
     assert_smaller_is_the_same(model, SMALL)
+
+
+def test_a_module_that_is_used_once_more_is_another_network():
+    def macs(*blocks: nn.Module) -> int:
+        return count_network(nn.Sequential(nn.Conv2d(3, WIDTH, 1), *blocks), SMALL).total("dense_macs")
+
+    block, other = conv(), conv()
+    of_one = 9 * 144 * WIDTH**2
+    stem = 144 * 3 * WIDTH
+    assert [(macs(*[block] * n) - stem) // of_one for n in (2, 5, 3)] == [2, 5, 3]
+    assert macs(block, other, block) == macs(block, other, other) == stem + 3 * of_one
+
+
+def test_what_a_forward_looks_at_makes_another_network():
+    class Config:
+        def __init__(self) -> None:
+            self.gate, self.itself = True, self
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.active, self.config, self.which = {0, 1, 2}, Config(), np.ones(3)
+            self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i, layer in enumerate(self.layers):
+                if i in self.active and self.which[i] > 0 and (self.config.gate or i == 0):
+                    x = layer(x)
+            return x
+
+    model, one = Looking(), 144 * 9
+
+    def layers() -> int:
+        return sum(layer.dense_macs for layer in count_network(model, SMALL).layers) // one
+
+    found = [layers()]
+    model.active.discard(2)
+    found.append(layers())
+    model.active.add(2)
+    model.which[1] = 0
+    found.append(layers())
+    model.which[1], model.config.gate = 1, False
+    assert [*found, layers()] == [3, 2, 2, 1]
+
+
+def test_a_network_that_branches_by_cond_is_refused_in_a_sentence():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 10, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (self.layer(x).flatten(1),))
+
+    with pytest.raises(ValueError, match="cond"):
+        count_network(Branching(), SMALL)
+
+
+def test_a_layer_in_a_container_called_graph_is_made_smaller():
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph, self.meta = nn.Sequential(nn.Conv2d(3, WIDTH, 1)), nn.Sequential(nn.Linear(WIDTH, 10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.meta(self.graph(x).mean((2, 3)))
+
+    assert_smaller_is_the_same(plant(Held(), 0, 0.3), SMALL)
+
+
+def test_channels_of_folded_rows_go_together():
+    """Channel c and channel c + 4 are read by the same input slice."""
+    model = Net(folded_groups, WAYS[folded_groups]() | {"between": conv()})
+    model.way = lambda net, x: folded_groups(net, F.relu(net.between(x)))
+    groups = channel_groups(model, ["between", "mix"], SMALL)
+    (found,) = [g for g in groups if ("mix", INPUT_SLICES) in g.members]
+    assert found.channels == 4 and [member for member, _ in found.members].count("between") == 2
 
 
 def test_an_output_without_channels_is_made_smaller():
