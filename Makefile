@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run smoke test faults bench
+.PHONY: run smoke test test-all faults bench
 
 run: $(VENV)/run-ready
 	$(BIN)/python -m experiments.debug_run $(ARGS)
@@ -11,11 +11,13 @@ run: $(VENV)/run-ready
 smoke: $(VENV)/run-ready
 	$(BIN)/python -m experiments.debug_run --preset smoke $(ARGS)
 
-test: $(VENV)/test-ready
+test-all: ALL = -m ""
+
+test test-all: $(VENV)/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy & types=$$!; OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
-		--no-loadscope-reorder && wait $$types
+		--no-loadscope-reorder $(ALL) && wait $$types
 
 faults: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(ARGS)

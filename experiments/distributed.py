@@ -64,14 +64,7 @@ class Processes:
 
 
 ALONE = Processes()
-TORCHRUNS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # variables
+TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # its variables
 
 
 def _guarded(collective: Any, *arguments: Any) -> None:
@@ -105,7 +98,7 @@ def join_processes() -> Processes:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _guarded(dist.init_process_group, backend)
-    local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, local_count)
 
 

@@ -308,7 +308,7 @@ def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder
         if history:
             found = results(history)
             seconds = sum(epoch.seconds for epoch in history.epochs)
-            status = f"done, {fails} checks FAIL" if (fails := _fails(history)) else "done"
+            status = f"done, {fails} FAIL" if (fails := _fails(history)) else "done"
             row |= found | {"status": status, "data": history.data.name, "seconds": seconds}
             row["epochs"] = len(history.epochs)
             others = ", ".join(p for p in member.point.split(",") if not p.startswith("sparsity_weight="))

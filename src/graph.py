@@ -197,10 +197,10 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
                 program = _exported(plain, like, input_size)
                 if any(node.target is aten.view.dtype for node in program.graph.nodes):
                     raise ValueError("it reads the bytes of numbers as another type, by view(dtype)")
-                if any(node.op == "get_attr" for node in program.graph.nodes):
-                    raise ValueError("it branches or loops by torch.cond, while_loop or the like")
                 if not _make_functional(program.graph):
                     program = program.run_decompositions({})
+                if any(node.op == "get_attr" for node in program.graph.nodes):
+                    raise ValueError("it branches or loops by torch.cond, while_loop or the like")
                 if _image(program).meta["val"].shape[0] == _MANY:
                     _free_number_of_images(program.graph, _image(program))
         except Exception as error:

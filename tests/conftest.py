@@ -7,9 +7,11 @@ import pytest
 # The workers of pytest-xdist ignore SIGTERM, and so would the programs that tests start.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-# A job that a shell puts in the background ignores Ctrl-C, and so would what the tests start.
+# A job in the background ignores Ctrl-C, one of nohup SIGHUP, and so would what the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -35,6 +37,7 @@ def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG = (
     "test_faults",
     "test_resume",
+    "test_torchrun",
     "test_distributed",
     "test_bad_input",
     "test_debug_run",

@@ -165,12 +165,16 @@ def test_the_smaller_network_goes_through_torch_export_and_onnx_runtime(tmp_path
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+LARGE = ("densenet121", "convnext_tiny", "resnet50", "regnet_y_400mf", "efficientnet_b0")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in TORCHVISION]
+)
 def test_the_networks_of_torchvision_are_counted(name):
     model = of_torchvision(name).double()
-    account = trace_channels(model, CIFAR)
-    assert all(b.split(" in ")[0] in {"aten.layer_norm"} for b in account.barriers)
     count = count_network(model, CIFAR)
+    assert all(b.split(" in ")[0] in {"aten.layer_norm"} for b in count.barriers)
     by_torch = count_by_torch(model.float(), CIFAR)[""]
     assert count.total("dense_macs") == by_torch
     planted = plant(model, 1, 0.15)
@@ -576,7 +580,7 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize("way", ["beside", *WRITTEN])
 def test_numbers_beside_the_channels_are_no_channels(way):
-    for seed in range(4):
+    for seed in range(2):
         assert_smaller_is_the_same(plant(Joined(way), seed, 0.3), SMALL)
 
 

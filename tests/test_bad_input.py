@@ -657,12 +657,13 @@ def test_a_value_at_the_end_of_its_range_is_taken_as_it_is(name: str, value: Any
 
 
 @pytest.fixture
-def quick(here: Path, quick_end: None) -> Path:
+def quick(here: Path, quick_end: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs in `here` take a second."""
+    monkeypatch.setattr("experiments.plots.figures", lambda *_: dict.fromkeys(PICTURES))
     return here
 
 
-QUICK = f"{SYNTHETIC} --device cpu --threads 1 --epochs 1 --preflight off"
+QUICK = f"{SYNTHETIC} --device cpu --threads 1 --epochs 1 --preflight off --model own_networks:Small"
 
 
 def assert_ended_well_or_was_refused_before_the_work(
@@ -859,7 +860,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future
     (received_file := tmp_path_factory.mktemp("received") / "a.codeq").write_bytes(packed_network())
     with ThreadPoolExecutor(2) as pool:
         futures = {}
-        for name, place in (RUNS | REFUSED | UNHEARD).items():
+        for name, place in (REFUSED | UNHEARD | RUNS).items():
             folder = tmp_path_factory.mktemp("place")
             if place.command == VERIFY_HERE:
                 shutil.copy(received_file, folder)
@@ -868,6 +869,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future
         pool.shutdown(cancel_futures=True)  # With only some of the tests selected, some runs are not needed.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_in_strange_surroundings_a_run_still_ends_with_its_report(
     ended: dict[str, Future[Ended]], name: str
@@ -880,6 +882,7 @@ def test_in_strange_surroundings_a_run_still_ends_with_its_report(
     assert done.status == any(check["status"] == "FAIL" for check in history["verdict"])
 
 
+@pytest.mark.slow
 def test_on_a_narrow_terminal_the_live_line_stays_one_line(ended: dict[str, Future[Ended]]) -> None:
     out = ended["a terminal of 20 columns, and a home that is a file"].result().out.decode()
     live = [piece.partition("\r")[0].rstrip("\n") for piece in out.split("\r\x1b[K")[1:]]

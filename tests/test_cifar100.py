@@ -39,7 +39,7 @@ def write_cifar100(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two epochs with its preflight; its data are in data/, its files in out/."""
+    """The folder of a run of two epochs, its data checked; they are in data/, and its files in out/."""
     folder = tmp_path_factory.mktemp("cifar100")
     sums = write_cifar100(folder / "data")
     made = replace(
@@ -51,10 +51,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.device.keep_freed_memory", lambda: True)
         patch.setattr("experiments.compressed.LATENCY_RUNS", 1)
+        of_data = tuple(check for check in CHECKS if check[0].startswith(("data", "model")))
+        patch.setattr("experiments.preflight.CHECKS", of_data)
         patch.setattr("experiments.plots.rendered", lambda *_: b"a picture")
         patch.setitem(cifar.CIFARS, "cifar100", made)
         flags = (
-            f"--preset smoke --data cifar100 --limit-train {TRAIN} --limit-test {TEST} --epochs 2 --threads 1"
+            f"--preset smoke --data cifar100 --limit-train {TRAIN} --limit-test {TEST} --epochs 2 "
+            f"--batch-size 200 --threads 1"
         )
         folders = ["--data-dir", str(folder / "data"), "--output-dir", str(folder / "out")]
         main([*flags.split(), "--no-rehearse", *folders])

@@ -115,7 +115,8 @@ def test_torchrun_says_how_many_processes_this_machine_has(monkeypatch):
     answers = {"is_torchelastic_launched": True, "init_process_group": None}
     for name, answer in (answers | {"get_rank": 3, "get_world_size": 6}).items():
         monkeypatch.setattr(distributed.dist, name, lambda *_, answer=answer: answer)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in distributed.TORCHRUNS:
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert join_processes() == Processes(rank=3, count=6, local_rank=1, local_count=2)
 
@@ -188,12 +189,12 @@ torch.set_num_threads(1)
 
 def digits():
     torch.manual_seed(0)
-    images, labels = torch.randint(256, (96, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (96,))
+    images, labels = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (32,))
     model = resnet20()
     attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
     model.to(memory_format=torch.channels_last)
     step = TrainingStep(model, make_optimizer(model, Settings()), coupled_group_lasso(model))
-    batches = TrainBatches(Dataset("", "", True, 10, images, labels, images, labels), 48, 0, "cpu")
+    batches = TrainBatches(Dataset("", "", True, 10, images, labels, images, labels), 16, 0, "cpu")
     losses = [train_epoch(step, batches, epoch, 0.01) for epoch in (0, 1)]
     values = b"".join(v.contiguous().numpy().tobytes() for v in model.state_dict().values())
     grads = b"".join(p.grad.contiguous().numpy().tobytes() for p in model.parameters())

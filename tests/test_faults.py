@@ -58,6 +58,7 @@ def test_the_cause_is_right_by_the_line_that_names_it() -> None:
     assert rights == ["yes", "later", "no", "-"]
 
 
+@pytest.mark.slow
 def test_one_fault_of_every_area_is_noticed_and_the_sources_raise_no_alarm() -> None:
     ended = subprocess.run(
         [sys.executable, ROOT / "tests" / "faults.py", "--fast", "--workers", "1"],

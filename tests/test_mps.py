@@ -133,6 +133,7 @@ def test_the_emulation_notices_both(host_and_device):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_stand_in", "quick_end")
 def test_a_run_asks_nothing_of_mps_that_it_cannot_do(host_and_device, tmp_path):
     short = "--data synthetic --limit-train 64 --limit-test 32 --batch-size 32 --epochs 1 --sparsity-delay 0"

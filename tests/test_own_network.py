@@ -277,12 +277,12 @@ def test_a_network_that_is_random_in_training_raises_no_alarm(run):
 
 
 ALL = (
-    *("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "Recurrent", "OddNorms"),
+    *("Tutorial", "Perceptron", "Kitchen", "Casting", "Attending", "Transforming", "OddNorms"),
     *("Recomputing", "Fourier", "BegunAtZero", "Adapted"),
 )
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, pytest.param("Recurrent", marks=pytest.mark.slow)])
 def test_what_people_write_raises_no_alarm(run, tmp_path, capsys, name):
     history, status, _ = run(f"{HERE}:{name}", "--epochs", "1")
     failed = [check for check in (*history.preflight, *history.verdict) if check.status == "FAIL"]

@@ -167,7 +167,8 @@ def test_what_cannot_be_a_quantizer_is_refused_in_one_sentence_before_the_data(
 @pytest.mark.parametrize(
     ("name", "penalty_on"),
     [
-        *(("Drawing", "stored"), ("Drawing", "quantized")),
+        ("Drawing", "stored"),
+        pytest.param("Drawing", "quantized", marks=pytest.mark.slow),
         *(
             ("Centred", "stored"),
             ("InFloat32", "stored"),

@@ -342,12 +342,11 @@ def test_a_title_with_dollar_signs_is_drawn_as_it_is_and_not_as_a_formula(title)
         per_layer_figure(COUNT, title),
         channels_over_time_figure(good_run(), title),
     ]
+    rendered(drawn[0])
     for figure in drawn:
-        rendered(figure)
         assert figure.axes[0].get_title().splitlines()[0] == title
         assert not figure.axes[0].title.get_parse_math()
     sweep = trade_off_figure({}, {}, title)
-    rendered(sweep)
     assert sweep.get_suptitle().splitlines()[0] == title and not sweep._suptitle.get_parse_math()
 
 

@@ -121,7 +121,6 @@ def test_another_data_set_than_was_asked_for_is_named(monkeypatch, tmp_path):
         ("--preset", "plan", "--limit-train", "20", "--batch-size", "7", "--limit-test", "9", "--seed", "5"),
         ("--exclude-layers", ".", "--batch-size", "1", "--limit-train", "3"),
         ("--fixed-bits", "4", "--sparsity-weight", "0", "--precision", "bf16"),
-        ("--quantizer", f"{HERE}:Ternary", "--epochs", "3"),
     ],
     ids=" ".join,
 )
@@ -133,6 +132,7 @@ def test_no_check_fails_on_a_pipeline_that_works(monkeypatch, tmp_path, capsys, 
     assert re.search(r"\d+ checks hold, \d+ s", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_no_check_fails_on_a_run_that_resumes_with_moments_and_a_dead_layer(monkeypatch, tmp_path):
     run(tmp_path, "--preflight", "off", "--epochs", "1", "--sparsity-delay", "0", "--sparsity-ramp", "0")
     checkpoint = load_checkpoint(checkpoint_path(tmp_path, 1))

@@ -15,7 +15,7 @@ from src.packing import pack_network, unpack_network
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantizers
 
-FEW = settings(max_examples=10, deadline=None, derandomize=True)
+FEW = settings(max_examples=4, deadline=None, derandomize=True)
 
 
 def quantized(deaths: Deaths, exclude: list[str], bits: float = 0.7) -> ResNet:

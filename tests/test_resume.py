@@ -1,6 +1,6 @@
 """Runs that are stopped or killed, or whose disk fills up, end once resumed as an undisturbed run does.
 
-    KILLS=50 python -m pytest tests/test_resume.py
+    KILLS=50 python -m pytest -m slow tests/test_resume.py
 
 kills runs 50 times at random moments; without KILLS it is 3 times.
 """
@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,13 +210,6 @@ def kill_and_resume(undisturbed: ForkedRun, folder: Path) -> int:
                 return ends
 
 
-@pytest.fixture(scope="module", autouse=True)
-def killing(undisturbed, tmp_path_factory) -> Iterator[Future[int]]:
-    """Kill runs while the other tests go on; the last test of this file looks at the result."""
-    with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(kill_and_resume, undisturbed, tmp_path_factory.mktemp("killed"))
-
-
 # The process sends itself a signal just before a file's bytes are forced to the disk, or before the file gets
 # its name. Files are written in this order: three checkpoints, each with
 # metrics.csv, then history.json, the networks, the pictures and report.html.
@@ -242,10 +234,11 @@ def signal_at(name: str, at: int, signal: str = "SIGKILL") -> str:
     return AT_CALL.format(owner="pathlib.Path", name="replace", at=at, half="pass", signal=signal)
 
 
+@pytest.mark.slow
 def test_killed_inside_write_after_write_it_ends_as_if_undisturbed(fork_server, undisturbed, tmp_path):
-    """The kills hit the first checkpoint, the second, the third, and the first file after these."""
+    """The kills hit the first checkpoint, the second, and the first file after the last."""
     folder, arguments = tmp_path / "run", TINY
-    for name, at in (("fsync", 1), ("replace", 3), ("fsync", 3), ("replace", 3)):
+    for name, at in (("fsync", 1), ("fsync", 3), ("replace", 5)):
         run = fork_server.run(folder, arguments, signal_at(name, at))
         assert run.status == -signal.SIGKILL and run.err == ""
         assert_nothing_half_written(run.output)
@@ -586,8 +579,6 @@ def test_layers_at_their_limits_are_trained_and_reported_like_any_other(fork_ser
     assert layers["layer1.2.conv1"]["zero_weights"] < layers["layer1.2.conv2"]["zero_weights"]
 
 
-# The result of the kills that went on beside all these tests
-
-
-def test_killed_at_random_moments_and_resumed_it_ends_as_if_undisturbed(killing):
-    assert killing.result() >= 1
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_undisturbed(undisturbed, tmp_path):
+    assert kill_and_resume(undisturbed, tmp_path) >= 1

@@ -41,7 +41,7 @@ def history(settings: dict[str, Any], accuracy: float, ratio: float) -> dict[str
     run = runs.changed(runs.good_run(2), {1: {"seconds": 1.5}, 2: {"seconds": 2.0, "accuracy": accuracy}})
     run.data = replace(run.data, name="synthetic stand-in")
     run.settings, run.final = settings, runs.final(**dict.fromkeys(sweep.RATIOS, ratio))
-    run.verdict = [Check("PASS", "a", "b"), Check("FAIL", "c", "d")]
+    run.verdict = [Check("PASS", "a", "b"), Check("PASS", "c", "d")]
     return json.loads(json.dumps(run.to_json()))
 
 
@@ -340,6 +340,20 @@ def test_every_number_preset_and_network_is_an_axis_and_full_precision_follows_t
     assert {*AXES} == numbers | {"preset", "model"}
 
 
+def test_a_run_whose_checks_fail_is_marked(working_folder):
+    lists = {"sparsity_weight": ["0.001"], "seed": ["0"]}
+    failing, passing = plan(Path("sweep_output"), lists, SMALL)
+    for member in (failing, passing):
+        finish(member)
+    path = failing.folder / "history.json"
+    kept = json.loads(path.read_text())
+    kept["verdict"][1]["status"] = "FAIL"
+    path.write_text(json.dumps(kept))
+    sweep.gather([failing, passing], lists, Path("sweep_output"))
+    assert [row["status"] for row in rows(Path("sweep_output"))] == ["done, 1 FAIL", "done"]
+    assert sweep.describe(failing.history()).endswith("; 1 checks FAIL")
+
+
 def test_table_and_picture_are_there_after_every_member_with_the_time_left(
     working_folder, endings, capsys, monkeypatch
 ):
@@ -370,8 +384,9 @@ MEMBERS_ARE_QUICK = """
 import sys
 
 if "experiments.debug_run" in sys.orig_argv:
-    from experiments import compressed, data
+    from experiments import compressed, data, plots
 
+    plots.rendered = lambda *_: b"a picture"
     data.SYNTHETIC_TRAIN, data.SYNTHETIC_TEST = 64, 32
     compressed.exported = lambda network, claims: b"an exported network"
     compressed.read_back = lambda content, network, *_: (sum(p.numel() for p in network.parameters()), 0.0)
@@ -391,6 +406,7 @@ def children(pid: int) -> Iterator[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="the test finds the members in /proc")
+@pytest.mark.slow
 def test_a_killed_member_and_a_stopped_sweep_are_made_good_by_the_same_command(tmp_path):
     command = [sys.executable, "-m", "experiments.sweep", *ONE_POINT]
     process = subprocess.Popen(
