@@ -149,6 +149,7 @@ def test_the_smaller_network_has_the_same_logits_and_the_counted_multiplications
     assert_smaller_is_the_same(model, SMALL)
 
 
+@pytest.mark.slow
 def test_the_smaller_network_goes_through_torch_export_and_onnx_runtime(tmp_path):
     model = plant(Mixed(), 3, 0.2)
     small, x = assert_smaller_is_the_same(model, SMALL), images(5, SMALL).float()

@@ -855,12 +855,13 @@ def run_in(place: Place, folder: Path) -> Ended:
     return Ended(process.returncode, out + (rest or b""), err.decode(), output_dir)
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
+def all_in(
+    places: dict[str, Place], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Ended]]]:
     (received_file := tmp_path_factory.mktemp("received") / "a.codeq").write_bytes(packed_network())
     with ThreadPoolExecutor(2) as pool:
         futures = {}
-        for name, place in (REFUSED | UNHEARD | RUNS).items():
+        for name, place in places.items():
             folder = tmp_path_factory.mktemp("place")
             if place.command == VERIFY_HERE:
                 shutil.copy(received_file, folder)
@@ -869,12 +870,22 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future
         pool.shutdown(cancel_futures=True)  # With only some of the tests selected, some runs are not needed.
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
+    yield from all_in(REFUSED | UNHEARD, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
+    yield from all_in(RUNS, tmp_path_factory)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_in_strange_surroundings_a_run_still_ends_with_its_report(
-    ended: dict[str, Future[Ended]], name: str
+    reported: dict[str, Future[Ended]], name: str
 ) -> None:
-    done = ended[name].result()
+    done = reported[name].result()
     assert "Traceback" not in done.err, done.err
     assert done.status in (0, 1), done
     history = json.loads((done.output_dir / "history.json").read_text())
@@ -883,8 +894,8 @@ def test_in_strange_surroundings_a_run_still_ends_with_its_report(
 
 
 @pytest.mark.slow
-def test_on_a_narrow_terminal_the_live_line_stays_one_line(ended: dict[str, Future[Ended]]) -> None:
-    out = ended["a terminal of 20 columns, and a home that is a file"].result().out.decode()
+def test_on_a_narrow_terminal_the_live_line_stays_one_line(reported: dict[str, Future[Ended]]) -> None:
+    out = reported["a terminal of 20 columns, and a home that is a file"].result().out.decode()
     live = [piece.partition("\r")[0].rstrip("\n") for piece in out.split("\r\x1b[K")[1:]]
     steps = [text for text in live if text.startswith("epoch 1")]
     assert steps and max(map(len, steps)) < 20

@@ -37,6 +37,9 @@ def write_cifar100(folder: Path) -> dict[str, str]:
     return sums
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two epochs, its data checked; they are in data/, and its files in out/."""

@@ -205,6 +205,7 @@ print(keep_freed_memory(), digits() == without, keep_freed_memory(), digits() ==
 """
 
 
+@pytest.mark.slow
 def test_keeping_freed_memory_changes_no_bit_of_losses_weights_and_gradients():
     done = subprocess.run(
         [sys.executable, "-c", WITH_AND_WITHOUT],

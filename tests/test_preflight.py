@@ -118,7 +118,21 @@ def test_another_data_set_than_was_asked_for_is_named(monkeypatch, tmp_path):
     "arguments",
     [
         (),
-        ("--preset", "plan", "--limit-train", "20", "--batch-size", "7", "--limit-test", "9", "--seed", "5"),
+        pytest.param(
+            (
+                "--preset",
+                "plan",
+                "--limit-train",
+                "20",
+                "--batch-size",
+                "7",
+                "--limit-test",
+                "9",
+                "--seed",
+                "5",
+            ),
+            marks=pytest.mark.slow,
+        ),
         ("--exclude-layers", ".", "--batch-size", "1", "--limit-train", "3"),
         ("--fixed-bits", "4", "--sparsity-weight", "0", "--precision", "bf16"),
     ],

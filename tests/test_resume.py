@@ -470,6 +470,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_no_older_checkpoint(fork_server, small_disk, tmp_path):
     run = fork_server.run(tmp_path, ONE_STEP)
     assert "no checkpoint of epoch 3: cannot write debug_output/checkpoint_0003.pt: No space left" in run.out
@@ -528,6 +529,7 @@ watched, normalise = batches.batches, batches.batches.normalise
         watched.normalise = lambda images: normalise(images) * float("nan")"""
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_in_bf16_and_a_bad_image_stop_the_run_with_what_and_where(
     fork_servers, tmp_path
 ):
@@ -568,6 +570,7 @@ experiments.debug_run.TrainingStep = harmed
 """
 
 
+@pytest.mark.slow
 def test_layers_at_their_limits_are_trained_and_reported_like_any_other(fork_server, tmp_path):
     run = fork_server.run(tmp_path, [*ONE_STEP, "--epochs", "1"], AT_THEIR_LIMITS)
     assert run.status in (0, 1) and run.err == "" and len(run.rows) == 1
