@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from experiments.data import TestBatches
 from experiments.device import without_tf32
@@ -155,6 +155,8 @@ def exported(network: nn.Module, claims: dict[str, Any] | None = None) -> bytes:
     on_cpu = copy.deepcopy(network).cpu().eval()
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(on_cpu, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=(batch,))
+    for node in (n for m in program.graph_module.modules() for n in getattr(m, "graph", fx.Graph()).nodes):
+        node.meta.pop("stack_trace", None)  # the file goes to others, and this names its maker's folders
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={CLAIMS_FILE: json.dumps(claims or {})})
     return with_checksum(content.getvalue())

@@ -266,7 +266,10 @@ def passes_preflight(subject: Subject, settings: Settings, live: LiveLine) -> bo
     began = time.perf_counter()
     checks = subject.history.preflight = preflight(subject, live.progress, tell)
     live.say(report.preflight_line(checks, time.perf_counter() - began))
-    return settings.preflight == "warn" or all(check.status != FAIL for check in checks)
+    passes = settings.preflight == "warn" or all(check.status != FAIL for check in checks)
+    if not passes and settings.preflight == "stop":
+        live.say("           the run ends here; --preflight warn goes on all the same")
+    return passes
 
 
 def begin(settings: Settings, processes: Processes, live: LiveLine) -> None:

@@ -105,6 +105,8 @@ def check_file(path: Path, load: Callable[[str], Dataset], say: Say, model: str 
             network, received = _open_packed(content, say, model)
         except PackingError as error:
             raise ValueError(f"{name}: {error}; get the file again") from None
+    elif model:
+        raise ValueError(f"{name} brings its network with it, and --model is {model!r}; leave --model out")
     else:
         network, received = open_exported(name, content)
     _say_claims(received.claims, say)

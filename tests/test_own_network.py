@@ -473,9 +473,9 @@ def test_a_resnet_that_a_callable_returns_may_be_trained_already(run):
     assert main([*SHORT, "--model", f"{HERE}:trained", "--preflight", "only"]) == 0
 
 
-def test_a_network_that_is_cut_in_two_is_caught(run):
+def test_a_network_that_is_cut_in_two_is_caught(run, capsys):
     status = main([*SHORT, "--model", f"{HERE}:Cut", "--preflight", "only"])
-    assert status == 1
+    assert status == 1 and "detached or dead" in " ".join(capsys.readouterr().out.split())
 
 
 def test_barriers_are_named_in_the_first_lines_and_in_the_history(run):

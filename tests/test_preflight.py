@@ -277,7 +277,7 @@ def test_a_check_that_fails_stops_the_run_with_its_figures_and_cause_and_touches
     assert run(tmp_path) == 1
     out = capsys.readouterr().out
     assert "FAIL  first: 7 is not 8" in out and "Likely cause: a test" in out
-    assert "Epoch |" not in out and "1 of 3 checks FAIL" in out
+    assert "Epoch |" not in out and "1 of 3 checks FAIL" in out and "--preflight warn goes on" in out
     assert [p.read_text() for p in tmp_path.iterdir()] == ["of an earlier run"]
 
 

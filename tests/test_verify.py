@@ -10,6 +10,7 @@ import pytest
 import torch
 from own_networks import Attending
 
+from experiments import verify
 from experiments.compressed import PACKED, SLIM, CompressedRecord, exported, make_compressed
 from experiments.data import TestBatches as Batches
 from experiments.data import load_dataset
@@ -199,7 +200,8 @@ def test_as_json_it_is_one_object_with_claims_and_findings(made, tmp_path, capsy
 def test_a_file_that_goes_to_others_names_none_of_its_makers_folders(made, tmp_path):
     header = read_header((tmp_path / "compressed.codeq").read_bytes())
     assert header.settings == {"preset": "debug"}
-    assert b"someone" not in (tmp_path / "slim.pt2").read_bytes()
+    exported = (tmp_path / "slim.pt2").read_bytes()
+    assert b"someone" not in exported and str(Path(verify.__file__).parents[1]).encode() not in exported
 
 
 # What is refused.
@@ -245,6 +247,11 @@ def test_a_bad_file_gets_one_sentence(name, words, network, made, tmp_path, caps
     (tmp_path / "odd.codeq").write_bytes(changed(network, made, zero_weights="many"))
     (tmp_path / "huge.codeq").write_bytes(changed(network, made, accuracy=10**400))
     assert words in refusal(tmp_path / name, capsys)
+
+
+def test_an_exported_file_needs_no_model(made, tmp_path, capsys):
+    assert main([str(tmp_path / "slim.pt2"), *FEW, "--model", "own_networks:Attending"]) == 2
+    assert "brings its network with it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["vgg11_bn", "F", "resnet21"])
