@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from experiments.data import TestBatches
-from experiments.device import without_tf32
+from experiments.device import without
 from experiments.files import OutputError, with_checksum, write_whole
 from experiments.history import CompressedRecord
 from experiments.network import make_network
@@ -37,7 +37,7 @@ LATENCY_RUNS = 9  # forward passes that are timed
 READ_BACK_IMAGES = 128  # enough to tell two networks apart, and quick on a CPU
 
 
-@without_tf32()
+@without("allow_tf32")
 def make_compressed(
     model: nn.Module,
     count: NetworkCount,

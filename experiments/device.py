@@ -78,23 +78,18 @@ def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.de
 
 
 @contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """Let convolutions on CUDA compute in float32 also where --precision tf32 has them round their inputs."""
-    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+def without(setting: str) -> Iterator[None]:
+    """Switch a setting of cuDNN off for a while.
+
+    Without "allow_tf32" convolutions compute in float32 also where --precision tf32 has them round their
+    inputs, and without "enabled" CUDA computes by torch's own kernels.
+    """
+    before = getattr(torch.backends.cudnn, setting)
+    setattr(torch.backends.cudnn, setting, False)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-
-
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Let CUDA compute by torch's own kernels."""
-    enabled, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = enabled
+        setattr(torch.backends.cudnn, setting, before)
 
 
 def usable_cores() -> int:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import resnet
 from experiments import reference
-from experiments.device import in_float64, without_cudnn
+from experiments.device import in_float64, without
 from experiments.draws import kept_draws, same_draws
 from experiments.expect import (
     EXACT,
@@ -621,7 +621,7 @@ def images_are_independent(subject: Subject) -> str:
     model = subject.float64_step().model.eval()
     images, _ = subject.probe
     leaf = images.clone().requires_grad_()
-    with without_cudnn():  # whose recurrent layers have no gradient in evaluation mode
+    with without("enabled"):  # cuDNN's recurrent layers have no gradient in evaluation mode
         logits = model(leaf)
     expect(
         logits.shape == (len(images), subject.dataset.classes),
@@ -636,7 +636,7 @@ def images_are_independent(subject: Subject) -> str:
         "a batch norm or dropout that acts in evaluation mode, or images that are mixed",
         1e-6,
     )
-    with without_cudnn():
+    with without("enabled"):
         logits[0].square().sum().backward()
     gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     expect(

@@ -357,15 +357,15 @@ class _Passes:
     def _pipe(self, node: Any, flowing: list[Signal], constant: Any) -> Any:
         """The flow behind an operation that has a rule, else None."""
 
-        def flow_of(s: Signal) -> Any:
+        def flow_of(n: fx.Node) -> Any:
+            s = self.signals[n]
             if s.flow is None and isinstance(s.constant, Tensor) and s.constant.is_floating_point():
                 return torch.zeros_like(s.constant).float()
             return s.constant if s.flow is None else s.flow
 
         if is_move(node):
             numbers = all(isinstance(s.flow, tuple) or s.constant.is_floating_point() for s in flowing)
-            moved = move(node, *self._args(node, flow_of)) if numbers else None
-            return tuple(moved) if isinstance(moved, list) else moved
+            return move(node, flow_of) if numbers else None
         if kind(node) is aten.mul:
             return _Flags.apply(self._product(*node.args).expand(constant.shape))
         if is_pointwise(node):

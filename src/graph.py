@@ -154,11 +154,16 @@ def _returns_views(target: Any) -> bool:
     return schema is not None and any(r.alias_info for r in schema.returns)
 
 
-def move(node: Any, args: Any, kwargs: Any) -> Any:
-    """Do what a node that moves elements does; it pads with 0, whatever it pads with in the network."""
+def move(node: Any, given: Callable[[fx.Node], Any]) -> Any:
+    """Do what a node that moves elements does, with what is `given` for its inputs; several in a tuple.
+
+    It pads with 0, whatever it pads with in the network.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
     if kind(node) in PADS and len(args) + len(kwargs) > 2:
         args, kwargs = (args[:3] if kind(node) is aten.pad else args[:2]), {}
-    return node.target(*args, **kwargs)
+    made = node.target(*args, **kwargs)
+    return tuple(made) if isinstance(made, list) else made
 
 
 def only_looks(hook: Hook) -> Hook:

@@ -168,8 +168,8 @@ class _Walk:
             value, labels = self.account.signals[n].constant, self.labels[n]
             return labels.double() if isinstance(value, Tensor) and value.is_floating_point() else labels
 
-        moved = move(node, *fx.node.map_arg((node.args, node.kwargs), numbers))
-        return tuple(m.long() for m in moved) if isinstance(moved, tuple | list) else moved.long()
+        moved = move(node, numbers)
+        return tuple(m.long() for m in moved) if isinstance(moved, tuple) else moved.long()
 
     def _layer(self, node: Any, use: LayerUse, value: Tensor) -> Tensor:
         weight = use.parameters[0]

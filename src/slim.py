@@ -493,8 +493,8 @@ class _Builder:
             plain = isinstance(constant, Tensor) and constant.is_floating_point()
             return numbers if n is sources[0] else torch.zeros_like(constant) if plain else constant
 
-        moved = move(node, *fx.node.map_arg((node.args, node.kwargs), number))
-        return [m.long() for m in (moved if isinstance(moved, tuple | list) else [moved])]
+        moved = move(node, number)
+        return [m.long() for m in (moved if isinstance(moved, tuple) else [moved])]
 
     def _keeps_channels(self, node: Any) -> bool:
         """Whether each channel only has elements of the channel of the same number."""
