@@ -199,6 +199,11 @@ def main(arguments: list[str] | None = None) -> int:
                     history.rehearsal, pipeline = [check], spare  # the run goes on as the resumed one
                 # Defer signals: an epoch must reach history, checkpoint and table together or not at all.
                 with end.signals.held():
+                    if pipeline.step.not_captured and not history.needs_host:
+                        history.needs_host = True
+                        live.say(
+                            f"      ! no graph of a step could be captured ({pipeline.step.not_captured})"
+                        )
                     history.epochs.append(record)
                     if processes.first:
                         save(history, pipeline, live)

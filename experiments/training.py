@@ -20,6 +20,7 @@ from experiments.evaluator import Evaluator
 from experiments.network import use_of_the_host
 from experiments.schedules import Schedule
 from experiments.settings import Settings
+from experiments.user_code import first_line
 from src.quantizer import NotFiniteWeightError
 from utils_quantization import PARAMETER_GROUPS, parameter_groups, quantized_layers, quantizers
 
@@ -124,6 +125,7 @@ class TrainingStep:
         may_capture = self.device.type == "cuda" and processes.count == 1
         self.host = use_of_the_host(model)
         self.captures = may_capture and not any(self.host)  # graphs, once it has warmed up
+        self.not_captured = ""  # why no graph could be captured, where one was tried
         self.graphs: dict[tuple[bool, int], _Graph] = {}
         self.seen: dict[tuple[bool, int], int] = {}
         self.replayed: _Graph | None = None  # in the last step; None where it was taken without one
@@ -151,7 +153,16 @@ class TrainingStep:
         if key not in self.graphs and self.seen[key] <= self.EAGER_STEPS:
             return self._run(images, labels, penalised)
         if key not in self.graphs:
-            self.graphs[key] = self._capture(images, labels, penalised)
+            stream = torch.cuda.current_stream()
+            try:
+                self.graphs[key] = self._capture(images, labels, penalised)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # it needs the host in a way that `use_of_the_host` could not see
+                torch.cuda.set_stream(stream)
+                self.captures, self.not_captured = False, first_line(error)
+                self.graphs.clear()
+                return self._run(images, labels, penalised)
         self.replayed = self.graphs[key]
         return self.replayed.replay(images, labels)
 

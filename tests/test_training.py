@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -813,6 +814,26 @@ def test_a_replayed_graph_leaves_its_own_gradients_and_not_those_of_the_graph_ca
         assert parameter.grad is not None and parameter.grad.tolist() == [due, due]
 
 
+def test_a_step_that_no_graph_can_hold_is_taken_without_one_and_keeps_why(monkeypatch):
+    """As on a GPU, where capturing raises an error; the steps are those of a run without graphs."""
+    streams: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream before")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    plain, refused = (stepper(quantized(**COARSE)) for _ in range(2))
+    refused.captures = True
+    refused._capture = mock.Mock(side_effect=RuntimeError("not permitted while capturing\nmore"))
+    dataset = random_dataset(8 * (TrainingStep.EAGER_STEPS + 2))
+    losses = [train_epoch(s, TrainBatches(dataset, 8, 0, s.device), 0, 0.01).steps for s in (plain, refused)]
+    assert losses[0] == losses[1] and refused._capture.call_count == 1
+    assert (refused.captures, refused.graphs, streams) == (False, {}, ["the stream before"])
+    assert refused.not_captured == "not permitted while capturing" and plain.not_captured == ""
+    refused.captures = True
+    refused._capture = mock.Mock(side_effect=torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_epoch(refused, TrainBatches(dataset, 8, 0, refused.device), 1, 0.01)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_on_cuda_no_step_makes_the_host_wait(precision):
@@ -825,6 +846,7 @@ def test_on_cuda_no_step_makes_the_host_wait(precision):
         kind = TrainBatches if epoch % 2 == 0 else Watched  # the first epoch of a kind sets things up
         losses = train_epoch(step, kind(dataset, 32, 0, "cuda"), epoch, coefficient, lambda *_: None)
         assert losses.loss > losses.cross_entropy if coefficient else losses.loss == losses.cross_entropy
+    assert step.graphs and step.not_captured == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
