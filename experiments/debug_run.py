@@ -212,7 +212,10 @@ def main(arguments: list[str] | None = None) -> int:
         except (Stopped, NotFiniteError, LostProcessError, ClosedOutputError) as reason:
             end.status = stop(history, reason, live)
         if processes.first:
+            live.endures = True  # the files are worth more than the lines
             status = write_report(settings, history, pipeline.model, compression, dataset, live)
+            if live.broken:
+                status = refuse(f"{live.broken}; the files are in {settings.output_dir}")
             end.status = end.status or status
     return end.status
 
@@ -320,6 +323,8 @@ def stop(history: History, reason: BaseException, live: LiveLine) -> int:
     if isinstance(reason, Stopped):
         history.stopped, status = f"stopped by {reason.name} in epoch {epoch}", reason.status
     sentence = history.stopped + (f"; {HOW_TO_GO_ON}" if history.epochs else "")
+    if isinstance(reason, ClosedOutputError) and len(history.epochs) == history.settings["epochs"]:
+        history.stopped, sentence = None, str(reason)  # it broke at the last row, and the run is whole
     if history.not_finite:
         sentence = f"{history.stopped}; give a lower --weights-lr or --sparsity-weight"
     try:

@@ -127,8 +127,10 @@ def lock_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         made = missing_folders(folder)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}.part"
-        probe.write_bytes(bytes(1 << 20))  # a full disk still takes an empty file
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(1 << 20))  # a full disk still takes an empty file
+        finally:
+            probe.unlink(missing_ok=True)
         lock = _lock(folder, say)
     except OSError as error:
         remove_empty(made)

@@ -72,8 +72,8 @@ class StopSignals:
             yield
         finally:
             self.holding = False
-        if self.pending:
-            raise self.pending
+            if self.pending:
+                raise self.pending
 
 
 def printable(text: object) -> str:
@@ -110,6 +110,8 @@ class LiveLine:
             sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         self.on_terminal = sys.stdout.isatty()
         self.silent = False  # True on every rank but 0
+        self.endures = False  # whether a standard output that breaks ends nothing, and is remembered
+        self.broken: ClosedOutputError | None = None
         self.shown = False  # whether the live line is on the screen now
         self.last = 0.0  # when an epoch last showed progress, by time.monotonic()
         self.printed = time.monotonic()  # when something was last printed
@@ -152,7 +154,11 @@ class LiveLine:
         try:
             print(text, end="", flush=True)
         except OSError as error:
-            raise ClosedOutputError(f"standard output takes no more ({error.strerror})") from None
+            broken = ClosedOutputError(f"standard output takes no more ({error.strerror})")
+            if not self.endures:
+                raise broken from None
+            self.close()
+            self.broken = broken
 
     def epoch(self, epoch: int, epochs: int) -> "EpochProgress | None":
         """What shows the progress of an epoch (from 0) of a run; None where nothing is ever printed."""

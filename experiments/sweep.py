@@ -76,6 +76,7 @@ RATIOS = (
 )
 CSV, PICTURE, LOG = "sweep.csv", "accuracy_over_bops.png", "log.txt"
 MOST_BYTES = 1 << 30  # of a history.json
+ATTEMPT = "$ python -m experiments.debug_run "  # how the log of each attempt at a run begins
 POLL_SECONDS = 0.2  # between two looks at which processes have ended
 
 
@@ -248,6 +249,8 @@ def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
     # Where the sweep itself was started by its path, from another folder, its runs are found in this one.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     with (member.folder / LOG).open("ab") as log:
+        log.write(f"{ATTEMPT}{shlex.join(member.arguments)}\n".encode())
+        log.flush()
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.debug_run", *member.arguments],
             stdout=log,
@@ -275,7 +278,8 @@ def _fails(history: History) -> int:
 def why_failed(member: Member, status: int) -> str:
     """Describe a failed run by its exit status and the line of its log that says why, else the last one."""
     log = member.folder / LOG
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    attempts = log.read_text(errors="replace").strip() if log.exists() else ""
+    lines = attempts.rpartition(ATTEMPT)[2].splitlines()
     said = [line for line in lines if line.startswith(("error: ", "FAIL  ", "stopped "))] or lines
     return f"FAILED with status {status}; {log} says: {said[-1] if said else 'nothing'}"
 

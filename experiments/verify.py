@@ -22,7 +22,8 @@ if __name__ == "__main__" and not __package__:  # python experiments/verify.py, 
 
 from dataclasses import asdict
 
-from experiments.data import data_of, load_dataset
+from experiments.cifar import DataError, NoCifarError
+from experiments.data import Dataset, data_of, load_dataset
 from experiments.exit_status import EXIT_FAILED, EXIT_OK, ExitStatus
 from experiments.files import as_json
 from experiments.live import LiveLine
@@ -54,18 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     say = (lambda text: None) if chosen.json else live.say
     with ExitStatus(live, "the same command starts over") as end:
-        received = check_file(
-            chosen.file,
-            lambda named: load_dataset(
-                data_of(named) if chosen.data == "auto" else chosen.data,
-                chosen.data_dir,
-                None,
-                chosen.limit_test,
-                say,
-            ),
-            say,
-            chosen.model,
-        )
+
+        def load(named: str) -> Dataset:
+            if chosen.data != "auto":
+                return load_dataset(chosen.data, chosen.data_dir, None, chosen.limit_test, say)
+            try:
+                return load_dataset(data_of(named), chosen.data_dir, None, chosen.limit_test, say)
+            except DataError as error:
+                if not isinstance(error.__cause__, NoCifarError):
+                    raise
+                say(str(error))
+                return load_dataset("synthetic", chosen.data_dir, None, None, say)
+
+        received = check_file(chosen.file, load, say, chosen.model)
         if chosen.json:
             words = {"result": received.result, "false": received.false}
             live.say(as_json({"file": str(chosen.file), **words, **asdict(received)}))

@@ -419,10 +419,8 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
         tensors = {**layer._parameters, **layer._buffers}
         if name in quantized:
             tensors["weight"], own_class = layer.parametrizations.weight.original, own_class.__bases__[0]
-        numbered = (
-            (n, t.shape, order.setdefault(id(t), len(order))) for n, t in tensors.items() if t is not None
-        )
-        parts += [own_class, *sorted(numbered)]
+        named = sorted((n, t) for n, t in tensors.items() if t is not None)
+        parts += [own_class, *((n, t.shape, order.setdefault(id(t), len(order))) for n, t in named)]
         parts += [(k, part(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE]
         hooks = [hook for hooks in _hooks(module) for hook in hooks.values()]
         parts += [part(hook) for hook in hooks if not hasattr(hook, "only_looks")]

@@ -17,7 +17,7 @@ SMALL = (3, 12, 12)  # 12, 6 and 3 pixels wide: the last stage still has one pla
 BLOCKS = 2  # a stage
 CONVOLUTIONS = [n for n, m in ResNet(BLOCKS).named_modules() if isinstance(m, nn.Conv2d)]
 
-PLANTED = settings(max_examples=25, deadline=None, derandomize=True)  # the same networks at every run
+PLANTED = settings(max_examples=15, deadline=None, derandomize=True)  # the same networks at every run
 
 
 @dataclass(frozen=True)

@@ -166,11 +166,11 @@ def test_the_smaller_network_goes_through_torch_export_and_onnx_runtime(tmp_path
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
-LARGE = ("densenet121", "convnext_tiny", "resnet50", "regnet_y_400mf", "efficientnet_b0")
+QUICK = ("resnet18", "squeezenet1_1", "shufflenet_v2_x0_5")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in TORCHVISION]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TORCHVISION]
 )
 def test_the_networks_of_torchvision_are_counted(name):
     model = of_torchvision(name).double()

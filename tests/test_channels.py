@@ -604,6 +604,7 @@ def test_resnet20_has_448_groups_and_their_members_are_those_of_the_plan():
     }
 
 
+@pytest.mark.slow
 @PLANTED
 @given(st.sets(st.sampled_from([*CONVOLUTIONS, "linear"])))
 def test_the_groups_of_some_layers_are_the_groups_of_all_without_the_others(layers):

@@ -19,6 +19,8 @@ from src.quantizer import DeadZoneLDZCompander
 from src.slim import slim_network
 from utils_quantization import attach_weight_quantizers
 
+pytestmark = pytest.mark.slow
+
 
 def network_with_dead_channels() -> ResNet:
     torch.manual_seed(0)

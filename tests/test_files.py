@@ -277,6 +277,7 @@ def test_a_folder_that_is_full_is_refused(tmp_path, monkeypatch):
         break_off(patch, OSError(28, "No space left on device"), "bytes")
         with pytest.raises(OutputError, match="No space left on device"), lock_folder(tmp_path, silent):
             raise AssertionError("held")
+    assert names(tmp_path) == []
 
 
 # One run at a time

@@ -177,6 +177,22 @@ def test_a_weight_that_something_else_writes_is_named(monkeypatch):
     assert "times as far as AdamW can" in checks["every parameter moves"].message
 
 
+def test_weights_that_are_averaged_behind_the_last_step_are_named(monkeypatch):
+    train_epoch = training.train_epoch
+
+    def averaged(step: TrainingStep, *rest: Any) -> Any:
+        before = step.model.linear.weight.detach().clone()
+        losses = train_epoch(step, *rest)
+        with torch.no_grad():
+            step.model.linear.weight.lerp_(before, 0.5)
+        return losses
+
+    monkeypatch.setattr("experiments.debug_run.train_epoch", averaged)
+    checks = found(pipeline(), 1)
+    assert_only(checks, "first and last update are AdamW's", "the last of linear.weight")
+    assert "the first of" not in checks["first and last update are AdamW's"].message
+
+
 @pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.99), (0.9, 0.999), (0.9, 0.81), (0.9, 0.7), (0.5, 0.9)])
 def test_no_gradients_move_adamw_further_than_its_reach_and_the_worst_ones_come_near(beta1, beta2):
     steps, furthest = 40, 0.0

@@ -213,6 +213,25 @@ def test_what_is_held_together_is_done_wholly_before_a_signal_is_heard(handlers,
     assert done == ["all of it"] and stop.value.status == 128 + number
 
 
+def test_a_signal_that_came_before_an_error_in_what_is_held_together_is_heard(handlers):
+    with StopSignals() as signals, pytest.raises(Stopped), signals.held():
+        signal.raise_signal(signal.SIGTERM)
+        raise ClosedOutputError("gone")
+
+
+def test_an_output_that_breaks_while_files_are_written_ends_nothing_and_is_remembered(monkeypatch):
+    class Refusing(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    live, closed = LiveLine(), []
+    monkeypatch.setattr(live, "close", lambda: closed.append(True))
+    monkeypatch.setattr(sys, "stdout", Refusing())
+    live.endures = True
+    live.say("a line")
+    assert closed == [True] and "standard output takes no more" in str(live.broken)
+
+
 def test_an_error_in_what_is_held_together_goes_up_as_it_is(handlers):
     with StopSignals() as signals, pytest.raises(ValueError), signals.held():
         signal.raise_signal(signal.SIGTERM)

@@ -31,6 +31,8 @@ from src.quantizer import DeadZoneLDZCompander
 from src.slim import slim_network
 from utils_quantization import attach_weight_quantizers
 
+pytestmark = pytest.mark.slow
+
 HERE = "own_networks"  # pytest puts this folder on the path
 STAND_IN = ["--data", "synthetic", "--device", "cpu", "--threads", "1"]
 SHORT = [*STAND_IN, *("--limit-train", "128", "--limit-test", "64", "--batch-size", "64", "--epochs", "2")]

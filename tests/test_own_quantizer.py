@@ -22,7 +22,7 @@ from src.packing import pack_network, read_codes, read_header, unpack_network
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, parameter_groups, quantizers, weight_bits
 
-pytestmark = pytest.mark.usefixtures("small_stand_in", "quick_end")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_stand_in", "quick_end")]
 
 HERE = "own_quantizers"  # pytest puts this folder on the path
 SHORT = [

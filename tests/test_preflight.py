@@ -134,7 +134,9 @@ def test_another_data_set_than_was_asked_for_is_named(monkeypatch, tmp_path):
             marks=pytest.mark.slow,
         ),
         ("--exclude-layers", ".", "--batch-size", "1", "--limit-train", "3"),
-        ("--fixed-bits", "4", "--sparsity-weight", "0", "--precision", "bf16"),
+        pytest.param(
+            ("--fixed-bits", "4", "--sparsity-weight", "0", "--precision", "bf16"), marks=pytest.mark.slow
+        ),
     ],
     ids=" ".join,
 )

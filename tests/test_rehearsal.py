@@ -28,6 +28,8 @@ from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
+pytestmark = pytest.mark.slow
+
 
 def pipeline_of(folder, quantizer=DeadZoneLDZCompander) -> Pipeline:
     """A network of 8 layers that takes two steps an epoch, the penalty acting from the second epoch on."""

@@ -27,6 +27,8 @@ from same import assert_same
 
 from experiments.checkpoint import checkpoint_path, load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", "3"))
 TINY = ["--preflight", "off",
         "--data", "synthetic", "--limit-train", "256", "--limit-test", "128", "--threads", "1",
@@ -234,7 +236,6 @@ def signal_at(name: str, at: int, signal: str = "SIGKILL") -> str:
     return AT_CALL.format(owner="pathlib.Path", name="replace", at=at, half="pass", signal=signal)
 
 
-@pytest.mark.slow
 def test_killed_inside_write_after_write_it_ends_as_if_undisturbed(fork_server, undisturbed, tmp_path):
     """The kills hit the first checkpoint, the second, and the first file after the last."""
     folder, arguments = tmp_path / "run", TINY
@@ -470,7 +471,6 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_no_older_checkpoint(fork_server, small_disk, tmp_path):
     run = fork_server.run(tmp_path, ONE_STEP)
     assert "no checkpoint of epoch 3: cannot write debug_output/checkpoint_0003.pt: No space left" in run.out
@@ -529,7 +529,6 @@ watched, normalise = batches.batches, batches.batches.normalise
         watched.normalise = lambda images: normalise(images) * float("nan")"""
 
 
-@pytest.mark.slow
 def test_weights_that_overflow_in_bf16_and_a_bad_image_stop_the_run_with_what_and_where(
     fork_servers, tmp_path
 ):
@@ -570,7 +569,6 @@ experiments.debug_run.TrainingStep = harmed
 """
 
 
-@pytest.mark.slow
 def test_layers_at_their_limits_are_trained_and_reported_like_any_other(fork_server, tmp_path):
     run = fork_server.run(tmp_path, [*ONE_STEP, "--epochs", "1"], AT_THEIR_LIMITS)
     assert run.status in (0, 1) and run.err == "" and len(run.rows) == 1
@@ -582,6 +580,5 @@ def test_layers_at_their_limits_are_trained_and_reported_like_any_other(fork_ser
     assert layers["layer1.2.conv1"]["zero_weights"] < layers["layer1.2.conv2"]["zero_weights"]
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_ends_as_if_undisturbed(undisturbed, tmp_path):
     assert kill_and_resume(undisturbed, tmp_path) >= 1

@@ -340,6 +340,14 @@ def test_every_number_preset_and_network_is_an_axis_and_full_precision_follows_t
     assert {*AXES} == numbers | {"preset", "model"}
 
 
+def test_an_earlier_attempt_is_not_blamed_for_the_last(working_folder):
+    member = next(plan(Path("sweep_output"), one_point(), SMALL))
+    member.folder.mkdir(parents=True)
+    attempts = ["error: no luck", "Traceback\nKeyError: 1"]
+    (member.folder / "log.txt").write_text("".join(f"{sweep.ATTEMPT}--seed 0\n{said}\n" for said in attempts))
+    assert sweep.why_failed(member, 1).endswith("log.txt says: KeyError: 1")
+
+
 def test_a_run_whose_checks_fail_is_marked(working_folder):
     lists = {"sparsity_weight": ["0.001"], "seed": ["0"]}
     failing, passing = plan(Path("sweep_output"), lists, SMALL)

@@ -747,6 +747,7 @@ def coefficient(step: int) -> float:
     return 0.0 if step < 4 else min(step - 3, 8) / 1024  # exact in binary, up to 2^-7
 
 
+@pytest.mark.slow
 def test_over_twelve_steps_in_float64_the_losses_and_counts_are_those_of_the_slow_reference():
     """From one start, each on its own. In float32 no two orders of summation stay together that long: the
     first weight that another last digit puts into another bin of its quantizer sends them apart."""
@@ -769,6 +770,7 @@ def test_over_twelve_steps_in_float64_the_losses_and_counts_are_those_of_the_slo
             torch.testing.assert_close(value, slow.values[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_each_of_twelve_float32_steps_has_the_loss_and_counts_of_the_slow_reference_from_the_same_state():
     model = quantized(blocks=3)
     slow = Reference(model)

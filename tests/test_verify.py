@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from own_networks import Attending
 
-from experiments import verify
+from experiments import cifar, verify
 from experiments.compressed import PACKED, SLIM, CompressedRecord, exported, make_compressed
 from experiments.data import TestBatches as Batches
 from experiments.data import load_dataset
@@ -90,6 +91,16 @@ def test_what_a_run_left_is_verified_on_the_data_that_it_names(name, made, tmp_p
 def test_without_a_data_set_it_is_the_one_that_the_file_says(made, tmp_path, capsys):
     status, line = answer([str(tmp_path / "compressed.codeq"), "--limit-test", "40"], capsys)
     assert status == 0 and line.startswith("VERIFIED")
+
+
+def test_a_data_set_that_cannot_be_had_leaves_the_accuracy_unchecked(
+    network, made, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(cifar.CIFARS, "cifar10", replace(cifar.CIFARS["cifar10"], sources=()))
+    path = tmp_path / "other.codeq"
+    path.write_bytes(changed(network, made, data="CIFAR-10"))
+    status, line = answer([str(path), "--data-dir", str(tmp_path)], capsys)
+    assert status == 3 and line.startswith("NOT CHECKED: the accuracy is of CIFAR-10, which is not here")
 
 
 def test_the_exported_network_of_one_with_attention_is_verified_as_it_is_counted(tmp_path, capsys):
