@@ -70,10 +70,13 @@ class StopSignals:
         self.holding = True
         try:
             yield
+        except ClosedOutputError:
+            if not self.pending:  # Ctrl-C ends the `tee` behind a program too, and came first
+                raise
         finally:
             self.holding = False
-            if self.pending:
-                raise self.pending
+        if self.pending:
+            raise self.pending
 
 
 def printable(text: object) -> str:
