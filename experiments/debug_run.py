@@ -63,7 +63,6 @@ from experiments.finish import write_report
 from experiments.history import FAIL, Check, EpochRecord, History, epoch_record, new_history
 from experiments.ledger import check_epoch
 from experiments.live import (
-    EXIT_BAD_INPUT,
     ClosedOutputError,
     EpochProgress,
     LiveLine,
@@ -327,10 +326,10 @@ def stop(history: History, reason: BaseException, live: LiveLine) -> int:
         history.stopped, sentence = None, str(reason)  # it broke at the last row, and the run is whole
     if history.not_finite:
         sentence = f"{history.stopped}; give a lower --weights-lr or --sparsity-weight"
+    if isinstance(reason, ClosedOutputError):
+        live.close()
+        return refuse(sentence)
     try:
-        if isinstance(reason, ClosedOutputError):
-            status = EXIT_BAD_INPUT
-            raise reason
         live.say(sentence)
     except ClosedOutputError:  # Ctrl-C ends the `tee` behind a run too, and SIGHUP comes when a terminal goes
         live.close()

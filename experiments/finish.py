@@ -76,14 +76,8 @@ def write_report(
     checks = [*history.verdict, files_are_the_runs(settings.output_dir, history)]
     colour = live.on_terminal and "NO_COLOR" not in os.environ
     page, table = settings.output_dir / report.PAGE, settings.output_dir / report.CSV
-    keep(
-        errors,
-        write_whole,
-        page,
-        report_page(history, settings, checks, shown).encode(
-            errors="backslashreplace"
-        ),  # a path may be no UTF-8
-    )
+    content = report_page(history, settings, checks, shown)
+    keep(errors, write_whole, page, content.encode(errors="backslashreplace"))  # a path may be no UTF-8
     live.say(report.verdict_lines(checks, colour))
     made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
     live.say(report.file_lines([p for p in (*pictures, path, table, page, *made) if p.exists()]))

@@ -210,12 +210,11 @@ class Ledger:
     ) -> None:
         """One update: what it began with, values and moments, (P,) each, and what it left."""
         before, moments = began
-        flags, taken = {}, zip(self.before.steps, self.after.steps, strict=True)
-        lost = [n for n, (a, b) in zip(self.parameters, taken, strict=True) if b > a and n not in gradients]
+        flags, taken = {}, zip(self.parameters, self.before.steps, self.after.steps, strict=True)
+        lost = [n for n, a, b in taken if b > a and n not in gradients]
         wrong.unless(not lost or self.may_skip, f"the {which} step leaves no gradient at {some(lost)}")
-        for (n, (w, after, m, v)), t in zip(
-            _split(self.parameters, before, values, *moments).items(), steps, strict=True
-        ):
+        parts = _split(self.parameters, before, values, *moments)
+        for (n, (w, after, m, v)), t in zip(parts.items(), steps, strict=True):
             if n in gradients:
                 rate, decay = self._used(n)
                 g = gradients[n].flatten()

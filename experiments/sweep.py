@@ -330,10 +330,10 @@ def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder
 def _title(common: Settings, lists: Mapping[str, Sequence[str]], data: str) -> str:
     """What all runs have in common; the legend says of each series what it has for itself."""
     differ = [name for name, values in lists.items() if len(values) > 1]
-    parts = {"model": f"{network_name(common.model)} on", "epochs": f"{common.epochs} epochs"}
-    network, epochs = ("" if name in differ else part for name, part in parts.items())
-    first = f"Accuracy over BOPs: {network} {data}".replace("  ", " ") + (f", {epochs}" if epochs else "")
-    return first if "preset" in differ else f"{first}\npreset {common.described(but=('model', *differ))}"
+    title = "Accuracy over BOPs: "
+    title += data if "model" in differ else f"{network_name(common.model)} on {data}"
+    title += "" if "epochs" in differ else f", {common.epochs} epochs"
+    return title if "preset" in differ else f"{title}\npreset {common.described(but=('model', *differ))}"
 
 
 if __name__ == "__main__":

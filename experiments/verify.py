@@ -57,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStatus(live, "the same command starts over") as end:
 
         def load(named: str) -> Dataset:
-            if chosen.data != "auto":
-                return load_dataset(chosen.data, chosen.data_dir, None, chosen.limit_test, say)
+            auto = chosen.data == "auto"
+            data = data_of(named) if auto else chosen.data
             try:
-                return load_dataset(data_of(named), chosen.data_dir, None, chosen.limit_test, say)
+                return load_dataset(data, chosen.data_dir, None, chosen.limit_test, say)
             except DataError as error:
-                if not isinstance(error.__cause__, NoCifarError):
+                if not (auto and isinstance(error.__cause__, NoCifarError)):
                     raise
                 say(str(error))
                 return load_dataset("synthetic", chosen.data_dir, None, None, say)

@@ -46,9 +46,8 @@ class WatchedBatches:
         self.replayed_others: list[Tensor] = []  # of each replay, whether its graph held another batch
         self.first_gradients: dict[str, Tensor] = {}
         self.first_values: Tensor | None = None  # (P,), behind the first step
-        self.last_began: tuple[Tensor, tuple[Tensor, Tensor]] | None = (
-            None  # values and moments before the last
-        )
+        # Values and moments before the last step.
+        self.last_began: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -299,7 +299,7 @@ class _Passes:
         # A view: its gradient is what this layer alone reads.
         flow = x.flow.view_as(x.flow)
         along = images_along(node.args[0], self.image)
-        if along is None or (along > 0 and flow.ndim == 2):
+        if along is None or (along > 0 and (kind(node) is not aten.linear or flow.ndim == 2)):
             # An image is several rows: no bias can hold what is another constant in each of them.
             rows = x.known.flatten(0, -2) if kind(node) is aten.linear else x.known
             flow = flow + (rows != rows[:1]).any(0).to(flow.dtype)

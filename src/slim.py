@@ -236,10 +236,11 @@ class _Builder:
     def _module(self, name: str, module: nn.Module, x: Any) -> fx.Node:
         if isinstance(module, nn.Identity):
             return x
-        first = name.partition(".")[0]  # some names are those of the module that the graph becomes
-        name = name.replace(".", "_") if first == "meta" or hasattr(fx.GraphModule, first) else name
-        taken = name in self.parts or name == "meta" or hasattr(fx.GraphModule, name)
-        name = f"{name}_{len(self.parts)}" if taken else name
+        first = name.partition(".")[0]
+        if first == "meta" or hasattr(fx.GraphModule, first):  # a name of the module that the graph becomes
+            name = f"{name.replace('.', '_')}_{len(self.parts)}"
+        elif name in self.parts:
+            name = f"{name}_{len(self.parts)}"
         self.parts[name] = module
         return self.graph.create_node("call_module", name, (x,))
 
@@ -327,11 +328,12 @@ class _Builder:
             layers.append(SlimLayer(torch.cat(kept), reads, (*options, len(outputs))))
             numbers += outputs
         name = use.name or use.node.name
-        positions = None if whole else self.signals[use.node].constant.shape[2:]
-        nothing = Zeros(len(weight), positions)  # of as many rows as come in
-        part = nothing if dead else layers[0] if len(layers) == 1 else SlimParts(layers)
-        made = self._module(name, part, x)
-        order = torch.arange(len(weight)) if dead else torch.cat(numbers)
+        if dead:
+            part: nn.Module = Zeros(len(weight), None if whole else self.signals[use.node].constant.shape[2:])
+            numbers = [torch.arange(len(weight))]
+        else:
+            part = layers[0] if len(layers) == 1 else SlimParts(layers)
+        made, order = self._module(name, part, x), torch.cat(numbers)
         if whole:
             places = torch.full([len(weight)], -1).index_copy(0, order, torch.arange(len(order)))
             made = self._module(f"{name}_places", _selection(places, len(order), -1), made)

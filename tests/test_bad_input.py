@@ -542,6 +542,9 @@ CASES = dict(refused_values()) | {
     "a choice that is none, for verify": Case(
         "verify a.codeq --data mnist", ("--data", "'mnist'", "cifar10")
     ),
+    "two dashes for a limit, for verify": Case(
+        "verify a.codeq --limit-test=--", ("--limit-test", "expected one argument")
+    ),
     "a limit that is no number, for verify": Case("verify a.codeq --limit-test x", ("--limit-test", "'x'")),
     "a limit of nothing, for verify": Case(
         "verify a.codeq --data synthetic --limit-test 0",

@@ -30,7 +30,7 @@ from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, ST
 from experiments.preflight_settings import read_flags
 from experiments.schedules import linear_warmup
 from experiments.settings import Settings, parse_settings
-from experiments.training import TrainingStep
+from experiments.training import TrainingStep, make_optimizer
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
@@ -101,6 +101,98 @@ def test_convolutions_in_a_lower_precision_than_float32_are_named(monkeypatch, t
     only(monkeypatch, "network: reference")
     checks, status = checks_of(monkeypatch, tmp_path)
     assert status == 1 and "lower precision than --precision says" in failed(checks)[0]
+
+
+def hooked(model, *rest):
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    return make_optimizer(model, *rest)
+
+
+def hooked_itself(model, *rest):
+    optimizer = make_optimizer(model, *rest)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("made", "where"), [(hooked, "conv1.weight"), (hooked_itself, "the optimizer's step")]
+)
+def test_a_hook_that_no_copy_has_is_named(monkeypatch, tmp_path, made, where):
+    monkeypatch.setattr(debug_run, "make_optimizer", made)
+    only(monkeypatch, "model: optimizer's parameters")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and f"a hook is on {where}" in failed(checks)[0]
+
+
+def test_gradients_that_are_cleared_behind_the_step_are_named(monkeypatch, tmp_path):
+    step = TrainingStep.__call__
+
+    def cleared(self, *arguments):
+        losses = step(self, *arguments)
+        self.optimizer.zero_grad()
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", cleared)
+    only(monkeypatch, "step: gradients")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "no gradient is left behind a step" in failed(checks)[0]
+
+
+def ternary_otherwise(s, h, Q):
+    """The step at 2 bits is another one, and the edge of the dead zone, h + s / 2, stays."""
+    other = torch.where(Q > 1, s, s / 2)
+    return other, h + (s - other) / 2, Q
+
+
+def with_a_narrower_dead_zone(s, h, Q):
+    """Where the dead zone, of half-width h + s / 2, is more than half of the range."""
+    edge, r = h + s / 2, h + s / 2 + s * (Q - 0.5)
+    capped = torch.minimum(edge, r / 2)
+    s = (r - capped) / (Q - 0.5)
+    return s, capped - s / 2, Q
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        (ternary_otherwise, "quantized weights"),
+        (with_a_narrower_dead_zone, "inside the dead zone are not zero"),
+    ],
+)
+def test_a_quantizer_that_differs_far_from_its_start_alone_is_named(monkeypatch, tmp_path, grid, words):
+    real = DeadZoneLDZCompander._grid
+    monkeypatch.setattr(DeadZoneLDZCompander, "_grid", lambda self, w: grid(*real(self, w)))
+    only(monkeypatch, "quantizer: formula")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and words in failed(checks)[0]
+
+
+def test_a_quantizer_that_learns_more_than_its_formula_is_named(monkeypatch, tmp_path):
+    real = DeadZoneLDZCompander.__init__
+
+    def learning(self, *arguments, **named):
+        real(self, *arguments, **named)
+        self.log_range = nn.Parameter(torch.zeros(1))
+
+    monkeypatch.setattr(DeadZoneLDZCompander, "__init__", learning)
+    only(monkeypatch, "quantizer: formula")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "trains log_range" in failed(checks)[0]
+
+
+@pytest.mark.parametrize("tail", ["uniform", "laplace"])
+def test_an_initialization_that_is_not_normal_is_named(monkeypatch, tmp_path, tail):
+    def otherwise(weight):
+        u = torch.rand_like(weight) - 0.5
+        drawn = u if tail == "uniform" else -u.sign() * (1 - 2 * u.abs()).log()
+        with torch.no_grad():
+            return weight.copy_(drawn / drawn.std() * (2 / weight[0].numel()) ** 0.5)
+
+    monkeypatch.setattr(nn.init, "kaiming_normal_", otherwise)
+    only(monkeypatch, "model: start")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "an initialization that is not normal" in failed(checks)[0]
 
 
 def test_another_data_set_than_was_asked_for_is_named(monkeypatch, tmp_path):

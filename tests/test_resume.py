@@ -347,6 +347,35 @@ def test_an_output_that_breaks_with_ctrl_c_or_by_itself_costs_no_file(fork_serve
         assert {"report.html", "accuracy_curve.png"} <= set(run.files)
 
 
+BREAKS_IN_THE_REPORT = f"""
+written = experiments.debug_run.write_report
+def broken(*arguments):
+    {OUTPUT_TAKES_NO_MORE}
+    return written(*arguments)
+experiments.debug_run.write_report = broken
+"""
+BREAKS_AT_THE_LAST_ROW = f"""
+shown = experiments.debug_run.show_epoch
+def broken(live, history, epoch):
+    if epoch == 2:
+        {OUTPUT_TAKES_NO_MORE}
+    shown(live, history, epoch)
+experiments.debug_run.show_epoch = broken
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_breaks_when_all_epochs_are_over_costs_nothing_but_lines(fork_servers, tmp_path):
+    for server, name, code in zip(
+        fork_servers, ("report", "row"), (BREAKS_IN_THE_REPORT, BREAKS_AT_THE_LAST_ROW), strict=True
+    ):
+        server.start(tmp_path / name, [*ONE_STEP, "--epochs", "2"], QUICK_END + code)
+    for run in [server.wait() for server in fork_servers]:
+        assert run.status == 2 and run.err.count("\n") == 1 and "standard output takes no more" in run.err
+        assert run.history["stopped"] is None and len(run.history["verdict"]) > 20
+        assert {"report.html", "slim.pt2", "compressed.codeq", "accuracy_curve.png"} <= set(run.files)
+
+
 INTERRUPT_AT_IMPORT = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # The parent may have had it ignored.

@@ -340,6 +340,16 @@ def test_every_number_preset_and_network_is_an_axis_and_full_precision_follows_t
     assert {*AXES} == numbers | {"preset", "model"}
 
 
+def test_the_title_says_what_all_runs_have_in_common_and_no_more():
+    common = Settings(epochs=7, weights_lr=1e-3, sparsity_weight=1e-3)
+    lists = {"sparsity_weight": ["0.001", "0.002"], "weights_lr": ["0.001"], "seed": ["0"]}
+    first, second = sweep._title(common, lists, "CIFAR-10").splitlines()
+    assert first == "Accuracy over BOPs: ResNet-20 on CIFAR-10, 7 epochs"
+    assert second == "preset debug, with --weights-lr 0.001"
+    several = lists | {"model": ["resnet20", "resnet32"], "epochs": ["7", "8"], "preset": ["debug", "plan"]}
+    assert sweep._title(common, several, "CIFAR-10") == "Accuracy over BOPs: CIFAR-10"
+
+
 def test_an_earlier_attempt_is_not_blamed_for_the_last(working_folder):
     member = next(plan(Path("sweep_output"), one_point(), SMALL))
     member.folder.mkdir(parents=True)
