@@ -272,9 +272,14 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_flag_and_its_value(
     assert file.read_text() == "old" and names(tmp_path) == ["file"]
 
 
-def test_a_folder_that_is_full_is_refused(tmp_path, monkeypatch):
+def test_a_folder_that_is_full_is_refused_and_left_as_it_was(tmp_path, monkeypatch):
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
-        break_off(patch, OSError(28, "No space left on device"), "bytes")
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises(OutputError, match="No space left on device"), lock_folder(tmp_path, silent):
             raise AssertionError("held")
     assert names(tmp_path) == []

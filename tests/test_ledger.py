@@ -177,6 +177,19 @@ def test_a_weight_that_something_else_writes_is_named(monkeypatch):
     assert "times as far as AdamW can" in checks["every parameter moves"].message
 
 
+def test_gradients_that_no_step_leaves_behind_are_named(monkeypatch):
+    step = TrainingStep.__call__
+
+    def cleared(self: TrainingStep, images: Tensor, *rest: Any) -> Tensor:
+        losses = step(self, images, *rest)
+        self.optimizer.zero_grad()
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", cleared)
+    message = found(pipeline(), 1)["first and last update are AdamW's"].message
+    assert all(f"the {which} step leaves no gradient at" in message for which in ("first", "last"))
+
+
 def test_weights_that_are_averaged_behind_the_last_step_are_named(monkeypatch):
     train_epoch = training.train_epoch
 

@@ -160,6 +160,12 @@ def by_windows(net: Net, x: Tensor) -> Tensor:
     return net.last(y.view(x.shape[0], 144, WIDTH).mean(1))
 
 
+def by_columns(net: Net, x: Tensor) -> Tensor:
+    """The windows of all images along the second dimension: (36, 4 N, C)."""
+    y = net.mix(_windows(x).transpose(0, 1)).transpose(0, 1)
+    return net.last(y.reshape(x.shape[0], 144, WIDTH).mean(1))
+
+
 def by_dead_windows(net: Net, x: Tensor) -> Tensor:
     y = net.mix(_windows(x)) + _windows(x)
     return net.last(y.view(x.shape[0], 144, WIDTH).mean(1))
@@ -222,6 +228,7 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
         "mix": nn.Linear(WIDTH, WIDTH),
         "position": nn.Parameter(torch.randn(1, WIDTH, 12, 12)),
     },
+    by_columns: lambda: {"mix": nn.Linear(WIDTH, WIDTH)},
     by_dead_windows: lambda: {"mix": dead(nn.Linear(WIDTH, WIDTH))},
     by_dead_groups: lambda: {"mix": dead(nn.Conv2d(4, 4, 3, 2, padding=1))},
     by_sequence: lambda: {"mix": dead(nn.Linear(WIDTH, WIDTH))},
@@ -231,7 +238,7 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
 }
 
 
-SEVERAL_ROWS = (folded_groups, by_windows, by_dead_windows, by_dead_groups, by_sequence)
+SEVERAL_ROWS = (folded_groups, by_windows, by_columns, by_dead_windows, by_dead_groups, by_sequence)
 
 
 def dead(layer: nn.Module) -> nn.Module:
@@ -352,14 +359,14 @@ def test_a_module_that_is_registered_twice_is_one_layer():
 
 
 def test_a_module_that_is_used_once_more_is_another_network():
-    def macs(*blocks: nn.Module) -> int:
-        return count_network(nn.Sequential(nn.Conv2d(3, WIDTH, 1), *blocks), SMALL).total("dense_macs")
+    def macs(*blocks: nn.Module) -> dict[str, int]:
+        """Of each layer behind the first, in those of one use."""
+        count = count_network(nn.Sequential(nn.Conv2d(3, WIDTH, 1), *blocks), SMALL)
+        return {layer.name: layer.dense_macs // (9 * 144 * WIDTH**2) for layer in count.layers[1:]}
 
     block, other = conv(), conv()
-    of_one = 9 * 144 * WIDTH**2
-    stem = 144 * 3 * WIDTH
-    assert [(macs(*[block] * n) - stem) // of_one for n in (2, 5, 3)] == [2, 5, 3]
-    assert macs(block, other, block) == macs(block, other, other) == stem + 3 * of_one
+    assert [macs(*[block] * uses) for uses in (2, 5, 3)] == [{"1": 2}, {"1": 5}, {"1": 3}]
+    assert macs(block, other, block) == {"1": 2, "2": 1} and macs(block, other, other) == {"1": 1, "2": 2}
 
 
 def test_what_a_forward_looks_at_makes_another_network():
@@ -421,8 +428,10 @@ def test_a_layer_in_a_container_called_graph_is_made_smaller():
 
 def test_channels_of_folded_rows_go_together():
     """Channel c and channel c + 4 are read by the same input slice."""
-    model = Net(folded_groups, WAYS[folded_groups]() | {"between": conv()})
-    model.way = lambda net, x: folded_groups(net, F.relu(net.between(x)))
+    model = Net(pooled, WAYS[folded_groups]() | {"between": conv()})
+    model.way = lambda net, x: pooled(
+        net, net.mix(net.between(x).reshape(-1, 4, 12, 12)).reshape(-1, WIDTH, 12, 12)
+    )
     groups = channel_groups(model, ["between", "mix"], SMALL)
     (found,) = [g for g in groups if ("mix", INPUT_SLICES) in g.members]
     assert found.channels == 4 and [member for member, _ in found.members].count("between") == 2
