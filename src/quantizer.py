@@ -28,6 +28,7 @@ RANGE_QUANTILE = 0.99  # as in the published implementation
 STEP_EPS = 1e-8  # as there; it keeps s above 0 for a tensor whose range is 0
 LARGE = 1 << 17  # numbers in a tensor whose largest are looked for among some of them
 SAMPLED = 61  # one number of so many; a prime, so that a sample is not of one channel alone
+TOGETHER = 8  # numbers in a large tensor that are left out together
 MIN_BITS = 2  # 1 bit would leave no level but zero: Q = 0
 MAX_BITS = 16  # the limit of this implementation; `max_bits` is 8 by default
 
@@ -48,22 +49,29 @@ def range_quantile(w: Tensor, q: float = RANGE_QUANTILE) -> Tensor:
     lower = math.floor(position)
     count = magnitude.numel() - lower
     if w.device.type == "cpu" and magnitude.numel() >= LARGE:
-        magnitude = _upper_part(magnitude, count)
-    tail = magnitude.topk(count).values  # descending, down to order statistic `lower`
+        tail = _ends_of_tail(magnitude, count)
+    else:
+        tail = magnitude.topk(count).values  # descending, down to order statistic `lower`
     below, above = tail[-1:], tail[-2:-1] if tail.numel() > 1 else tail[-1:]
     # The largest magnitude is added zero times, so that r is NaN if any weight is infinite or NaN.
     return torch.lerp(below, above, position - lower) + 0 * tail[:1]
 
 
-def _upper_part(x: Tensor, count: int) -> Tensor:
-    """Some of the numbers of a large tensor, (n,), its `count` largest among them; NaN counts as largest.
+def _ends_of_tail(x: Tensor, count: int) -> Tensor:
+    """The largest of a large tensor, (n,), and the two smallest of its `count` largest, descending.
 
-    Numbers below a bound are left out, which is guessed from a sample. Where the guess is too high it is x.
+    NaN counts as largest. Most numbers below a bound, which is guessed from a sample, are left out by the
+    largest of each few of them. Where the guess is too high none are.
     """
     sample = x[::SAMPLED]
-    bound = sample.topk(3 * count * len(sample) // (2 * len(x)) + 1).values[-1]
-    upper = x[~(x < bound)]
-    return upper if len(upper) >= count else x
+    bound = sample.topk(3 * count * len(sample) // (2 * len(x)) + 1, sorted=False).values.amin()
+    even = len(x) // TOGETHER * TOGETHER
+    columns = x[:even].view(TOGETHER, -1)
+    high = (~(columns.amax(0) < bound)).nonzero()[:, 0]
+    upper = torch.cat([columns.index_select(1, high).flatten(), x[even:]])
+    upper = upper[~(upper < bound)]
+    tail = (upper if len(upper) >= count else x).topk(count, sorted=False).values
+    return torch.cat([tail.amax(0, keepdim=True), tail.topk(2, largest=False).values.flip(0)])
 
 
 class _RoundStraightThrough(torch.autograd.Function):
