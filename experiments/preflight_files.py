@@ -73,7 +73,8 @@ def counts_are_the_networks(subject: Subject) -> str:
     cause = "a defect in metrics.py or src/channels.py"
     names = [layer.name for layer in compression.count.layers]
     missing = [name for name in layers if name in entered and name not in names]
-    expect(not missing, f"layers are missing from the counts: {some(missing)}", cause)
+    unused = f"the network makes no use of what they give, or {cause}"
+    expect(not missing, f"layers are missing from the counts: {some(missing)}", unused)
     expect(
         not subject.own_network or names == list(layers),
         "the counts are not of the network's layers in their order",

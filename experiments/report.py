@@ -34,7 +34,7 @@ def first_lines(history: History, settings: Settings, dense: NetworkCount) -> st
     """What runs, on what and with which data, and what else is out of the ordinary."""
     data, auto_cpu = history.data, settings.device == "auto" and history.device.startswith("cpu")
     layers = len(history.quantized) + len(history.full_precision)
-    stand_in = f"*** NOT CIFAR-10: this run uses the {data.name}. {data.source} ***"
+    stand_in = f"*** NOT CIFAR-10: this run uses the {data.name} ***"
     lines = [
         *([stand_in] if data.synthetic else []),
         f"Versions:  {', '.join(f'{k} {v}' for k, v in history.versions.items())}",

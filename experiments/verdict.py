@@ -487,7 +487,8 @@ def counts_add_up(count: NetworkCount, model: nn.Module) -> Check:
     measured = f"{total:,} MACs in {len(count.layers)} layers, torch counts {2 * theirs:,} = 2 x {theirs:,}"
     if wrong:
         measured += f"; these layers disagree: {some(wrong)}"
-    return judge(not wrong and theirs == total, "counts add up", measured, "a defect in metrics.py")
+    cause = "a defect in metrics.py, or the network makes no use of what one of its layers gives"
+    return judge(not wrong and theirs == total, "counts add up", measured, cause)
 
 
 @torch.no_grad()

@@ -99,11 +99,13 @@ def test_a_network_that_is_quantized_throughout_has_no_layer_named_as_not():
     assert lines["Quantized"] == "4 of 4 layers; not: none"
 
 
-def test_the_stand_in_is_told_loudly_in_the_very_first_line_with_the_reason_and_over_the_table():
+def test_the_stand_in_is_told_loudly_in_the_first_line_and_its_reason_beside_the_data():
     history = on_stand_in(good_run())
     first, *others = re.sub(r"\n {11}", " ", first_lines(history, Settings(), DENSE)).splitlines()
-    assert first.startswith("*** NOT CIFAR-10") and STAND_IN.name in first and STAND_IN.source in first
+    assert first.startswith("*** NOT CIFAR-10") and STAND_IN.name in first
     assert [line for line in others if line.startswith("***")] == []
+    (data,) = (line for line in others if line.startswith("Data:"))
+    assert STAND_IN.source in data
     assert f"[{STAND_IN.name}]" in table_header(STAND_IN)
     assert "SYNTHETIC STAND-IN, NOT CIFAR-10" in picture_title(history, Settings())
 
