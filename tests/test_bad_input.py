@@ -20,7 +20,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -817,8 +816,8 @@ RUNS = {
 }
 VERIFY_HERE = (*VERIFY, "a.codeq", *shlex.split(FEW))
 REFUSED = {
-    "a reader that leaves after a line": Place('"$@" | head -1 > /dev/null; exit ${PIPESTATUS[0]}'),
     "a full disk": Place('"$@" > /dev/full'),
+    "a reader that leaves after a line": Place('"$@" | head -1 > /dev/null; exit ${PIPESTATUS[0]}'),
     "a full disk for verify": Place('"$@" > /dev/full', VERIFY_HERE),
 }
 UNHEARD = {
@@ -836,6 +835,8 @@ class Ended:
 
 
 def run_in(place: Place, folder: Path) -> Ended:
+    if place.command == VERIFY_HERE:
+        (folder / "a.codeq").write_bytes(packed_network())
     output_dir = folder / place.output_dir
     command = [*place.command, *(["--output-dir", str(output_dir)] if "--epochs" in place.command else [])]
     master, inside = pty.openpty() if place.terminal else (None, None)
@@ -858,37 +859,23 @@ def run_in(place: Place, folder: Path) -> Ended:
     return Ended(process.returncode, out + (rest or b""), err.decode(), output_dir)
 
 
-def all_in(
-    places: dict[str, Place], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Ended]]]:
-    (received_file := tmp_path_factory.mktemp("received") / "a.codeq").write_bytes(packed_network())
-    with ThreadPoolExecutor(2) as pool:
-        futures = {}
-        for name, place in places.items():
-            folder = tmp_path_factory.mktemp("place")
-            if place.command == VERIFY_HERE:
-                shutil.copy(received_file, folder)
-            futures[name] = pool.submit(run_in, place, folder)
-        yield futures
-        pool.shutdown(cancel_futures=True)  # With only some of the tests selected, some runs are not needed.
-
-
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
-    yield from all_in(REFUSED | UNHEARD, tmp_path_factory)
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ended]:
+    """Runs a program in one of the places, once."""
 
+    @functools.cache
+    def run(name: str) -> Ended:
+        return run_in((RUNS | REFUSED | UNHEARD)[name], tmp_path_factory.mktemp("place"))
 
-@pytest.fixture(scope="module")
-def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
-    yield from all_in(RUNS, tmp_path_factory)
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_in_strange_surroundings_a_run_still_ends_with_its_report(
-    reported: dict[str, Future[Ended]], name: str
+    ended: Callable[[str], Ended], name: str
 ) -> None:
-    done = reported[name].result()
+    done = ended(name)
     assert "Traceback" not in done.err, done.err
     assert done.status in (0, 1), done
     history = json.loads((done.output_dir / "history.json").read_text())
@@ -897,27 +884,30 @@ def test_in_strange_surroundings_a_run_still_ends_with_its_report(
 
 
 @pytest.mark.slow
-def test_on_a_narrow_terminal_the_live_line_stays_one_line(reported: dict[str, Future[Ended]]) -> None:
-    out = reported["a terminal of 20 columns, and a home that is a file"].result().out.decode()
+def test_on_a_narrow_terminal_the_live_line_stays_one_line(ended: Callable[[str], Ended]) -> None:
+    out = ended("a terminal of 20 columns, and a home that is a file").out.decode()
     live = [piece.partition("\r")[0].rstrip("\n") for piece in out.split("\r\x1b[K")[1:]]
     steps = [text for text in live if text.startswith("epoch 1")]
     assert steps and max(map(len, steps)) < 20
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name", [n if n == "a full disk" else pytest.param(n, marks=pytest.mark.slow) for n in REFUSED]
+)
 def test_where_nothing_can_be_said_or_written_the_program_ends_with_one_sentence(
-    ended: dict[str, Future[Ended]], name: str
+    ended: Callable[[str], Ended], name: str
 ) -> None:
-    done = ended[name].result()
+    done = ended(name)
     assert_one_sentence(done.err)
     assert done.status == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNHEARD)
 def test_a_refusal_that_nobody_can_hear_still_gives_status_2(
-    ended: dict[str, Future[Ended]], name: str
+    ended: Callable[[str], Ended], name: str
 ) -> None:
-    assert ended[name].result().status == 2
+    assert ended(name).status == 2
 
 
 # Any combination of settings.

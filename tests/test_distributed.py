@@ -476,6 +476,7 @@ def test_in_float64_the_steps_are_those_of_one_process_and_the_same_to_the_bit_i
     assert_same_bits_in_all(answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_in_float32_each_step_from_the_same_state_has_the_loss_of_one_process(teams, alone_in_float32, count):
     states = [quantized_resnet20(ALONE).state_dict(), *(step.after for step in alone_in_float32[:-1])]
@@ -485,6 +486,7 @@ def test_in_float32_each_step_from_the_same_state_has_the_loss_of_one_process(te
     assert_same_bits_in_all(answers)
 
 
+@pytest.mark.slow
 def test_in_float32_the_processes_stay_the_same_to_the_bit_from_step_to_step(teams):
     assert_same_bits_in_all(teams[2].ask(take_steps, torch.float))
 

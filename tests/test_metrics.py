@@ -85,7 +85,12 @@ def test_a_dense_layer_without_a_quantizer_counts_32_bits_by_every_account():
 
 @pytest.mark.parametrize(
     ("depth", "size"),
-    [(20, (3, 33, 17)), (32, (3, 48, 48)), (44, (3, 40, 24)), (56, (3, 32, 32)), (110, SMALL)],
+    [
+        (20, (3, 33, 17)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(32, (3, 48, 48)), (44, (3, 40, 24))]),
+        (56, (3, 32, 32)),
+        pytest.param(110, SMALL, marks=pytest.mark.slow),
+    ],
 )
 def test_torchs_own_counter_agrees_on_every_dense_network(depth, size):
     model = getattr(resnet, f"resnet{depth}")().eval()

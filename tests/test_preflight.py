@@ -225,7 +225,9 @@ def test_another_data_set_than_was_asked_for_is_named(monkeypatch, tmp_path):
             ),
             marks=pytest.mark.slow,
         ),
-        ("--exclude-layers", ".", "--batch-size", "1", "--limit-train", "3"),
+        pytest.param(
+            ("--exclude-layers", ".", "--batch-size", "1", "--limit-train", "3"), marks=pytest.mark.slow
+        ),
         pytest.param(
             ("--fixed-bits", "4", "--sparsity-weight", "0", "--precision", "bf16"), marks=pytest.mark.slow
         ),
@@ -324,6 +326,7 @@ def test_ranks_that_draw_their_own_numbers_are_not_held_against_one(monkeypatch,
     assert debug_run.main([*SHORT, "--output-dir", str(tmp_path), *network]) == 0
 
 
+@pytest.mark.slow
 def test_what_is_not_this_projects_own_is_skipped_with_the_reason(monkeypatch, tmp_path):
     assert issubclass(LSQ, torch.nn.Module) and not issubclass(LSQ, DeadZoneLDZCompander)
     real = debug_run.coupled_group_lasso
