@@ -15,7 +15,6 @@ Batch norms, ReLUs and additions are not counted; torch.utils.flop_counter does 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
 from src.slim import SlimLayer
-from utils_quantization import FULL_PRECISION_BITS, quantized_layers, weight_bits
+from utils_quantization import FULL_PRECISION_BITS, layers_of, quantized_layers, weight_bits
 
 ACTIVATION_BITS = 32  # activations are never quantized
 
@@ -140,13 +139,11 @@ def count_ceiling(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 3
     No quantizer is evaluated, so that the weights may be NaN or infinite. Bits are 32 in every layer.
     """
     quantized = quantized_layers(model)
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     weights = {
         name: torch.zeros_like(m.parametrizations.weight.original) if name in quantized else m.weight
-        for name, m in layers.items()
+        for name, m in layers_of(model).items()
     }
-    bits = dict.fromkeys(weights, (FULL_PRECISION_BITS, float(FULL_PRECISION_BITS)))
-    return _count(model, bits, trace_channels(model, input_size, weights))
+    return _count(model, {}, trace_channels(model, input_size, weights))
 
 
 def _count(model: nn.Module, bits: Mapping[str, tuple[int, float]], account: ChannelAccount) -> NetworkCount:

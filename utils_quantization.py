@@ -59,6 +59,11 @@ class WeightQuantization(nn.Module):
         return self.quantizer(w) if self.enabled else w
 
 
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The convolutions and linear layers, quantized or not, by name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
 def attach_weight_quantizers(
     model: nn.Module,
     exclude_layers: Sequence[str],
@@ -78,7 +83,7 @@ def attach_weight_quantizers(
         weight is parametrized already, for a weight that its quantizer refuses, and for a quantizer that is
         not as `Quantizer` describes. The model is unchanged then.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers = layers_of(model)
     excluded = _matching(exclude_layers, [name for name, _ in model.named_modules() if name])
     chosen = {name: m for name, m in layers.items() if name not in excluded}
     for name, layer in chosen.items():
@@ -94,7 +99,7 @@ def attach_weight_quantizers(
         quantizations[name] = quantization
     for name, layer in chosen.items():
         parametrize.register_parametrization(layer, "weight", quantizations[name])
-        layer.parametrizations.train(layer.training)  # type: ignore[union-attr]
+        layer.parametrizations.train(layer.training)
     return list(chosen)
 
 

@@ -43,7 +43,7 @@ from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import TrainingStep, make_optimizer, measure_accuracy
 from resnet import BasicBlock, ResNet, resnet20, resnet110
 from src.quantizer import DeadZoneLDZCompander
-from utils_quantization import attach_weight_quantizers, quantizers
+from utils_quantization import attach_weight_quantizers
 
 STEPS_AN_EPOCH = 98  # training steps over 50,000 images in batches of 512
 LOOPS = ("plan", "float32", "bf16")
@@ -151,8 +151,7 @@ class Bench:
         """Time an epoch's metrics, record and checkpoint as a share of its training steps and test pass."""
         model = quantized_model(resnet20(), self.device)
         evaluator = Evaluator(model)
-        quantized, dense = list(quantizers(model)), evaluator.dense
-        history = new_history(self.settings, self.dataset, self.device, ALONE, model, quantized, dense)
+        history = new_history(self.settings, self.dataset, self.device, ALONE, model, evaluator.dense)
         penalty = coupled_group_lasso(model, self.settings.penalty_on, self.settings.group_weights)
         optimizer = make_optimizer(model, self.settings, STEPS_AN_EPOCH)
         step = TrainingStep(model, optimizer, penalty)
@@ -292,7 +291,8 @@ def our_step(
     """Make the debug run's training step; without `quantize`, the network has no quantizers and no lasso."""
     if quantize:
         quantized_model(model, device)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    else:
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     weight = WEIGHT if quantize else 0.0
     penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)

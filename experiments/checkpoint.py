@@ -83,8 +83,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     Raises: OutputError naming the file if it cannot be written; no other checkpoint is deleted then.
     """
     buffer = io.BytesIO()
-    state = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
-    torch.save(state | {"version": VERSION, "history": checkpoint.history.to_json()}, buffer)
+    torch.save(vars(checkpoint) | {"version": VERSION, "history": checkpoint.history.to_json()}, buffer)
     content = buffer.getvalue()
     write_whole(checkpoint_path(folder, checkpoint.epochs), content + hashlib.sha256(content).digest())
     # Checkpoints of later epochs are deleted too. A resumed run has them if they were damaged: it went back

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.files import missing_folders, read_plain, remove_empty
+from experiments.files import missing_folders, numbered, read_plain, remove_empty
 
 SIDE = 32  # pixels
 
@@ -241,7 +241,7 @@ def _unpack(
         if os.path.lexists(folder):
             if not _read_folder(files, folder)[1]:
                 return
-            aside = _free_name(folder)
+            aside = numbered(folder.with_name(f"{folder.name}.aside"))
             folder.rename(aside)
             say(f"{damage or f'{folder} holds no batch file'}: moved it aside to {aside}")
         fresh.rename(folder)
@@ -254,13 +254,6 @@ def _unpack(
 def _unique_name(path: Path) -> Path:
     """A name beside `path` that no other run has, on whichever machine it is."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-
-
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.aside-{number}")):
-        number += 1
-    return aside
 
 
 def _parsed(files: CifarFiles, contents: dict[str, bytes], source: str) -> CifarImages:

@@ -82,8 +82,7 @@ def make_compressed(
     packed = unpack_network(content, partial(make_network, name, logits["quantized"].shape[1])).to(device)
     packed_settings, packed_metrics = read_claims(content)
     logits |= {n: predict(network, batches)[0] for n, network in {"slim": slim, "packed": packed}.items()}
-    hits = {name: of_network.argmax(1) == batches.labels for name, of_network in logits.items()}
-    accuracy = {name: _share(right) for name, right in hits.items()}
+    accuracy = {n: _share(of_network.argmax(1) == batches.labels) for n, of_network in logits.items()}
     dense = without_quantizers(model, stored=True)
     return CompressedRecord(
         images=len(batches.labels),

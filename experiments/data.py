@@ -309,6 +309,6 @@ class _Normalise:
         self.channels_last = device.type != "mps"  # on MPS, channels_last gave wrong batch-norm gradients
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Shapes: (B, 32, 32, 3) uint8 -> (B, 3, 32, 32) float32, in channels_last memory."""
+        """Shapes: (B, 32, 32, 3) uint8 -> (B, 3, 32, 32) float32, in channels_last memory but on MPS."""
         images = pixels.float().mul_(self.scale).add_(self.bias).permute(0, 3, 1, 2)
         return images if self.channels_last else images.contiguous()

@@ -61,7 +61,7 @@ from experiments.expect import MOST_PARAMETERS, Subject
 from experiments.files import OutputError, archive_files, lock_folder, write_whole
 from experiments.finish import write_report
 from experiments.history import FAIL, Check, EpochRecord, History, epoch_record, new_history
-from experiments.ledger import check_epoch
+from experiments.ledger import Ledger
 from experiments.live import (
     ClosedOutputError,
     EpochProgress,
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
     with ExitStatus(live, "nothing was trained") as end, contextlib.ExitStack() as held:
         processes = join_processes()
-        held.callback(leave_processes, processes)
+        held.callback(leave_processes)
         live.silent = not processes.first
         # Only rank 0's command line counts, and it alone parses it, so that a bad flag is reported once.
         arguments = processes.broadcast(sys.argv[1:] if arguments is None else arguments)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--model is {settings.model!r}, and {error}; expected a network that it can"
             ) from error
         excluded = excluded_layers(settings, model, evaluator.dense)
-        quantized = attach_weight_quantizers(model, excluded, make_quantizer, {})
+        attach_weight_quantizers(model, excluded, make_quantizer, {})
         if memory_layout(model, device) == "channels_last":
             model.to(memory_format=torch.channels_last)
         if processes.count > 1:
@@ -152,15 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         # The copy is made before anything is trained: it learns of the run by the checkpoint alone.
         spare = replace(pipeline, step=copy.deepcopy(step)) if settings.rehearse else None
         history = new_history(
-            settings,
-            dataset,
-            device,
-            processes,
-            model,
-            quantized,
-            evaluator.dense,
-            arguments,
-            step.host,
+            settings, dataset, device, processes, model, evaluator.dense, arguments, step.host
         )
         if checkpoint:
             resume(checkpoint, history, model, optimizer)
@@ -251,7 +243,7 @@ def one_epoch(
             accuracy=accuracy,
             seconds=time.perf_counter() - began,
         )
-    return replace(record, ledger=check_epoch(watch, record)), compression
+    return replace(record, ledger=Ledger(watch, record).checks()), compression
 
 
 def load(settings: Settings, live: LiveLine) -> Dataset:

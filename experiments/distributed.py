@@ -102,7 +102,7 @@ def join_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, local_count)
 
 
-def leave_processes(processes: Processes) -> None:
+def leave_processes() -> None:
     """Close the connection to the other processes; without torchrun there is none, and nothing happens."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -20,13 +20,12 @@ from experiments.training import Pipeline, TrainingStep
 from experiments.user_code import first_line
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
-from utils_quantization import quantized_layers, weight_quantization
+from utils_quantization import quantized_layers, quantizers
 
 EXACT = 1e-8  # of the largest number, for float64 arithmetic in another order
 TINY = 1e-4  # a factor that moves any weight into the dead zone
 MOST_PARAMETERS = 50_000_000  # of a network that is copied in float64: some ten copies are 4 GB
 PROBE_IMAGES = 8  # enough for the float64 comparisons: each layer still sees hundreds of positions
-EPSILON = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest number compared
 
 
 class BrokenError(Exception):
@@ -48,11 +47,11 @@ def expect(holds: bool | Tensor, measured: str, cause: str) -> None:
 
 
 def expect_close(
-    found: Tensor, wanted: Tensor, what: str, cause: str, tolerance: float | None = None, least: float = 0.0
+    found: Tensor, wanted: Tensor, what: str, cause: str, tolerance: float, least: float = 0.0
 ) -> float:
-    """Two tensors are equal to rounding; returns their distance over the largest number wanted.
+    """Two tensors are equal to a tolerance; returns their distance over the largest number wanted.
 
-    That is taken to be `least` where it is smaller.
+    That is taken to be `least` where it is smaller. The tolerance is relative to it too.
     Raises: BrokenError otherwise, also for another shape and for numbers that are not finite.
     """
     if found.shape != wanted.shape:
@@ -60,8 +59,8 @@ def expect_close(
     largest = max(wanted.abs().max().item(), least) if wanted.numel() else 0.0
     distance = (found.to(wanted.dtype) - wanted).abs().max().item() if wanted.numel() else 0.0
     relative = distance / largest if largest else distance
-    allowed = EPSILON[found.dtype] if tolerance is None else tolerance
-    expect(relative <= allowed, f"{what} is off by {relative:.2g} of its largest number", cause)  # NaN fails
+    measured = f"{what} is off by {relative:.2g} of its largest number"
+    expect(relative <= tolerance, measured, cause)  # NaN fails
     return relative
 
 
@@ -121,10 +120,7 @@ class Subject:
         """Blocks a stage of an own network."""
         return len(self.pipeline.model.layer1)  # type: ignore[arg-type]
 
-    @staticmethod
-    def quantizers(model: nn.Module) -> dict[str, Any]:
-        found = {name: weight_quantization(layer) for name, layer in quantized_layers(model).items()}
-        return {name: q.quantizer for name, q in found.items() if q is not None}
+    quantizers = staticmethod(quantizers)  # of any model, by layer
 
     @cached_property
     def first_batch(self) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -185,6 +186,12 @@ def _lock(folder: Path, say: Callable[[str], None]) -> int | None:
     return descriptor
 
 
+def numbered(path: Path) -> Path:
+    """The first of `path`-1, `path`-2 and so on that is not there."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def archive_files(folder: Path, files: Iterable[Path]) -> Path | None:
     """Move the files that exist into an archive: a new folder earlier-1 in `folder`, or the next free number.
 
@@ -194,9 +201,7 @@ def archive_files(folder: Path, files: Iterable[Path]) -> Path | None:
     files = [path for path in files if path.is_file()]
     if not files:
         return None
-    number = 1
-    while os.path.lexists(archive := folder / f"earlier-{number}"):
-        number += 1
+    archive = numbered(folder / "earlier")
     try:
         archive.mkdir()
         for path in files:

@@ -47,14 +47,13 @@ def write_report(
     # The history is small and all else can be made from it, so it is written first. A file that cannot be
     # written ends nothing.
     keep(errors, write_json, path, history.to_json())
+    compressed = None
     # A stopped run holds the weights of a half-finished epoch: do not test or export those.
     if not history.stopped:
         use_local_batch_norms(model)
         live.progress("testing once more")
         history.retest = retest(model, dataset, settings.precision)
-    compressed = (
-        None if history.stopped else compress(settings, history, model, compression, dataset, live, errors)
-    )
+        compressed = compress(settings, history, model, compression, dataset, live, errors)
     if settings.rehearse and history.compressed:
         live.say("\n--- The Packed File, as experiments.verify Sees It ---")
         history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))

@@ -28,13 +28,14 @@ from experiments.evaluator import Compression
 from experiments.network import NO_USE, HostUse, memory_layout
 from experiments.settings import PRECISIONS, Settings
 from metrics import TOTALS, LayerCount, NetworkCount
-from utils_quantization import has_codes, parameter_groups, quantizers, weight_bits
+from utils_quantization import has_codes, layers_of, parameter_groups, quantizers, weight_bits
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "numpy", "matplotlib")
 
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
+LIKELY_CAUSE = ". Likely cause: "  # between what was measured and the cause, in the message of a FAIL
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,22 @@ class Check:
     name: str
     message: str  # the measured numbers, and the likely cause of a FAIL
 
+    @property
+    def measured(self) -> str:
+        return self.message.partition(LIKELY_CAUSE)[0]
+
+    @property
+    def cause(self) -> str:
+        """The likely cause of a FAIL; "" where none is said."""
+        return self.message.partition(LIKELY_CAUSE)[2]
+
     def __str__(self) -> str:
         return f"{self.status}  {self.name}: {self.message}"
 
 
 def judge(passed: bool, name: str, measured: str, cause: str) -> Check:
     """Make a check that passed, with what was measured, or one that failed, with its likely cause as well."""
-    return Check(PASS, name, measured) if passed else Check(FAIL, name, f"{measured}. Likely cause: {cause}")
+    return Check(PASS, name, measured) if passed else Check(FAIL, name, f"{measured}{LIKELY_CAUSE}{cause}")
 
 
 def some(names: Iterable[str], between: str = ", ") -> str:
@@ -266,14 +276,13 @@ def new_history(
     device: torch.device,
     processes: Processes,
     model: nn.Module,
-    quantized: list[str],
     dense: NetworkCount,
     command: Sequence[str] = (),
     host: HostUse = NO_USE,
 ) -> History:
     """The history of a run before its first epoch, with the counts of its dense network."""
     where = describe_device(device) + (f", {processes.count} processes" if processes.count > 1 else "")
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    found = quantizers(model)
     return History(
         settings=settings.to_json(),
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -283,14 +292,14 @@ def new_history(
         processes=processes.count,
         data=DataRecord(dataset.name, dataset.source, dataset.synthetic, dataset.classes,
                         len(dataset.train_labels), len(dataset.test_labels)),
-        quantized=quantized,
-        full_precision=[name for name in layers if name not in quantized],
+        quantized=list(found),
+        full_precision=[name for name in layers_of(model) if name not in found],
         start={
             name: LayerStart(_parameters(quantizer), weight_bits(model.get_submodule(name))[1])
-            for name, quantizer in quantizers(model).items()
+            for name, quantizer in found.items()
         },
-        parameter_groups={n: g for q in quantizers(model).values() for n, g in parameter_groups(q).items()},
-        without_codes=[name for name, quantizer in quantizers(model).items() if not has_codes(quantizer)],
+        parameter_groups={n: g for q in found.values() for n, g in parameter_groups(q).items()},
+        without_codes=[name for name, quantizer in found.items() if not has_codes(quantizer)],
         origin=Origin(datetime.now(UTC).isoformat(timespec="seconds"), list(command), _commit()),
         barriers=list(dense.barriers),
         frozen=[n for n, p in model.named_parameters() if not p.requires_grad and ".quantizer." not in n],

@@ -43,19 +43,10 @@ class Wrong(list[str]):
             self.append(figures)
 
 
-def check_epoch(watch: EpochWatch, record: EpochRecord) -> list[Check]:
-    """All that an epoch was held against, each PASS, FAIL or SKIP.
-
-    To be called when the epoch is over, with several ranks by each of them.
-    """
-    return Ledger(watch, record).checks()
-
-
 class Ledger:
     """One epoch as it was watched, its record, and what was to be expected of both."""
 
     def __init__(self, watch: EpochWatch, record: EpochRecord) -> None:
-        watch.close()
         self.watch, self.record = watch, record
         self.pipeline, self.epoch, self.settings = watch.pipeline, watch.epoch, watch.settings
         self.step, self.model, self.processes = watch.step, watch.model, watch.processes
@@ -74,6 +65,7 @@ class Ledger:
         self.masked = self.settings.keep_dead and self.coefficient != 0
 
     def checks(self) -> list[Check]:
+        """All that the epoch was held against, each PASS, FAIL or SKIP; every rank must call it."""
         found = [
             self.check_start(),
             self.check_training_mode(),
@@ -133,13 +125,13 @@ class Ledger:
             "a learning-rate schedule, --pace-steps, weight decay or beta that is not the settings', "
             "or rates that are not set in every epoch"
         )
-        held = f"{', '.join(sorted({f'{r:.3g}' for _, r, _ in self._expected().values()}))}"
+        held = ", ".join(sorted({f"{r:.3g}" for _, r, _ in self._expected().values()}))
         return _judge(wrong, "learning rates and decays", held, cause)
 
     def check_coefficient(self) -> Check:
         expected = self._coefficient()
         wrong = Wrong()
-        used = {float(c) for c in self.batches.coefficients} | {float(self.step.coefficient)}
+        used = {float(c) for c in self.batches.coefficients} | {self.coefficient}
         bad = [c for c in used if not _close(c, expected, EXACT)]
         wrong.unless(not bad, f"the steps used {_number(*bad)}, expected {expected:.6g}")
         wrong.unless(
@@ -751,7 +743,7 @@ class Ledger:
 
     def _with_other_ranks(self, found: list[Check]) -> list[Check]:
         failed = torch.tensor([float(c.status == FAIL) for c in found], device=self.step.device)
-        elsewhere = self.processes.sum(failed.clone()) if self.processes.count > 1 else failed
+        elsewhere = self.processes.sum(failed)
         return [
             Check(FAIL, c.name, f"another rank found it wrong; here: {c.message}")
             if there and c.status != FAIL

@@ -179,17 +179,14 @@ class EpochProgress:
         self.live, self.epoch, self.epochs = live, epoch, epochs
 
     def __call__(self, done: int, total: int, seconds: float) -> None:
-        now = time.monotonic()
+        now, whole = time.monotonic(), ESTIMATED_REST * seconds / done * total
         if self.live.epoch_seconds is None and (seconds >= ENOUGH_SECONDS or done == total):
-            whole = ESTIMATED_REST * seconds / done * total
             self.live.epoch_seconds = whole
             self.live.say(f"      ~ about {spelled((self.epochs - self.epoch) * whole)} for {self._epochs()}")
         if now - self.live.last > 0.1 or done == total:
             self.live.last = now
             left = seconds / done * (total - done)
-            left += (self.epochs - self.epoch - 1) * (
-                self.live.epoch_seconds or ESTIMATED_REST * seconds / done * total
-            )
+            left += (self.epochs - self.epoch - 1) * (self.live.epoch_seconds or whole)
             self.live.progress(
                 f"epoch {self.epoch + 1} of {self.epochs}: step {done}/{total}, "
                 f"{done / seconds:.1f} steps/s, {spelled(left)} left"

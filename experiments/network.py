@@ -21,6 +21,7 @@ from experiments.settings import Settings, check_model
 from experiments.user_code import RAISED, first_line, import_named
 from metrics import NetworkCount
 from src.graph import only_looks, trace_network
+from utils_quantization import layers_of
 
 SIZE = (3, 32, 32)  # of an image
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # on the host
@@ -261,7 +262,7 @@ def excluded_layers(settings: Settings, network: nn.Module, dense: NetworkCount)
             f"--model is {settings.model!r}, in which no image passes a convolution or linear layer; "
             f"expected one at least, to quantize"
         )
-    layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = layers_of(network)
     computed = trace_network(network, SIZE).computing_their_weights()
     names = [name for name in layers if name not in counted or name in computed]
     if settings.exclude_layers is None:

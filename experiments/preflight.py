@@ -17,7 +17,7 @@ from torch import nn
 
 from experiments.draws import kept_draws
 from experiments.expect import BrokenError, NotApplicableError, Subject
-from experiments.history import FAIL, PASS, SKIP, Check
+from experiments.history import FAIL, PASS, SKIP, Check, judge
 from experiments.preflight_data import (
     augmentation_is_crops_and_flips,
     files_are_read_right,
@@ -93,9 +93,7 @@ LARGE = 5_000_000  # parameters of a network
 
 
 def preflight(
-    subject: Subject,
-    progress: Callable[[str], None] | None = None,
-    tell: Callable[[Check], None] | None = None,
+    subject: Subject, progress: Callable[[str], None], tell: Callable[[Check], None]
 ) -> list[Check]:
     """Every check of the run, in an order in which the first that fails is nearest to the cause.
 
@@ -112,18 +110,16 @@ def preflight(
     before = copy.deepcopy(_state(subject))
     with kept_draws():
         for name, check, needs in CHECKS:
-            if progress:
-                progress(f"preflight: {name}")
+            progress(f"preflight: {name}")
             broken = [need for need in needs if found[need].status != PASS and not _harmless(found[need])]
             waits = Check(SKIP, name, f"waits for '{broken[0]}'") if broken else None
             found[name] = waits or _outcome(name, check, subject)
             if found[name].status != FAIL and (changed := _changed(before, _state(subject))):
                 cause = "a defect of the check, which should work on a copy"
-                found[name] = Check(FAIL, name, f"it changes the run's {changed}. Likely cause: {cause}")
+                found[name] = judge(False, name, f"it changes the run's {changed}", cause)
                 before = copy.deepcopy(_state(subject))
             found[name] = _of_all_ranks(found[name], subject)
-            if tell:
-                tell(found[name])
+            tell(found[name])
     torch.set_num_threads(threads)
     return list(found.values())
 
@@ -160,7 +156,7 @@ def _of_all_ranks(check: Check, subject: Subject) -> Check:
     """What fails in one rank fails in all of them, so that none goes on alone."""
     failed = torch.tensor(int(check.status == FAIL), device=subject.step.device)
     if subject.step.processes.sum(failed).item() and check.status != FAIL:
-        return Check(FAIL, check.name, "it fails on another rank. Likely cause: ranks that differ")
+        return judge(False, check.name, "it fails on another rank", "ranks that differ")
     return check
 
 
@@ -175,7 +171,7 @@ def _outcome(name: str, check: Callable[[Subject], str], subject: Subject) -> Ch
     except NotApplicableError as reason:
         return Check(SKIP, name, str(reason))
     except BrokenError as broken:
-        return Check(FAIL, name, f"{broken.measured}. Likely cause: {broken.cause}")
+        return judge(False, name, broken.measured, broken.cause)
     except Exception as error:  # the run's own code raises within the check: that is what is broken
         words = " ".join(str(error).split())[:200]
         place = _place(error)
@@ -184,7 +180,7 @@ def _outcome(name: str, check: Callable[[Subject], str], subject: Subject) -> Ch
             cause = f"something is edited in place (images, weights or layer outputs) in {place}"
         elif re.search(r"dtype|\bDouble\b", words):  # the checks compute in float64
             cause = f"a cast to a precision of its own (of weights, gradients or losses) in {place}"
-        return Check(FAIL, name, f"{type(error).__name__}: {words}. Likely cause: {cause}")
+        return judge(False, name, f"{type(error).__name__}: {words}", cause)
 
 
 def _place(error: BaseException) -> str:

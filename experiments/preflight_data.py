@@ -52,20 +52,16 @@ def files_are_read_right(subject: Subject) -> str:
     )
     _sizes_are_the_settings(subject)
     if dataset.synthetic:
-        expected = torch.arange(len(dataset.train_labels)) % dataset.classes
-        wrong = int((dataset.train_labels != expected).sum())
-        expect(
-            wrong == 0,
-            f"{wrong} labels of the stand-in's training set are not image number mod 10",
-            "the stand-in's labels were changed after it was made (experiments/data.py)",
-        )
-        numbers = data.SYNTHETIC_TRAIN + torch.arange(len(dataset.test_labels))
-        wrong = int((dataset.test_labels != numbers % dataset.classes).sum())
-        expect(
-            wrong == 0,
-            f"{wrong} labels of the stand-in's test set are not image number mod 10",
-            "the stand-in's labels were changed after it was made (experiments/data.py)",
-        )
+        for what, labels, first in (
+            ("training", dataset.train_labels, 0),
+            ("test", dataset.test_labels, data.SYNTHETIC_TRAIN),
+        ):
+            wrong = int((labels != (first + torch.arange(len(labels))) % dataset.classes).sum())
+            expect(
+                wrong == 0,
+                f"{wrong} labels of the stand-in's {what} set are not image number mod 10",
+                "the stand-in's labels were changed after it was made (experiments/data.py)",
+            )
         return f"{len(dataset.train_labels):,} and {len(dataset.test_labels):,} labels of the stand-in"
     folder = Path(dataset.source)
     name, train_files, test_files, key = FILES[dataset.name]

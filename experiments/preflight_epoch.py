@@ -182,8 +182,7 @@ def _try_epoch(subject: Subject, step: TrainingStep, tested: FewTested, epoch: i
     )
     for check in record.ledger:
         if check.status == FAIL:
-            measured, _, cause = check.message.partition(". Likely cause: ")
-            raise BrokenError(f"{check.name}: {measured}", cause)
+            raise BrokenError(f"{check.name}: {check.measured}", check.cause)
     tests = [t for t, kind in zip(seen.times, seen.passes, strict=True) if kind == "test"]
     # Passes behind those of the test are the ledger's own look at the network.
     worked = max(tests[: len(tested)], default=0.0) - min(seen.times, default=0.0)
@@ -250,7 +249,8 @@ def _compare_passes(
     subject: Subject, few: FewBatches, tested: FewTested, epoch: int, record: EpochRecord, seen: Seen
 ) -> None:
     """Which images went through the network, in which mode. What is computed of them the ledger checks."""
-    expect(not seen.faults, *(seen.faults[0] if seen.faults else ("", "")))
+    if seen.faults:
+        raise BrokenError(*seen.faults[0])
     batches = [images for images, _ in few.epoch(epoch)]
     expect(
         len(seen.trained) == len(batches) == seen.steps,

@@ -108,9 +108,8 @@ def counts_are_the_networks(subject: Subject) -> str:
         f"{count.total('dense_macs'):,} MACs, torch counts {theirs:,}",
         cause,
     )
-    for name in ("bops", "mac"):
+    for name, unit in (("bops", "bops"), ("mac", "macs")):
         for kind in ("structured", "unstructured"):
-            unit = "bops" if name == "bops" else "macs"
             dense, left = count.total(f"dense_{unit}"), count.total(f"{kind}_{unit}")
             said = getattr(compression, f"{kind}_{name}_ratio")
             expect(
@@ -166,23 +165,20 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
             read = weights[f"{block}.conv2"].transpose(0, 1).flatten(1).any(1)
             made, scaled = weights[layer.name].flatten(1).any(1), norm.weight != 0
             shift = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
-            nothing = (~(made & scaled) & (shift <= 0)).tolist()
-            odd = [i for i, s in enumerate(layer.states) if nothing[i] and s != ChannelState.NULL]
-            expect(
-                not odd,
-                f"channels {odd[:3]} of {layer.name} leave nothing, and do not count so",
-                "what a dead channel leaves (the states of src/channels.py)",
-            )
+            silent = ~(made & scaled)
             # The classifier reads every residual channel, so what conv2 and its norm make of one is read.
             passed = (weights[f"{block}.conv2"] != 0) & (norm2.weight != 0)[:, None, None, None]
-            spoken = passed.transpose(0, 1).flatten(1).any(1)
-            constant = (~(made & scaled) & (shift > 0) & spoken & bool(heard)).tolist()
-            odd = [i for i, s in enumerate(layer.states) if constant[i] and s != ChannelState.CONSTANT]
-            expect(
-                not odd,
-                f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so",
-                "what a dead channel leaves (the states of src/channels.py)",
-            )
+            spoken = passed.transpose(0, 1).flatten(1).any(1) & heard
+            for what, due, state in (
+                ("nothing", silent & (shift <= 0), ChannelState.NULL),
+                ("a constant", silent & (shift > 0) & spoken, ChannelState.CONSTANT),
+            ):
+                odd = [i for i, s in enumerate(layer.states) if due[i] and s != state]
+                expect(
+                    not odd,
+                    f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so",
+                    "what a dead channel leaves (the states of src/channels.py)",
+                )
             alive = int((made & scaled & read).sum())
             expect(
                 layer.alive_channels <= alive,
@@ -388,14 +384,13 @@ def ranks_agree(subject: Subject) -> str:
     subject.must_run_in_float64()
     step, alone = subject.copied_step(), subject.copied_step()
     images, labels = subject.first_batch
-    for copy in (step, alone):
-        copy.model.double().train()
-        moments_in_float64(copy.optimizer)
-        copy.coefficient, copy.precision = copy.coefficient.double(), "float32"
     size = subject.pipeline.train_batches.sizes[0]
     coefficient = subject.pipeline.settings.sparsity_weight
     gradients: list[Tensor] = []
     for copy in (step, alone):
+        copy.model.double().train()
+        moments_in_float64(copy.optimizer)
+        copy.coefficient, copy.precision = copy.coefficient.double(), "float32"
         copy.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.append(_gradients(optimizer)))
     states = random_states()
     together = step(images.double(), labels, coefficient, size)

@@ -198,7 +198,8 @@ def _compare_cells(figure: Any, layers: Sequence[LayerCount]) -> None:
     )
     extent = [-0.5, width - 0.5, len(layers) - 0.5, -0.5]
     _expect_equal(image.get_extent(), extent, f"{picture}: the cells' places", "another channel or layer")
-    _expect_names(picture, axes.yaxis, [_named(x.name, x) for x in layers])
+    names = [f"{x.name} ({x.states.count(ALIVE)}/{len(x.states)})" for x in layers]
+    _expect_names(picture, axes.yaxis, names)
 
 
 def _compare_bars(figure: Any, layers: Sequence[LayerCount]) -> None:
@@ -272,10 +273,6 @@ def _legend(figure: Any) -> dict[str, Any]:
         for legend in legends
         for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
     }
-
-
-def _named(name: str, layer: LayerCount) -> str:
-    return f"{name} ({layer.states.count(ALIVE)}/{len(layer.states)})"
 
 
 def _expect_names(picture: str, axis: Any, wanted: list[str]) -> None:

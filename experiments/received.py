@@ -210,7 +210,8 @@ def _found(count: NetworkCount, header: PackedHeader) -> dict[str, Any]:
 
 def open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
     """The network of an exported file, and what the file says of it. Raises: ValueError."""
-    if checksum_holds(content) is False:
+    holds = checksum_holds(content)
+    if holds is False:
         raise ValueError(f"{name} was altered: its checksum does not match; get the file again")
     # What torch logs of a damaged archive is a traceback; the sentence below says it.
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)
@@ -225,7 +226,7 @@ def open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
             f"{name} is no network that torch.export saved ({type(error).__name__}); get the file again"
         ) from None
     received = Received(claims)
-    if checksum_holds(content) is None:
+    if holds is None:
         received.left_out.append("the file carries no checksum")
     return network, received
 

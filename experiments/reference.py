@@ -23,7 +23,6 @@ SIDE, PADDING = 32, 4  # pixels of an image, and of the zeros around it before i
 OFFSETS = 2 * PADDING + 1  # of a crop along each axis
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
-INSIDE = "parametrizations.weight"  # where torch keeps a parametrized weight
 
 
 def draws(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +206,6 @@ class AdamW:
     decay: float
     beta1: float
     beta2: float
-    eps: float = 1e-8
 
     def step(
         self, p: Tensor, gradient: Tensor, first: Tensor, second: Tensor, count: int
@@ -216,7 +214,7 @@ class AdamW:
         first = self.beta1 * first + (1 - self.beta1) * gradient
         second = self.beta2 * second + (1 - self.beta2) * gradient.square()
         unbiased = first / (1 - self.beta1**count)
-        scale = (second / (1 - self.beta2**count)).sqrt() + self.eps
+        scale = (second / (1 - self.beta2**count)).sqrt() + 1e-8
         return p - self.rate * self.decay * p - self.rate * unbiased / scale, first, second
 
 

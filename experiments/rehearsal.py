@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from experiments.checkpoint import last_checkpoint, restore
 from experiments.compressed import PACKED
@@ -107,10 +106,9 @@ def _noticed(received: Received, name: str) -> bool:
 
 def _tensors(pipeline: Pipeline) -> dict[str, Any]:
     """All that a checkpoint is to restore, by name."""
-    model: nn.Module = pipeline.model
     state = pipeline.step.optimizer.state_dict()["state"]
     moments = {f"{key} of parameter {i}": value for i, of in state.items() for key, value in of.items()}
-    return {**model.state_dict(), **moments}
+    return {**pipeline.model.state_dict(), **moments}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -23,6 +23,7 @@ from experiments.settings import Settings
 from metrics import LayerCount, NetworkCount, format_ratio, ratio
 
 MUCH_LEFT_OUT = 0.1  # share of the MACs; the stem and the classifier are 1.1 %
+COLUMNS = 80  # of a line
 COLOURS = {"PASS": "32", "FAIL": "1;31", "SKIP": "33"}  # green, bold red, yellow
 
 CSV, PAGE = "metrics.csv", "report.html"
@@ -63,29 +64,28 @@ def first_lines(history: History, settings: Settings, dense: NetworkCount) -> st
         *("; ".join([f"Resumed:   after epoch {r.after_epoch}", *r.differences]) for r in history.resumed),
         *_left_out(dense, history.full_precision),
     ]  # fmt: skip
-    return "\n".join(line for each in lines for line in _wrapped(each, 80, 11))
+    return "\n".join(line for each in lines for line in _wrapped(each, 11))
 
 
-def check_lines(check: Check, colour: bool = False, width: int = 80) -> list[str]:
+def check_lines(check: Check, colour: bool = False) -> list[str]:
     """A check as lines of text, broken between words alone: a PASS in one line, shortened, all else whole.
 
     The cause of a FAIL stands on a line of its own. Colours are a terminal's.
     """
-    measured, _, cause = check.message.partition(". Likely cause: ")
-    first = f"{check.status}  {check.name}: {measured}"
+    first = f"{check.status}  {check.name}: {check.measured}"
     if check.status == "PASS":
-        lines = [first if len(first) <= width else first[: width - 3].rpartition(" ")[0] + " ..."]
+        lines = [first if len(first) <= COLUMNS else first[: COLUMNS - 3].rpartition(" ")[0] + " ..."]
     else:
-        lines = _wrapped(first, width) + (_wrapped(f"      Likely cause: {cause}", width) if cause else [])
+        lines = _wrapped(first) + (_wrapped(f"      Likely cause: {check.cause}") if check.cause else [])
     if colour:
         lines[0] = f"\x1b[{COLOURS[check.status]}m{check.status}\x1b[0m{lines[0][len(check.status) :]}"
     return lines
 
 
-def _wrapped(line: str, width: int, indent: int = 6) -> list[str]:
+def _wrapped(line: str, indent: int = 6) -> list[str]:
     """The line as several, broken between words alone."""
     return textwrap.wrap(
-        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        line, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -110,7 +110,7 @@ def preflight_line(checks: Sequence[Check], seconds: float) -> str:
         if failed
         else f"{len(checks) - len(skipped)} checks hold"
     )
-    return "\n".join(_wrapped(f"Preflight: {said}, {seconds:.0f} s{left_out}", 80, 11))
+    return "\n".join(_wrapped(f"Preflight: {said}, {seconds:.0f} s{left_out}", 11))
 
 
 def table_header(data: DataRecord) -> str:
@@ -146,7 +146,6 @@ def metrics_lines(final: FinalCounts) -> str:
             f"Ceiling: {format_ratio(final.structured_ceiling)} structured, "
             f"{format_ratio(final.unstructured_ceiling)} unstructured, if the {quantized} quantized layers "
             f"cost nothing (of {final.totals['dense_macs']:,} MACs)",
-            80,
             9,
         ),
         "",
@@ -189,21 +188,10 @@ def verdict_lines(checks: Sequence[Check], colour: bool = False) -> str:
 
 
 def file_lines(paths: Sequence[Path]) -> str:
-    """The files that a run leaves, by their folder: the pictures, the history, the compressed network."""
-    folders = dict.fromkeys(path.parent for path in paths)
-    return "\n".join(
-        line
-        for folder in folders
-        for line in (
-            f"\nFiles in {folder}:",
-            *textwrap.wrap(
-                ", ".join(p.name for p in paths if p.parent == folder),
-                78,
-                initial_indent="  ",
-                subsequent_indent="  ",
-            ),
-        )
-    )
+    """The files that a run leaves in its folder: the pictures, the history, the compressed network."""
+    names = ", ".join(path.name for path in paths)
+    lines = textwrap.wrap(names, COLUMNS - 2, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([f"\nFiles in {paths[0].parent}:", *lines]) if paths else ""
 
 
 def picture_title(history: History, settings: Settings) -> str:

@@ -6,7 +6,6 @@ computed changes, and the host never waits for an accelerator while steps are ta
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -90,8 +89,7 @@ class EpochWatch:
             renew_batch_norms(...)
             watch.renewed()
             measure_accuracy(...)
-            ...
-            check_epoch(watch, record)
+        Ledger(watch, record).checks()
 
     On CUDA a training step may be the replay of a graph, in which no hook fires: there the training is known
     by the state that it leaves and by the batches handed out.
@@ -130,13 +128,7 @@ class EpochWatch:
             self.hooks.append(self.model.register_forward_hook(self._note))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
+    def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
 

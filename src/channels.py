@@ -44,6 +44,7 @@ from src.graph import (
     path,
     trace_network,
 )
+from utils_quantization import layers_of
 
 
 class ChannelState(IntEnum):
@@ -163,11 +164,10 @@ def read_weights(model: nn.Module) -> dict[str, Tensor]:
     Quantizers that are switched on are applied. They are called directly instead of through `.weight`: inside
     `parametrize.cached()` that would cache weights without gradients, which the caller's loss would then use.
     """
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     with torch.no_grad():
         return {
             n: m.parametrizations.weight() if parametrize.is_parametrized(m, "weight") else m.weight
-            for n, m in layers.items()
+            for n, m in layers_of(model).items()
         }
 
 

@@ -45,6 +45,7 @@ from src.encoding import (
 from src.quantizer import MAX_BITS, MIN_BITS, Codes
 from utils_quantization import (
     has_codes,
+    layers_of,
     quantized_layers,
     weight_bits,
     weight_quantization,
@@ -103,7 +104,7 @@ def pack_network(
     for slot in slots:
         tensor = _checked(slot.name, _as_float32(slot.name, state[slot.name]), plain)
         if slot.bits:
-            layer = coded[slot.layer]
+            layer = coded[slot.name.removesuffix(".weight")]
             numbers += [layer.step_size.reshape(1), layer.shift.reshape(1)]
             q = layer.q.flatten().long().numpy()
             codes.append(pack_codes((q + _levels(slot.bits)) % 2**slot.bits, slot.bits))
@@ -184,10 +185,6 @@ class _Slot(NamedTuple):
     name: str
     shape: torch.Size
     bits: int | None  # of a code; None for a tensor stored as float32
-
-    @property
-    def layer(self) -> str:
-        return self.name.removesuffix(".weight")
 
     @property
     def numbers(self) -> int:
@@ -341,7 +338,7 @@ def _from_json(content: bytes) -> PackedHeader:
         raise PackingError(f"compression is {header.compression!r:.60}; expected {', '.join(COMPRESSIONS)}")
     if found == own:
         network = _blank(header.blocks_per_stage, header.num_classes)
-        layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        layers = list(layers_of(network))
     else:
         _check_tensors(header)
         layers = [name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")]

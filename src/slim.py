@@ -317,14 +317,14 @@ class _Builder:
             shift = shift.flatten(0, -2)[:1]
         # It may read constants: those that differ from row to row.
         whole_input = whole or dead or bool((self.held[source].index[channels.inputs] < 0).any())
-        x = self._whole(source) if whole_input else self._settle(source).node
-        index = torch.arange(len(channels.inputs)) if whole_input else self.held[source].index
-        count = len(channels.inputs) if whole_input else self.held[source].count
+        count = len(channels.inputs)
+        every = torch.arange(count)
+        held = _Held(every, self._whole(source), count) if whole_input else self._settle(source)
         options = (*use.node.args[3:6], *(1, 0, 1)[len(use.node.args[3:6]) :])  # stride, padding, dilation
         layers, numbers = [], []
         for outputs, inputs in _alike(channels, use.groups):
             kept = [weight[o][:, i % weight.shape[1]] for o, i in zip(outputs, inputs, strict=True)]
-            reads = _selection(index[torch.cat(inputs)], count, -1 if whole else 1)
+            reads = _selection(held.index[torch.cat(inputs)], held.count, -1 if whole else 1)
             layers.append(SlimLayer(torch.cat(kept), reads, (*options, len(outputs))))
             numbers += outputs
         name = use.name or use.node.name
@@ -333,7 +333,7 @@ class _Builder:
             numbers = [torch.arange(len(weight))]
         else:
             part = layers[0] if len(layers) == 1 else SlimParts(layers)
-        made, order = self._module(name, part, x), torch.cat(numbers)
+        made, order = self._module(name, part, held.node), torch.cat(numbers)
         if whole:
             places = torch.full([len(weight)], -1).index_copy(0, order, torch.arange(len(order)))
             made = self._module(f"{name}_places", _selection(places, len(order), -1), made)

@@ -279,9 +279,7 @@ def begun(model: ResNet, quantized: list[str], processes: Processes | None = Non
     chosen = Settings(epochs=2, precision="bf16", output_dir=Path("somewhere"))
     cpu = torch.device("cpu")
     dense = count_network(model)
-    return new_history(
-        chosen, random_dataset(12, test=5), cpu, processes or Processes(), model, quantized, dense
-    )
+    return new_history(chosen, random_dataset(12, test=5), cpu, processes or Processes(), model, dense)
 
 
 def test_a_new_history_says_what_runs_on_what_with_which_data():

@@ -465,8 +465,8 @@ def test_a_setting_that_is_not_what_was_typed_is_named_with_both_values(monkeypa
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1.1])
 def test_numbers_that_are_not_close_are_broken_also_where_they_are_no_numbers(number):
     wanted = torch.ones(3, dtype=torch.float64)
-    assert expect_close(wanted.clone(), wanted, "x", "y") == 0
+    assert expect_close(wanted.clone(), wanted, "x", "y", 1e-8) == 0
     with pytest.raises(BrokenError):
-        expect_close(torch.tensor([1.0, number, 1.0]).double(), wanted, "x", "y")
+        expect_close(torch.tensor([1.0, number, 1.0]).double(), wanted, "x", "y", 1e-8)
     with pytest.raises(BrokenError):
-        expect_close(wanted[:2], wanted, "x", "y")
+        expect_close(wanted[:2], wanted, "x", "y", 1e-8)

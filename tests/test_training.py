@@ -33,6 +33,7 @@ from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantizers
 
 BLOCK_CONVOLUTIONS = ["^conv1$", "^linear$"]  # excluded, so that these are quantized
+INSIDE = "parametrizations.weight"  # where torch keeps a parametrized weight
 COARSE = {"init_bit_logit": 0.9, "init_deadzone_logit": 0.5}  # 6 bits, three quarters of the weights zero
 RATES = {f"{kind}_{what}": 0.0 for kind in ("weights", "bit", "deadzone") for what in ("lr", "decay")}
 NOTHING_MOVES = Settings(**RATES)
@@ -690,14 +691,14 @@ class Reference:
         """What each layer computes with, by its name: (O, I, kh, kw), or (classes, I) of the classifier."""
         found = {n.removesuffix(".weight"): v for n, v in self.values.items() if n.endswith(".weight")}
         for name in self.quantized():
-            inside = f"{name}.{reference.INSIDE}"
+            inside = f"{name}.{INSIDE}"
             logits = [self.values[f"{inside}.0.quantizer.{kind}"] for kind in ("logit_bit", "logit_dz")]
             bits = 2 + 6 * logits[0].tanh().abs()  # from 2 to 8
             found[name] = reference.quantize(self.values[f"{inside}.original"], bits, logits[1])
         return found
 
     def quantized(self) -> list[str]:
-        return [n.partition(f".{reference.INSIDE}")[0] for n in self.values if n.endswith(".original")]
+        return [n.partition(f".{INSIDE}")[0] for n in self.values if n.endswith(".original")]
 
     def step(
         self, images: Tensor, labels: Tensor, sparsity_weight: float, keep_dead: bool = False
@@ -720,7 +721,7 @@ class Reference:
             self.values[name], *moments = adamw.step(p.detach(), gradient, *self.moments[name], self.steps)
             self.moments[name] = (moments[0], moments[1])
         for layer, side, number in dead:
-            stored = self.values[f"{layer}.{reference.INSIDE}.original"]
+            stored = self.values[f"{layer}.{INSIDE}.original"]
             reference.slice_of(stored, side, number).zero_()
         return loss.item(), cross_entropy.item()
 
