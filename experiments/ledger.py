@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from experiments import reference
 from experiments.data import TestBatches, TrainBatches
 from experiments.device import in_float64
+from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
-from experiments.watch import EpochWatch, Pass, State, numbers
+from experiments.watch import EpochWatch, Pass, State, Update, fingerprint, numbers
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import quantizers
@@ -63,6 +65,7 @@ class Ledger:
         # that one fault is not said twice, under two names.
         self.coefficient = float(self.step.coefficient)
         self.masked = self.settings.keep_dead and self.coefficient != 0
+        self.bf16 = self.settings.precision == "bf16"
 
     def checks(self) -> list[Check]:
         """All that the epoch was held against, each PASS, FAIL or SKIP; every rank must call it."""
@@ -84,6 +87,7 @@ class Ledger:
             self.check_counts(),
             self.check_ranks(),
         ]
+        found.append(self.check_gradients([c.name for c in found if c.status == FAIL]))
         self.watch.leave()
         return self._with_other_ranks(found)
 
@@ -173,40 +177,29 @@ class Ledger:
         )
 
     def check_updates(self) -> Check:
-        """The epoch's first and last update of every weight against AdamW's formulas, in float64."""
-        name, seen, wrong = "first and last update are AdamW's", self.batches, Wrong()
-        if seen.first_values is None:
+        """Three of the epoch's updates of every weight against AdamW's formulas, in float64."""
+        name, wrong = "updates are AdamW's", Wrong()
+        if not self.batches.updates:
             return Check(SKIP, name, "no training step was seen")
-        began = self.before.values, self.watch.moments
-        self._compare_update(
-            "first", began, seen.first_values, seen.first_gradients, self.before.steps, wrong
-        )
-        if seen.last_began:
-            done = [max(t - 1, 0) for t in self.after.steps]
-            left = self.watch.last_gradients
-            self._compare_update("last", seen.last_began, self.after.values, left, done, wrong)
+        for update in self.batches.updates:
+            self._compare_update(update, wrong)
+        steps = ", ".join(str(update.number + 1) for update in self.batches.updates)
         cause = (
             "another optimizer, rate, decay or beta than the settings', an update outside the optimizer, "
             "or gradients changed or cleared after it"
         )
-        return _judge(wrong, name, f"{len(self.parameters)} parameters", cause)
+        return _judge(wrong, name, f"{len(self.parameters)} parameters in steps {steps}", cause)
 
-    def _compare_update(
-        self,
-        which: str,
-        began: tuple[Tensor, tuple[Tensor, Tensor]],
-        values: Tensor,
-        gradients: dict[str, Tensor],
-        steps: list[float],
-        wrong: Wrong,
-    ) -> None:
-        """One update: what it began with, values and moments, (P,) each, and what it left."""
-        before, moments = began
+    def _compare_update(self, update: Update, wrong: Wrong) -> None:
         flags, taken = {}, zip(self.parameters, self.before.steps, self.after.steps, strict=True)
+        step, gradients = f"step {update.number + 1}", update.gradients or {}
         lost = [n for n, a, b in taken if b > a and n not in gradients]
-        wrong.unless(not lost or self.may_skip, f"the {which} step leaves no gradient at {some(lost)}")
-        parts = _split(self.parameters, before, values, *moments)
-        for (n, (w, after, m, v)), t in zip(parts.items(), steps, strict=True):
+        wrong.unless(not lost or self.may_skip, f"{step} leaves no gradient at {some(lost)}")
+        after = update.before if update.after is None else update.after
+        parts = _split(self.parameters, update.before, after, *update.moments)
+        counted = iter(numbers([count for count in update.steps if count is not None]))
+        counts = [0.0 if count is None else next(counted) for count in update.steps]
+        for (n, (w, after, m, v)), t in zip(parts.items(), counts, strict=True):
             if n in gradients:
                 rate, decay = self._used(n)
                 g = gradients[n].flatten()
@@ -220,7 +213,48 @@ class Ledger:
                 off = (after - expected).abs() / (rounding * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
                 flags[n] = torch.where(after == 0, 0, off) if self.masked else off
         for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
-            wrong.unless(times <= 1, f"the {which} of {n} is {times:.3g} times the rounding away")
+            wrong.unless(times <= 1, f"{step}: {n} is {times:.3g} times the rounding away")
+
+    def check_gradients(self, failed: Sequence[str]) -> Check:
+        """The gradients that one step left against those of a backward pass on a copy of its network.
+
+        They are others too where a check that `failed` has named the cause already.
+        """
+        name, drawn, wrong = "gradients are the loss's", self.batches.drawn, Wrong()
+        left = next((u.gradients for u in self.batches.updates if drawn and u.number == drawn.number), None)
+        if drawn is None or not left:
+            return Check(SKIP, name, "no training step was seen")
+        if failed:
+            return Check(SKIP, name, f"waits for '{failed[0]}'")
+        if self.processes.count > 1 or self.may_skip:
+            why = "of several ranks each has a part" if self.processes.count > 1 else "layers may be left out"
+            return Check(SKIP, name, f"{why}, so that they are not known")
+        model, states = drawn.model, random_states()
+        with kept_draws(), parametrize.cached():
+            with torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = model(drawn.images)
+            loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
+            if self.coefficient:
+                loss = loss + self.coefficient * self.step.penalty(model)
+            by_name = {n: p for n, p in model.named_parameters() if n in left}
+            loss.backward()
+            random = drawn_since(states)
+        if random:
+            return Check(SKIP, name, "the network draws random numbers, so that they are not known")
+        due = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in by_name.items()}
+        sizes = numbers([g.norm() for g in due.values()])
+        off = numbers([(left[n].detach() - g).norm() for n, g in due.items()])
+        # Where a sum of large numbers is nearly nothing, rounding is measured by what the others are.
+        least = 1e-3 * max(sizes, default=0.0)
+        for n, size, distance in zip(due, sizes, off, strict=True):
+            share = distance / max(size, least, 1e-30)
+            limit = 0.1 if self.bf16 else 0.01
+            wrong.unless(share <= limit, f"step {drawn.number + 1}: {n} is {share:.2g} (relative) away")
+        cause = (
+            "gradients that are kept from step to step, clipped, scaled or cleared, images that count "
+            "otherwise than the mean, or a penalty that is left out of some steps"
+        )
+        return _judge(wrong, name, f"{len(due)} tensors in step {drawn.number + 1}", cause)
 
     def check_movement(self) -> Check:
         """Every tensor moved over the epoch, and by no more than AdamW can move it."""
@@ -269,18 +303,24 @@ class Ledger:
             return _judge(Wrong([found]), name, "", "the batch is not copied into the captured step")
         cause = (
             "the data order: a draw that does not depend on seed and epoch as it should, batches left "
-            "out or repeated, labels moved against images, or augmentation"
+            "out or repeated, labels moved against images, augmentation, or images that were written to"
         )
+        if not torch.equal(now := fingerprint(self.pipeline.train_batches), self.watch.data):
+            changed = int((now != self.watch.data).sum())
+            wrong.append(f"{changed:,} of the stored training images, or their labels, have been changed")
         if not self.our_batches:
             if wrong:
                 return _judge(wrong, name, "", cause)
             return Check(SKIP, name, f"{handed:,} images; the order of {_kind(batches.batches)} is not known")
-        expected, places = self._expected_labels(self.epoch)
+        expected, shards = self._expected_labels(self.epoch)
+        places = [place for shard in shards if shard for place in (shard[0], shard[-1])]
         labels = torch.cat(batches.labels).cpu() if batches.labels else torch.empty(0, dtype=torch.long)
         wrong.unless(len(labels) == len(expected), f"{len(labels):,} images, expected {len(expected):,}")
         if len(labels) == len(expected) and not torch.equal(labels, expected):
             wrong.append(self._other_order(labels, expected))
         seen = [x for p in self.passes["training"] for x in p.images] or batches.images
+        if batches.drawn and len(shards) > batches.drawn.number:  # of one batch every image
+            seen, places = [*seen, *batches.drawn.images], [*places, *shards[batches.drawn.number]]
         if not wrong and len(seen) == len(places):
             made = self._expected_images(places)
             off = (torch.stack(seen).cpu().float() - made).abs().flatten(1).amax(1)
@@ -415,14 +455,15 @@ class Ledger:
         passes = self.passes["renewal"]
         wrong.unless(len(passes) == due, f"{len(passes)} forward passes before the test, expected {due}")
         wrong.unless(all(p.quantized for p in passes), "they ran with quantizers switched off")
-        if due and len(self.watch.last_norm) == due and self.processes.count == 1:
-            last = list(self.norms)[-1]
-            mean, var = (in_float64(torch.stack(v)).mean(0) for v in zip(*self.watch.last_norm, strict=True))
-            stored_mean, stored_var = self.watch.ready_norm
+        for n, seen in self.watch.seen_by.items():
+            if not due or len(seen) != due or self.processes.count > 1:
+                continue
+            mean, var = (in_float64(torch.stack(v)).mean(0) for v in zip(*seen, strict=True))
+            stored_mean, stored_var = self.watch.ready_norms[n]
             off_mean = (stored_mean - mean).abs() / (var.sqrt() + mean.abs() + 1e-6)
             off_var = (stored_var - var).abs() / (var + mean.square() + 1e-6)
             off = torch.maximum(off_mean, off_var).max().item()
-            wrong.unless(off <= 1e-2, f"{last} is {off:.3g} (relative) from the mean over these batches")
+            wrong.unless(off <= 1e-2, f"{n} is {off:.3g} (relative) from the mean over these batches")
         cause = (
             "batch norm statistics are not renewed as --batch-norm-batches asks: another number of batches, "
             "a moving average in place of the mean, a momentum not put back, evaluation mode, no quantization"
@@ -448,7 +489,7 @@ class Ledger:
             again, then = self._logits_again(), passes[0].logits[: len(self.watch.tested[0])].float()
             size = 1 + float(then.abs().max())
             off = float((again - then).abs().max()) / size
-            limit = 5e-2 if self.settings.precision == "bf16" else 1e-2
+            limit = 5e-2 if self.bf16 else 1e-2
             wrong.unless(off <= limit, f"the weights as counted give logits {off:.3g} (relative) away")
         cause = (
             "the test pass in training mode (eval() missing), with quantizers off or with weights other than "
@@ -648,19 +689,17 @@ class Ledger:
         """Order of the images, (N,), offsets of their crops, (2, N), and flips, (N,), of an epoch."""
         return reference.draws(len(self.pipeline.train_batches.labels), self.settings.seed, epoch)
 
-    def _expected_labels(self, epoch: int) -> tuple[Tensor, list[int]]:
-        """The labels due on this rank, and the places in the order of each batch's first and last image."""
+    def _expected_labels(self, epoch: int) -> tuple[Tensor, list[range]]:
+        """The labels due on this rank, and the places in the order of the images of each batch."""
         order, _, _ = self._draw(epoch)
         labels, size = self.pipeline.train_batches.labels.cpu(), self.settings.batch_size
-        places: list[int] = []
-        ends: list[int] = []
+        shards = []
         rank, ranks = self.processes.rank, self.processes.count
         for first in range(0, len(order), size):
             images = min(size, len(order) - first)
             begin, end = first + images * rank // ranks, first + images * (rank + 1) // ranks
-            places += range(begin, end)
-            ends += [begin, end - 1] if end > begin else []
-        return labels[order[places]], ends
+            shards.append(range(begin, end))
+        return labels[order[[place for shard in shards for place in shard]]], shards
 
     def _expected_images(self, places: Sequence[int]) -> Tensor:
         """The images at these places of the order, cropped, flipped and normalised: (len, 3, 32, 32)."""
@@ -691,7 +730,7 @@ class Ledger:
     def _logits_again(self) -> Tensor:
         """The logits of the first test images, from the weights as they are now; in evaluation mode."""
         device = self.step.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             return self.model(self.watch.tested[0]).float()
 
     def _lasso(self, quantized: dict[str, Tensor], state: State) -> float:

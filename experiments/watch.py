@@ -4,7 +4,9 @@ The ledger (experiments/ledger.py) holds what is noted here against what should 
 computed changes, and the host never waits for an accelerator while steps are taken.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from experiments.data import TrainBatches
 from experiments.device import in_float64
 from experiments.training import EpochLosses, Pipeline, TrainingStep
 from src.graph import only_looks
 from utils_quantization import WeightQuantization, quantizers
 
+DATA = "the stored training images and labels"
 TESTED_AGAIN = 8  # images whose logits are computed a second time after the test pass
 
 
@@ -31,11 +35,44 @@ class State:
     tracked: list[int]  # batches that each batch norm has counted
 
 
-class WatchedBatches:
-    """The training batches as they are, noted as they are handed out. Nothing here waits for the device."""
+@dataclass
+class Update:
+    """One training step: what it began with, and what it left. (P,) are all trained parameters in a row."""
 
-    def __init__(self, batches: Any, step: TrainingStep, parameters: dict[str, nn.Parameter]) -> None:
+    number: int  # from 0
+    steps: list[Any]  # AdamW's count of each trained parameter before it; None before the first
+    before: Tensor  # (P,)
+    moments: tuple[Tensor, Tensor]  # AdamW's, (P,) each, before it
+    after: Tensor | None = None  # (P,)
+    gradients: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One step of the epoch, another in each, that is looked at as a whole: its batch, and its network."""
+
+    number: int  # from 0
+    images: Tensor
+    labels: Tensor
+    model: nn.Module  # a copy, as it was before the step
+
+
+class WatchedBatches:
+    """The training batches as they are, noted as they are handed out. Nothing here waits for the device.
+
+    Looked at are the first update, the last, and that of the `drawn` step.
+    """
+
+    def __init__(
+        self,
+        batches: Any,
+        step: TrainingStep,
+        parameters: dict[str, nn.Parameter],
+        drawn: int,
+        copied_model: Callable[[], nn.Module],
+    ) -> None:
         self.batches, self.step, self.parameters = batches, step, parameters
+        self.number, self.copied_model = drawn, copied_model
         self.sizes = batches.sizes
         self.epochs: list[int] = []  # asked for
         self.labels: list[Tensor] = []
@@ -43,30 +80,43 @@ class WatchedBatches:
         self.rates: list[list[Any]] = []  # of each optimizer group at each step
         self.coefficients: list[Tensor] = []
         self.replayed_others: list[Tensor] = []  # of each replay, whether its graph held another batch
-        self.first_gradients: dict[str, Tensor] = {}
-        self.first_values: Tensor | None = None  # (P,), behind the first step
-        # Values and moments before the last step.
-        self.last_began: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self.updates: list[Update] = []
+        self.drawn: Drawn | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.epochs.append(epoch)
-        for images, labels in self.batches.epoch(epoch):
+        for number, (images, labels) in enumerate(self.batches.epoch(epoch)):
             self.labels.append(labels)
             self.images += _ends(images)
             self.rates.append([_copied(g["lr"]) for g in self.step.optimizer.param_groups])
-            if len(self.labels) == len(self):
-                self.last_began = flat(self.parameters.values()), moments(self.step, self.parameters)
+            if number in (0, self.number, len(self) - 1):
+                self.updates.append(self._begun(number))
+            if number == self.number:
+                self.drawn = Drawn(number, images.clone(), labels.clone(), self.copied_model())
             yield images, labels
             self.coefficients.append(self.step.coefficient.clone())
             if graph := self.step.replayed:
                 same = (graph.labels == labels).all() & (graph.images == images).all()
                 self.replayed_others.append(~same)
-            if self.first_values is None:
-                self.first_values = flat(self.parameters.values())
-                self.first_gradients = {n: g.clone() for n, g in gradients(self.parameters).items()}
+            if self.updates[-1].number == number < len(self) - 1:
+                self.end_update()
+
+    def _begun(self, number: int) -> Update:
+        states = [self.step.optimizer.state.get(p, {}) for p in self.parameters.values()]
+        steps = [_copied(state.get("step")) for state in states]
+        return Update(number, steps, flat(self.parameters.values()), moments(self.step, self.parameters))
+
+    def end_update(self) -> None:
+        """Note what the last step that is looked at has left."""
+        if self.updates:
+            update = self.updates[-1]
+            update.after = flat(self.parameters.values())
+            update.gradients = {
+                n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None
+            }
 
 
 @dataclass(frozen=True)
@@ -111,15 +161,23 @@ class EpochWatch:
         self.momenta = [norm.momentum for norm in self.norms.values()]
         self.modules = [m for n, m in self.model.named_modules() if "parametrizations" not in n]
         self.quantizations = [m for m in self.model.modules() if isinstance(m, WeightQuantization)]
-        self.batches: Any = WatchedBatches(pipeline.train_batches, self.step, self.parameters)
+        batches = pipeline.train_batches
+        self.batches: Any = WatchedBatches(
+            batches, self.step, self.parameters, self._draw("step", len(batches)), self.copied_model
+        )
         self.before, self.weights_before = self.state(), self.weights()
         self.moments = moments(self.step, self.parameters)
         self.left = self.step.left
+        self.data = self.left[DATA] if DATA in self.left else fingerprint(batches)
         self.passes: dict[str, list[Pass]] = {"training": [], "renewal": [], "test": []}
         self.phase = "training"
         self.tested: list[Tensor] = []  # the first images of the test pass
-        self.last_norm: list[tuple[Tensor, Tensor]] = []  # mean and variance of what it saw in the renewal
-        self.ready_norm: list[Tensor] = []  # running mean and variance of that norm before the test pass
+        # Of one batch norm, another in each epoch, and of the last: mean and variance of what it saw in each
+        # pass of the renewal, and its running ones before the test pass.
+        names = list(self.norms)
+        chosen = {names[self._draw("norm", len(names))], names[-1]} if names else set[str]()
+        self.seen_by: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sorted(chosen)}
+        self.ready_norms: dict[str, list[Tensor]] = {}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> "EpochWatch":
@@ -137,16 +195,33 @@ class EpochWatch:
         self.losses, self.phase = losses, "renewal"
         if not self.eager:
             self.hooks.append(self.model.register_forward_hook(self._note))
-        if self.norms:
-            self.hooks.append(list(self.norms.values())[-1].register_forward_pre_hook(self._note_norm))
-        self.after, self.last_gradients = self.state(), gradients(self.parameters)
+        for name in self.seen_by:
+            self.hooks.append(self.norms[name].register_forward_pre_hook(self._note_norm(name)))
+        self.after = self.state()
+        self.batches.end_update()
 
     def renewed(self) -> None:
         """To be called before the test pass, whether batch norms were renewed or not."""
         self.phase, self.ready = "test", self.state()
-        if self.norms:
-            last: Any = list(self.norms.values())[-1]
-            self.ready_norm = [in_float64(x).clone() for x in (last.running_mean, last.running_var)]
+        norms: Any = {name: self.norms[name] for name in self.seen_by}
+        self.ready_norms = {
+            name: [in_float64(x).clone() for x in (norm.running_mean, norm.running_var)]
+            for name, norm in norms.items()
+        }
+
+    def _draw(self, what: str, count: int) -> int:
+        """A number below `count`, another in each epoch and the same in every run of the seed."""
+        words = f"{what} that is looked at: seed {self.settings.seed}, epoch {self.epoch}"
+        return int(hashlib.sha256(words.encode("ascii")).hexdigest()[:16], 16) % count
+
+    def copied_model(self) -> nn.Module:
+        """The model as it is now, without the hooks of those that watch it."""
+        copied = copy.deepcopy(self.model, {id(self): self})  # which a hook belongs to
+        for module in copied.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks")]:
+                    del hooks[handle]
+        return copied
 
     @torch.no_grad()
     def state(self) -> State:
@@ -171,11 +246,20 @@ class EpochWatch:
 
     def leave(self) -> None:
         """Note the state for the next epoch to begin with."""
-        self.step.left = _carried(self.state(), moments(self.step, self.parameters))
+        self.step.left = self._carried(self.state(), moments(self.step, self.parameters))
 
     def begun(self) -> dict[str, Tensor]:
         """The state that this epoch began with."""
-        return _carried(self.before, self.moments)
+        return self._carried(self.before, self.moments)
+
+    def _carried(self, state: State, moments: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """What one epoch hands to the next, by a word for each part."""
+        return {
+            "parameters": state.values,
+            "batch norm statistics": state.statistics,
+            "the optimizer's moments": torch.cat(moments),
+            DATA: self.data,
+        }
 
     @only_looks
     def _note(self, model: nn.Module, inputs: tuple[Any, ...], logits: Any) -> None:
@@ -192,11 +276,14 @@ class EpochWatch:
             )
         )
 
-    @only_looks
-    def _note_norm(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.phase == "renewal" and norm.training:  # one that is frozen keeps its statistics
-            var, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
-            self.last_norm.append((mean, var))
+    def _note_norm(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        @only_looks
+        def note(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if self.phase == "renewal" and norm.training:  # one that is frozen keeps its statistics
+                var, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
+                self.seen_by[name].append((mean, var))
+
+        return note
 
 
 def moments(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor]:
@@ -209,18 +296,12 @@ def moments(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> tuple[Te
     return flat(first, step.device), flat(second, step.device)
 
 
-def gradients(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The gradients that the last step left, by name, not copied."""
-    return {n: p.grad.detach() for n, p in parameters.items() if p.grad is not None}
-
-
-def _carried(state: State, moments: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """What one epoch hands to the next, by a word for each part."""
-    return {
-        "parameters": state.values,
-        "batch norm statistics": state.statistics,
-        "the optimizer's moments": torch.cat(moments),
-    }
+def fingerprint(batches: Any) -> Tensor:
+    """A number for each training image, (N,), that its pixels and its label change; of other batches none."""
+    if type(batches) is not TrainBatches:
+        return torch.zeros(0)
+    pixels = batches.pixels.reshape(len(batches.labels), -1)
+    return pixels.view(torch.int64).sum(1) + batches.labels  # eight pixels are read as one number
 
 
 def _copied(rate: Any) -> Any:
