@@ -30,6 +30,7 @@ from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import quantizers
 
 BETA1 = 0.9
+MOMENTUM = 0.1  # of running statistics, between two renewals
 BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
 PADDED = reference.SIDE + 2 * reference.PADDING  # pixels
 LOOKED_AT = 1 << 20  # numbers of a tensor that are held against AdamW's formulas
@@ -85,9 +86,10 @@ class Ledger:
             self.check_accuracy(),
             self.check_dead_slices(),
             self.check_counts(),
+            self.check_weights(),
             self.check_ranks(),
         ]
-        found.append(self.check_gradients([c.name for c in found if c.status == FAIL]))
+        found.append(self.check_step([c.name for c in found if c.status == FAIL]))
         self.watch.leave()
         return self._with_other_ranks(found)
 
@@ -211,16 +213,16 @@ class Ledger:
                 # Over what float32 may round, 1 - beta2 too: 1 and less is no difference.
                 rounding = 3e-5 + 1e-7 / (1 - beta2)
                 off = (after - expected).abs() / (rounding * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
-                flags[n] = torch.where(after == 0, 0, off) if self.masked else off
+                flags[n] = torch.where(self._may_be_masked(n, after), 0, off)
         for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
             wrong.unless(times <= 1, f"{step}: {n} is {times:.3g} times the rounding away")
 
-    def check_gradients(self, failed: Sequence[str]) -> Check:
-        """The gradients that one step left against those of a backward pass on a copy of its network.
+    def check_step(self, failed: Sequence[str]) -> Check:
+        """One step anew, on a copy of its network: the gradients that it left, and its logits.
 
         They are others too where a check that `failed` has named the cause already.
         """
-        name, drawn, wrong = "gradients are the loss's", self.batches.drawn, Wrong()
+        name, drawn, wrong = "a step computed anew", self.batches.drawn, Wrong()
         left = next((u.gradients for u in self.batches.updates if drawn and u.number == drawn.number), None)
         if drawn is None or not left:
             return Check(SKIP, name, "no training step was seen")
@@ -233,6 +235,8 @@ class Ledger:
         with kept_draws(), parametrize.cached():
             with torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = model(drawn.images)
+            # Rounding in bf16 is the larger for each layer that it goes through.
+            away = self._from_the_reference(model, drawn.images, logits) if self.ours else 0.0
             loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
             if self.coefficient:
                 loss = loss + self.coefficient * self.step.penalty(model)
@@ -241,6 +245,14 @@ class Ledger:
             random = drawn_since(states)
         if random:
             return Check(SKIP, name, "the network draws random numbers, so that they are not known")
+        limit = 0.1 if self.bf16 else 0.001
+        wrong.unless(away <= limit, f"the network's logits are {away:.2g} (relative) away in training mode")
+        if wrong:
+            cause = (
+                "a layer, a batch norm or an activation that is another in training mode, for so many "
+                "images, or in the precision that trains"
+            )
+            return _judge(wrong, name, "", cause)
         due = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in by_name.items()}
         sizes = numbers([g.norm() for g in due.values()])
         off = numbers([(left[n].detach() - g).norm() for n, g in due.items()])
@@ -255,6 +267,43 @@ class Ledger:
             "otherwise than the mean, or a penalty that is left out of some steps"
         )
         return _judge(wrong, name, f"{len(due)} tensors in step {drawn.number + 1}", cause)
+
+    @torch.no_grad()
+    def _from_the_reference(self, model: Any, images: Tensor, logits: Tensor) -> float:
+        """How far logits are from those of the network written a second time, with the same weights."""
+        weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        expected = reference.Network(model.state_dict(), weights, len(model.layer1))(images)
+        return float((logits - expected).norm() / expected.norm())
+
+    def check_weights(self) -> Check:
+        """What the layers compute with, in one step and in the test pass, by the quantizer's formula."""
+        name, wrong, looked_at = "weights are the quantizer's", Wrong(), 0
+        if any(type(q) is not DeadZoneLDZCompander for q in quantizers(self.model).values()):
+            return Check(SKIP, name, "the formula of another quantizer is not known")
+        models = {"in the test pass": self.model}
+        if self.batches.drawn:
+            models[f"in step {self.batches.drawn.number + 1}"] = self.batches.drawn.model
+        for when, model in models.items():
+            flags: dict[str, Tensor] = {}
+            for layer, quantizer in quantizers(model).items():
+                weight: Any = model.get_submodule(layer).parametrizations.weight  # type: ignore[union-attr]
+                stored = weight.original.detach()
+                if stored.numel() <= LOOKED_AT:
+                    used = self.weights[layer] if model is self.model else weight().detach()
+                    exact, deadzone = in_float64(stored), in_float64(quantizer.logit_dz.detach())
+                    bits = torch.full_like(deadzone, _bits(quantizer))
+                    wanted = reference.quantize(exact, bits, deadzone)
+                    off = (in_float64(used) - wanted).abs() > 1e-4 * wanted.abs().max()
+                    # One between two levels may be rounded to either.
+                    flags[layer] = off.sum() > 2 + 1e-3 * stored.numel()
+            looked_at += len(flags)
+            odd = [n for n, flag in zip(flags, numbers(list(flags.values())), strict=True) if flag]
+            wrong.unless(not odd, f"{when}, of {some(odd)}, they are others")
+        cause = (
+            "a quantizer whose formula (range, dead zone, step size, bits) is another for some layers or "
+            "bits, in training or in evaluation mode, or from some step on"
+        )
+        return _judge(wrong, name, f"{looked_at} tensors", cause)
 
     def check_movement(self) -> Check:
         """Every tensor moved over the epoch, and by no more than AdamW can move it."""
@@ -272,7 +321,7 @@ class Ledger:
             far = (after - before * (1 - rate * decay) ** took).abs()
             slack = 1.001 * rate * reach + 2e-7 * took * (before.abs() + rate * min(reach, 1e9))
             beyond = far / slack if rate * decay <= 1 and rate else after * 0
-            beyond = torch.where(after == 0, 0, beyond) if self.masked else beyond
+            beyond = torch.where(self._may_be_masked(n, after), 0, beyond)
             found += [(before != after).sum(), beyond.nan_to_num(0).max(), before.abs().max()]
         figures = np.array(numbers(found)).reshape(-1, 3)
         for n, took, (moved, beyond, size) in zip(parts, taken, figures, strict=True):
@@ -447,14 +496,19 @@ class Ledger:
         for n, was, now in zip(self.norms, self.after.tracked, self.ready.tracked, strict=True):
             holds = self._counts(now, due) if due and (self.ours or now != was) else now == was
             wrong.unless(holds, f"{n} counts {now} batches, expected {due or was}")
-        wrong.unless(
-            self.watch.momenta == [norm.momentum for norm in self.norms.values()], "momenta have changed"
-        )
+        momenta: list[Any] = [norm.momentum for norm in self.norms.values()]
+        same = self.watch.momenta == momenta and not (self.ours and set(momenta) != {MOMENTUM})
+        wrong.unless(same, f"momenta are {sorted(set(momenta), key=str)}, and have changed")
         wrong.unless(bool(self.ready.statistics.isfinite().all()), "some are not finite")
         wrong.unless(bool((self.ready.variances >= 0).all()), "some variances are negative")
         passes = self.passes["renewal"]
         wrong.unless(len(passes) == due, f"{len(passes)} forward passes before the test, expected {due}")
         wrong.unless(all(p.quantized for p in passes), "they ran with quantizers switched off")
+        seen_images, sizes = [len(p.logits) for p in passes], self.pipeline.train_batches.sizes[:due]
+        wrong.unless(
+            self.processes.count > 1 or not self.ours or seen_images == sizes,
+            f"they were of {sum(seen_images):,} images, expected {sum(sizes):,}",
+        )
         for n, seen in self.watch.seen_by.items():
             if not due or len(seen) != due or self.processes.count > 1:
                 continue
@@ -748,6 +802,15 @@ class Ledger:
         }
         blocks = len(self.model.layer1)  # type: ignore[arg-type]
         return float(reference.penalty(chosen, blocks, self.settings.group_weights == MACS))
+
+    def _may_be_masked(self, name: str, values: Tensor) -> Tensor:
+        """Which of a parameter's first values may have been set to zero: those in slices of zeros."""
+        shape, zero = self.parameters[name].shape, values == 0
+        if not self.masked or len(shape) != 4 or zero.numel() < shape.numel():
+            return zero & self.masked
+        zero = zero.view(shape)
+        filters, inputs = zero.all((1, 2, 3), keepdim=True), zero.all((0, 2, 3), keepdim=True)
+        return (filters | inputs).expand(shape).flatten()
 
     def _group_of(self, name: str) -> int | None:
         """The place of a parameter's group in the optimizer, None where it is in none."""

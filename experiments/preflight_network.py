@@ -39,6 +39,7 @@ REPEATS = 4  # passes that must give the same logits
 FLOAT32 = 3e-4  # of the largest logit: float32 stays closer on any device, TF32 does not
 # Logits beside the planted ones: 2 bits before and after rounding, 3, and all; dead zones from wide to none.
 FAR_LOGITS = tuple((bit, deadzone) for bit in (0.02, -0.15, 3.0) for deadzone in (0.1, -0.3, 3.0))
+SMALL = 100_000  # weights of a layer
 REACHED = 0.85  # of the stored weights that a gradient must reach: some quantizers clip the largest
 DEPTHS = (20, 32, 44, 56, 110)  # of resnet.py's networks: layers with weights, shortcuts have none
 
@@ -387,7 +388,7 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
     model = subject.float64_step(runs=False).model
     generator = torch.Generator().manual_seed(2)
     quantizers = subject.quantizers(model)
-    worst, count = 0.0, len(quantizers)
+    worst, count, shapes = 0.0, len(quantizers), set[torch.Size]()
     for number, (name, quantizer) in enumerate(quantizers.items()):
         further = {n for n, _ in quantizer.named_parameters()} - {"logit_bit", "logit_dz"}
         expect(
@@ -397,8 +398,13 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
         )
         w = stored_weight(model.get_submodule(name))
         worst = max(worst, _compare_formula(name, quantizer, w, generator))
-        # Each of the other places is visited in some layer, in which the planted logits do not lie.
-        for place in range(number, max(count, len(FAR_LOGITS)), count):
+        # Each of the other places is visited in some layer, in which the planted logits do not lie, and all
+        # are in the first layer of each shape.
+        places = range(number, max(count, len(FAR_LOGITS)), count)
+        if w.shape not in shapes and w.numel() <= SMALL:
+            places = range(len(FAR_LOGITS))
+        shapes.add(w.shape)
+        for place in places:
             bit, deadzone = FAR_LOGITS[place % len(FAR_LOGITS)]
             with torch.no_grad():
                 quantizer.logit_bit.fill_(bit)
@@ -432,7 +438,24 @@ def _compare_formula(name: str, quantizer: Any, w: Tensor, generator: torch.Gene
         "step size, shift, rounding or number of levels in src/quantizer.py",
         EXACT,
     )
+    _compare_precisions(name, quantizer, w, found.detach())
     return max(values, _compare_gradients(name, quantizer, w, generator))
+
+
+def _compare_precisions(name: str, quantizer: Any, w: Tensor, wanted: Tensor) -> None:
+    """A quantizer in float32, as it trains, with gradients and without, against its values in float64."""
+    single, leaf = copy.deepcopy(quantizer).float(), w.float().requires_grad_()
+    found = single(leaf)
+    with torch.no_grad():
+        again = single(leaf)
+    cause = "src/quantizer.py goes another way without gradients, as in the test pass"
+    expect(torch.equal(found, again), f"{name}'s weights are others without gradients", cause)
+    cause = "src/quantizer.py goes another way in float32"
+    off = int(((found.double() - wanted).abs() > 1e-4 * wanted.abs().max()).sum())
+    # One between two levels may be rounded to either.
+    expect(off <= 2 + 1e-3 * w.numel(), f"{name}: {off} of {w.numel()} weights are others in float32", cause)
+    (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    expect_close(gradient, (leaf != 0).float(), f"{name}'s gradient to its weights in float32", cause, 1e-6)
 
 
 def _learned_bits(quantizer: Any) -> Tensor:
