@@ -8,6 +8,7 @@ Sources: Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2 (AdamW); Yuan 
 """
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -185,6 +186,15 @@ class Ledger:
             return Check(SKIP, name, "no training step was seen")
         for update in self.batches.updates:
             self._compare_update(update, wrong)
+        for then, now in itertools.pairwise(self.batches.updates):
+            least = self.settings.beta2 ** (now.number - then.number) * then.moments[1]
+            # Squares so small that float32 keeps few digits of them tell nothing.
+            fallen = int((now.moments[1] < 0.99 * least).logical_and(least > 1e-30).sum())
+            wrong.unless(
+                not fallen,
+                f"{fallen:,} second moments fell from step {then.number + 1} to {now.number + 1} faster than "
+                f"beta2 lets them",
+            )
         steps = ", ".join(str(update.number + 1) for update in self.batches.updates)
         cause = (
             "another optimizer, rate, decay or beta than the settings', an update outside the optimizer, "
@@ -232,14 +242,15 @@ class Ledger:
             why = "of several ranks each has a part" if self.processes.count > 1 else "layers may be left out"
             return Check(SKIP, name, f"{why}, so that they are not known")
         model, states = drawn.model, random_states()
-        with kept_draws(), parametrize.cached():
-            with torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.bf16):
-                logits = model(drawn.images)
-            # Rounding in bf16 is the larger for each layer that it goes through.
-            away = self._from_the_reference(model, drawn.images, logits) if self.ours else 0.0
-            loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
-            if self.coefficient:
-                loss = loss + self.coefficient * self.step.penalty(model)
+        with kept_draws():
+            with parametrize.cached():
+                with torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.bf16):
+                    logits = model(drawn.images)
+                # Rounding in bf16 is the larger for each layer that it goes through.
+                away = self._from_the_reference(model, drawn.images, logits) if self.ours else 0.0
+                loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
+                if self.coefficient:
+                    loss = loss + self.coefficient * self.step.penalty(model)
             by_name = {n: p for n, p in model.named_parameters() if n in left}
             loss.backward()
             random = drawn_since(states)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.data import TrainBatches
 from experiments.device import in_float64
+from experiments.network import contiguous_images
 from experiments.training import EpochLosses, Pipeline, TrainingStep
 from src.graph import only_looks
 from utils_quantization import WeightQuantization, quantizers
@@ -219,8 +220,9 @@ class EpochWatch:
         copied = copy.deepcopy(self.model, {id(self): self})  # which a hook belongs to
         for module in copied.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks")]:
-                    del hooks[handle]
+                for handle, hook in list(hooks.items()):
+                    if hasattr(hook, "only_looks") and hook is not contiguous_images:
+                        del hooks[handle]
         return copied
 
     @torch.no_grad()
