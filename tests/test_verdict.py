@@ -323,7 +323,8 @@ def test_what_failed_in_the_ledger_has_a_line_of_its_own_and_is_warned_of_once()
 def test_what_the_ledger_never_could_tell_is_a_skip_and_an_epoch_that_it_could_is_none():
     skip = Check(SKIP, "images", "someone's own batches")
     one = with_ledger(good_run(), (1, skip))
-    assert [line.status for line in verdict.ledger_holds(one.epochs)] == [PASS]
+    (line,) = verdict.ledger_holds(one.epochs)
+    check(line, PASS, "2 equalities hold in each of 20 epochs; 'images' in the 19 looked at")
     never = with_ledger(good_run(), *((e, skip) for e in range(1, EPOCHS + 1)))
     _, skipped = verdict.ledger_holds(never.epochs)
     check(skipped, SKIP, "someone's own batches")
