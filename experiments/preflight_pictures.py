@@ -70,8 +70,8 @@ def small_history(history: History) -> History:
         for i, (name, states) in enumerate(STATES.items())
     ]  # fmt: skip
     linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 80, 70, False)
-    # Of all ratios no two are alike.
-    numbers: dict[str, Any] = {f.name: 1.37 + i for i, f in enumerate(dataclasses.fields(FinalCounts))}
+    # Of all ratios no two are alike; some have more digits than others.
+    numbers: dict[str, Any] = {f.name: 1.37 + 7.11 * i for i, f in enumerate(dataclasses.fields(FinalCounts))}
     return dataclasses.replace(
         history,
         settings=history.settings

@@ -31,7 +31,7 @@ from experiments.history import (
 from experiments.page import report_page
 from experiments.preflight_pictures import small_history
 from experiments.settings import PRECISIONS, Settings
-from metrics import LayerCount, format_ratio
+from metrics import LayerCount
 from src.channels import ChannelState
 from utils_quantization import quantized_layers
 
@@ -46,7 +46,8 @@ def lines_show_the_history(subject: Subject) -> str:
         _compare_row(record)
     _compare_run_line(history, subject.pipeline.settings)
     _compare_layer_table(history)
-    _compare_csv(history)
+    _compare_csv(dataclasses.replace(history, epochs=3 * history.epochs))
+    _compare_first_lines(history, subject.pipeline.settings)
     assert history.final and history.compressed
     _compare_metrics_text(history.final)
     _compare_compressed_text(history.compressed)
@@ -178,6 +179,26 @@ def _compare_run_line(history: History, settings: Settings) -> None:
     _expect_shown("the run's last line", said, due)
 
 
+def _compare_first_lines(history: History, settings: Settings) -> None:
+    """The sizes of both sets; where rates, decays or the penalty are others, the flag in lines and titles."""
+    assert history.final
+    data = dataclasses.replace(history.data, train_images=4321, test_images=765)
+    text = report.first_lines(dataclasses.replace(history, data=data), settings, history.final.count)
+    found = re.search(r"(\S+) training and (\S+) test images", " ".join(text.split()))
+    said = dict(zip(("training images", "test images"), found.groups(), strict=True)) if found else {}
+    _expect_shown("the first lines", said, {"training images": 4321, "test images": 765})
+    method = r"(.*_(lr|decay|warmup)|sparsity_.*|beta2|batch_size|batch_norm_batches|pace_steps)"
+    for name in (f.name for f in dataclasses.fields(settings) if re.fullmatch(method, f.name)):
+        changed: dict[str, Any] = {name: 7 if isinstance(getattr(settings, name), int) else 0.625}
+        other = dataclasses.replace(settings, **changed)
+        title = report.picture_title(history, other)
+        expect(
+            f"--{name.replace('_', '-')} " in title,
+            f"of --{name.replace('_', '-')} {getattr(other, name)} the title {title!r} says nothing",
+            "the settings that a run's lines and titles name (experiments/settings.py)",
+        )
+
+
 def _compare_layer_table(history: History) -> None:
     """A row a layer: its numbers under their heads, and channels as alive, constant and nothing."""
     assert history.final
@@ -240,14 +261,15 @@ def _compare_metrics_text(final: FinalCounts) -> None:
         ("Unstructured MACs", final.unstructured_mac_ratio),
     ):
         (line,) = [line for line in lines if line.startswith(name)] or [""]
-        measured = f"{line!r} is printed where the ratio is {format_ratio(value)}"
-        expect(line.split()[-1:] == [format_ratio(value)], measured, cause)
+        said = line.rpartition(" ")[2]
+        measured = f"{line!r} is printed where the ratio is {value:.2f}"
+        expect(said.endswith("x") and shows(said.removesuffix("x"), value), measured, cause)
     ceilings = re.search(
         r"Ceiling: (\S+)x structured, (\S+)x unstructured", " ".join(" ".join(lines).split())
     )
-    said = dict(zip(("structured", "unstructured"), ceilings.groups(), strict=True)) if ceilings else {}
+    shown = dict(zip(("structured", "unstructured"), ceilings.groups(), strict=True)) if ceilings else {}
     due = {"structured": final.structured_ceiling, "unstructured": final.unstructured_ceiling}
-    _expect_shown("the line of the ceilings", said, due)
+    _expect_shown("the line of the ceilings", shown, due)
 
 
 def _compare_compressed_text(made: CompressedRecord) -> None:

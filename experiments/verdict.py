@@ -557,6 +557,11 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         "structured_macs": made.structured_macs,
         "zero_weights": count.total("zero_weights"),
     }
+    due |= {
+        kind: getattr(history.final, kind)
+        for kind in ("structured_bops_ratio", "unstructured_bops_ratio")
+        if history.final and kind in claims
+    }
     header += [
         f"the file claims {claims.get(name)!r} for {name}, it is {value!r}"
         for name, value in due.items()
@@ -626,10 +631,14 @@ def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> lis
 
 
 def pictures_exist(pictures: Sequence[Path]) -> Check:
-    """Whether every picture is a file that is not empty."""
+    """Whether every picture is a file that is not empty, and no two are the same."""
     missing = [p.name for p in pictures if not p.is_file() or p.stat().st_size == 0]
     measured = f"missing: {', '.join(missing)}" if missing else f"{len(pictures)} files"
-    return judge(not missing, "pictures exist", measured, "the output folder was changed during the run")
+    cause = "the output folder was changed during the run"
+    if not missing and len({p.read_bytes() for p in pictures}) < len(pictures):
+        measured, cause = "two files hold the same picture", "a picture is written under another's name"
+        return judge(False, "pictures exist", measured, cause)
+    return judge(not missing, "pictures exist", measured, cause)
 
 
 def early_warnings(history: History, epochs: int) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,7 @@ def count(model) -> NetworkCount:
 def pictures(tmp_path) -> list[Path]:
     paths = [tmp_path / name for name in ("a.png", "b.png", "c.png", "d.png")]
     for path in paths:
-        path.write_bytes(b"not empty")
+        path.write_text(f"the picture {path.name}")
     return paths
 
 
@@ -855,6 +855,11 @@ def test_a_picture_that_is_not_there_is_named(pictures, how):
     elif how == "a folder":
         pictures[2].mkdir()
     check(pictures_exist(pictures), FAIL, "c.png", cause="folder")
+
+
+def test_a_picture_that_is_written_twice_is_named(pictures):
+    pictures[2].write_bytes(pictures[0].read_bytes())
+    check(pictures_exist(pictures), FAIL, "the same picture", cause="another's name")
 
 
 # Early warnings
