@@ -57,7 +57,7 @@ from experiments.distributed import (
 from experiments.draws import seed_draws
 from experiments.evaluator import Compression, Evaluator
 from experiments.exit_status import EXIT_FAILED, ExitStatus
-from experiments.expect import MOST_PARAMETERS, Subject
+from experiments.expect import Subject
 from experiments.files import OutputError, archive_files, lock_folder, write_whole
 from experiments.finish import write_report
 from experiments.history import FAIL, Check, EpochRecord, History, epoch_record, new_history
@@ -70,7 +70,13 @@ from experiments.live import (
     ignore_sigterm,
     refuse,
 )
-from experiments.network import excluded_layers, make_network, memory_layout, refuse_one_image
+from experiments.network import (
+    MOST_PARAMETERS,
+    excluded_layers,
+    make_network,
+    memory_layout,
+    refuse_one_image,
+)
 from experiments.preflight import preflight
 from experiments.quantizer_class import find_quantizer
 from experiments.rehearsal import rehearse_resuming

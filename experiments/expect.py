@@ -16,6 +16,7 @@ from experiments.data import Dataset
 from experiments.device import float64_device, in_float64
 from experiments.distributed import ALONE, use_local_batch_norms
 from experiments.history import History
+from experiments.network import MOST_PARAMETERS
 from experiments.training import Pipeline, TrainingStep
 from experiments.user_code import first_line
 from resnet import ResNet
@@ -24,7 +25,6 @@ from utils_quantization import quantized_layers, quantizers
 
 EXACT = 1e-8  # of the largest number, for float64 arithmetic in another order
 TINY = 1e-4  # a factor that moves any weight into the dead zone
-MOST_PARAMETERS = 50_000_000  # of a network that is copied in float64: some ten copies are 4 GB
 PROBE_IMAGES = 8  # enough for the float64 comparisons: each layer still sees hundreds of positions
 
 

@@ -25,6 +25,7 @@ from utils_quantization import layers_of
 
 SIZE = (3, 32, 32)  # of an image
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)  # on the host
+MOST_PARAMETERS = 50_000_000  # of a network that is copied for checks: some ten copies in float64 are 4 GB
 TRIED = (2, *SIZE)  # images; two, since a batch norm over one number cannot train
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.data import TrainBatches
 from experiments.device import in_float64
-from experiments.network import contiguous_images
+from experiments.network import MOST_PARAMETERS, contiguous_images
 from experiments.training import EpochLosses, Pipeline, TrainingStep
 from src.graph import only_looks
 from utils_quantization import WeightQuantization, quantizers
@@ -61,7 +61,8 @@ class Drawn:
 class WatchedBatches:
     """The training batches as they are, noted as they are handed out. Nothing here waits for the device.
 
-    Looked at are the first update, the last, and that of the `drawn` step.
+    Looked at are the first update, the last, and that of the `drawn` step; of a very large network, of which
+    each look takes copies, the last alone.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class WatchedBatches:
         copied_model: Callable[[], nn.Module],
     ) -> None:
         self.batches, self.step, self.parameters = batches, step, parameters
-        self.number, self.copied_model = drawn, copied_model
+        few = sum(p.numel() for p in parameters.values()) <= MOST_PARAMETERS
+        self.number, self.copied_model = drawn if few else None, copied_model
+        self.looked_at = {0, drawn, len(batches) - 1} if few else {len(batches) - 1}
         self.sizes = batches.sizes
         self.epochs: list[int] = []  # asked for
         self.labels: list[Tensor] = []
@@ -93,7 +96,7 @@ class WatchedBatches:
             self.labels.append(labels)
             self.images += _ends(images)
             self.rates.append([_copied(g["lr"]) for g in self.step.optimizer.param_groups])
-            if number in (0, self.number, len(self) - 1):
+            if number in self.looked_at:
                 self.updates.append(self._begun(number))
             if number == self.number:
                 self.drawn = Drawn(number, images.clone(), labels.clone(), self.copied_model())
