@@ -278,7 +278,8 @@ class Ledger:
             wrong.unless(share <= limit, f"step {drawn.number + 1}: {n} is {share:.2g} (relative) away")
         cause = (
             "gradients that are kept from step to step, clipped, scaled or cleared, images that count "
-            "otherwise than the mean, or a penalty that is left out of some steps"
+            "otherwise than the mean, a penalty that is left out of some steps, or stale quantized weights, "
+            "cached across steps"
         )
         held = f"step {drawn.number + 1}: gradients to {max(shares, default=0):.0e}, logits to {away:.0e}"
         return _judge(wrong, name, held, cause)
