@@ -420,6 +420,7 @@ def test_a_terminal_has_one_live_line_with_step_speed_and_time_left(terminal):
 # Ctrl-C
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_the_files_of_the_finished_epochs_and_status_130(interrupted):
     assert interrupted.err == ""
     finished = len(interrupted.rows)
@@ -432,6 +433,7 @@ def test_ctrl_c_ends_with_the_files_of_the_finished_epochs_and_status_130(interr
     assert "--- Verdict ---" in interrupted.lines and "final" in interrupted.history
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_status_130_whatever_the_verdict_says(interrupted):
     assert any(line.startswith("FAIL  bit parameters learn") for line in interrupted.lines)
     assert interrupted.status == 130

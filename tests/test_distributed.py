@@ -539,7 +539,7 @@ def train_into_nan(processes: Processes, where: int) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_nan_in_one_process_ends_the_epoch_in_all(teams, where):
     said = teams[2].ask(train_into_nan, where)
     assert all(sentence.startswith("the loss is not finite at step 2;") for sentence in said)

@@ -77,8 +77,8 @@ def assert_only(checks: dict[str, Check], name: str, *words: str) -> None:
         ("float32", 2, 0.99),
         ("bf16", 0, 0.999),
         ("float32", 100, 0.25),
-        ("float32", 0, 0.81),
-        ("bf16", 2, 0.5),
+        pytest.param("float32", 0, 0.81, marks=pytest.mark.slow),
+        pytest.param("bf16", 2, 0.5, marks=pytest.mark.slow),
     ],
 )
 def test_epochs_as_they_should_be_pass_every_check(precision, batch_norm_batches, beta2):

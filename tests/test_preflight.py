@@ -392,6 +392,7 @@ def test_what_fails_is_told_before_the_next_check_is_made(monkeypatch, tmp_path,
     assert "PASS  second: fine" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_warn_goes_on_and_the_history_keeps_what_was_found(one_broken_check, tmp_path, capsys):
     assert run(tmp_path, "--preflight", "warn") == 1
     out = capsys.readouterr().out
