@@ -25,16 +25,16 @@ from experiments.device import in_float64
 from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
-from experiments.watch import EpochWatch, Pass, State, Update, fingerprint, numbers
+from experiments.watch import EpochWatch, Pass, State, Update, fingerprint, numbers, step_counts
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
-from utils_quantization import quantizers
+from utils_quantization import layers_of, quantizers
 
 BETA1 = 0.9
 MOMENTUM = 0.1  # of running statistics, between two renewals
 BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
 PADDED = reference.SIDE + 2 * reference.PADDING  # pixels
-LOOKED_AT = 1 << 20  # numbers of a tensor that are held against AdamW's formulas
+LOOKED_AT = 1 << 20  # numbers of a tensor that are held against formulas
 EXACT = 1e-6  # relative; what float32 keeps of a rate
 ROUNDED = 1e-4  # relative; float32 sums in another order stay far within
 
@@ -204,14 +204,11 @@ class Ledger:
 
     def _compare_update(self, update: Update, wrong: Wrong) -> None:
         flags, taken = {}, zip(self.parameters, self.before.steps, self.after.steps, strict=True)
-        step, gradients = f"step {update.number + 1}", update.gradients or {}
+        step, gradients = f"step {update.number + 1}", update.gradients
         lost = [n for n, a, b in taken if b > a and n not in gradients]
         wrong.unless(not lost or self.may_skip, f"{step} leaves no gradient at {some(lost)}")
-        after = update.before if update.after is None else update.after
-        parts = _split(self.parameters, update.before, after, *update.moments)
-        counted = iter(numbers([count for count in update.steps if count is not None]))
-        counts = [0.0 if count is None else next(counted) for count in update.steps]
-        for (n, (w, after, m, v)), t in zip(parts.items(), counts, strict=True):
+        parts = _split(self.parameters, update.before, update.after, *update.moments)
+        for (n, (w, after, m, v)), t in zip(parts.items(), step_counts(update.steps), strict=True):
             if n in gradients:
                 rate, decay = self._used(n)
                 g = gradients[n].flatten()
@@ -234,8 +231,8 @@ class Ledger:
         They are others too where a check that `failed` has named the cause already.
         """
         name, drawn, wrong = "a step computed anew", self.batches.drawn, Wrong()
-        left = next((u.gradients for u in self.batches.updates if drawn and u.number == drawn.number), None)
-        if drawn is None or not left:
+        left = {update.number: update.gradients for update in self.batches.updates}
+        if drawn is None or not left.get(drawn.number):
             return Check(SKIP, name, "no training step was seen")
         if self.epoch >= 3 and self.epoch % 4:
             return Check(SKIP, name, "it takes as long as two steps, so that not every epoch has it")
@@ -254,7 +251,6 @@ class Ledger:
                 loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
                 if self.coefficient:
                     loss = loss + self.coefficient * self.step.penalty(model)
-            by_name = {n: p for n, p in model.named_parameters() if n in left}
             loss.backward()
             random = drawn_since(states)
         if random:
@@ -267,14 +263,15 @@ class Ledger:
                 "images, or in the precision that trains"
             )
             return _judge(wrong, name, "", cause)
-        due = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in by_name.items()}
-        sizes = numbers([g.norm() for g in due.values()])
-        off = numbers([(left[n].detach() - g).norm() for n, g in due.items()])
+        pairs = [(g, model.get_parameter(n).grad) for n, g in left[drawn.number].items()]
+        pairs = [(found, torch.zeros_like(found) if due is None else due) for found, due in pairs]
+        sizes = numbers([due.norm() for _, due in pairs])
+        off = numbers([(found - due).norm() for found, due in pairs])
         # Where a sum of large numbers is nearly nothing, rounding is measured by what the others are.
         least = max(1e-3 * max(sizes, default=0.0), 1e-30)
         limit = 0.1 if self.bf16 else 0.01
         shares = [distance / max(size, least) for size, distance in zip(sizes, off, strict=True)]
-        for n, share in zip(due, shares, strict=True):
+        for n, share in zip(left[drawn.number], shares, strict=True):
             wrong.unless(share <= limit, f"step {drawn.number + 1}: {n} is {share:.2g} (relative) away")
         cause = (
             "gradients that are kept from step to step, clipped, scaled or cleared, images that count "
@@ -287,7 +284,7 @@ class Ledger:
     @torch.no_grad()
     def _from_the_reference(self, model: Any, images: Tensor, logits: Tensor) -> float:
         """How far logits are from those of the network written a second time, with the same weights."""
-        weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        weights = {n: layer.weight for n, layer in layers_of(model).items()}
         expected = reference.Network(model.state_dict(), weights, len(model.layer1))(images)
         return float((logits - expected).norm() / expected.norm())
 

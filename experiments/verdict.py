@@ -632,13 +632,15 @@ def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> lis
 
 def pictures_exist(pictures: Sequence[Path]) -> Check:
     """Whether every picture is a file that is not empty, and no two are the same."""
-    missing = [p.name for p in pictures if not p.is_file() or p.stat().st_size == 0]
-    measured = f"missing: {', '.join(missing)}" if missing else f"{len(pictures)} files"
-    cause = "the output folder was changed during the run"
-    if not missing and len({p.read_bytes() for p in pictures}) < len(pictures):
-        measured, cause = "two files hold the same picture", "a picture is written under another's name"
-        return judge(False, "pictures exist", measured, cause)
-    return judge(not missing, "pictures exist", measured, cause)
+    name, missing = "pictures exist", [p.name for p in pictures if not p.is_file() or p.stat().st_size == 0]
+    if missing:
+        cause = "the output folder was changed during the run"
+        return judge(False, name, f"missing: {', '.join(missing)}", cause)
+    if len({p.read_bytes() for p in pictures}) < len(pictures):
+        return judge(
+            False, name, "two files hold the same picture", "a picture is written under another's name"
+        )
+    return Check(PASS, name, f"{len(pictures)} files")
 
 
 def early_warnings(history: History, epochs: int) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from experiments.data import TrainBatches
 from experiments.device import in_float64
 from experiments.network import MOST_PARAMETERS, contiguous_images
 from experiments.training import EpochLosses, Pipeline, TrainingStep
-from src.graph import only_looks
+from src.graph import only_looks, take_off_hooks
 from utils_quantization import WeightQuantization, quantizers
 
 DATA = "the stored training images and labels"
@@ -36,7 +36,7 @@ class State:
     tracked: list[int]  # batches that each batch norm has counted
 
 
-@dataclass
+@dataclass(frozen=True)
 class Update:
     """One training step: what it began with, and what it left. (P,) are all trained parameters in a row."""
 
@@ -44,8 +44,8 @@ class Update:
     steps: list[Any]  # AdamW's count of each trained parameter before it; None before the first
     before: Tensor  # (P,)
     moments: tuple[Tensor, Tensor]  # AdamW's, (P,) each, before it
-    after: Tensor | None = None  # (P,)
-    gradients: dict[str, Tensor] | None = None
+    after: Tensor  # (P,)
+    gradients: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class WatchedBatches:
         self.coefficients: list[Tensor] = []
         self.replayed_others: list[Tensor] = []  # of each replay, whether its graph held another batch
         self.updates: list[Update] = []
+        self.begun: tuple[int, list[Any], Tensor, tuple[Tensor, Tensor]] | None = None  # an update, not ended
         self.drawn: Drawn | None = None
 
     def __len__(self) -> int:
@@ -97,7 +98,8 @@ class WatchedBatches:
             self.images += _ends(images)
             self.rates.append([_copied(g["lr"]) for g in self.step.optimizer.param_groups])
             if number in self.looked_at:
-                self.updates.append(self._begun(number))
+                steps, values = optimizer_steps(self.step, self.parameters), self.parameters.values()
+                self.begun = (number, steps, flat(values), moments(self.step, self.parameters))
             if number == self.number:
                 self.drawn = Drawn(number, images.clone(), labels.clone(), self.copied_model())
             yield images, labels
@@ -105,22 +107,15 @@ class WatchedBatches:
             if graph := self.step.replayed:
                 same = (graph.labels == labels).all() & (graph.images == images).all()
                 self.replayed_others.append(~same)
-            if self.updates[-1].number == number < len(self) - 1:
+            if number < len(self) - 1:  # of the last step the watch says when it is over
                 self.end_update()
 
-    def _begun(self, number: int) -> Update:
-        states = [self.step.optimizer.state.get(p, {}) for p in self.parameters.values()]
-        steps = [_copied(state.get("step")) for state in states]
-        return Update(number, steps, flat(self.parameters.values()), moments(self.step, self.parameters))
-
     def end_update(self) -> None:
-        """Note what the last step that is looked at has left."""
-        if self.updates:
-            update = self.updates[-1]
-            update.after = flat(self.parameters.values())
-            update.gradients = {
-                n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None
-            }
+        """Note what a step that is looked at has left."""
+        if self.begun:
+            left = {n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None}
+            self.updates.append(Update(*self.begun, flat(self.parameters.values()), left))
+            self.begun = None
 
 
 @dataclass(frozen=True)
@@ -221,11 +216,7 @@ class EpochWatch:
     def copied_model(self) -> nn.Module:
         """The model as it is now, without the hooks of those that watch it."""
         copied = copy.deepcopy(self.model, {id(self): self})  # which a hook belongs to
-        for module in copied.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for handle, hook in list(hooks.items()):
-                    if hasattr(hook, "only_looks") and hook is not contiguous_images:
-                        del hooks[handle]
+        take_off_hooks(copied, but=contiguous_images)
         return copied
 
     @torch.no_grad()
@@ -233,11 +224,9 @@ class EpochWatch:
         device = self.step.device
         norms: list[Any] = list(self.norms.values())
         variances = flat([norm.running_var for norm in norms], device)
-        counts = [self.step.optimizer.state.get(p, {}).get("step") for p in self.parameters.values()]
-        counted = iter(numbers([count for count in counts if count is not None]))
         return State(
             values=flat(self.parameters.values(), device),
-            steps=[0.0 if count is None else next(counted) for count in counts],
+            steps=step_counts(optimizer_steps(self.step, self.parameters)),
             statistics=torch.cat([flat([norm.running_mean for norm in norms], device), variances]),
             variances=variances,
             tracked=[int(count) for count in numbers([norm.num_batches_tracked for norm in norms])],
@@ -299,6 +288,17 @@ def moments(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> tuple[Te
         for name in ("exp_avg", "exp_avg_sq")
     )
     return flat(first, step.device), flat(second, step.device)
+
+
+def optimizer_steps(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> list[Any]:
+    """AdamW's count of each trained parameter, a tensor, copied; None before the first step."""
+    return [_copied(step.optimizer.state.get(p, {}).get("step")) for p in parameters.values()]
+
+
+def step_counts(steps: Sequence[Tensor | None]) -> list[float]:
+    """The numbers that `optimizer_steps` holds, 0 for None."""
+    counted = iter(numbers([count for count in steps if count is not None]))
+    return [0.0 if count is None else next(counted) for count in steps]
 
 
 def fingerprint(batches: Any) -> Tensor:

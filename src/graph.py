@@ -172,6 +172,13 @@ def only_looks(hook: Hook) -> Hook:
     return hook
 
 
+def take_off_hooks(model: nn.Module, but: Hook | None = None) -> None:
+    """Take the hooks that only look off a model, all but one."""
+    for hooks in (hooks for module in model.modules() for hooks in _hooks(module)):
+        for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks") and hook is not but]:
+            del hooks[handle]
+
+
 def _hooks(module: nn.Module) -> list[dict[int, Any]]:
     return [module._forward_hooks, module._forward_pre_hooks]
 
@@ -194,9 +201,7 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
     key = next((key for key in keys if key in _TRACED), None)
     if key is None:
         plain = without_quantizers(model, stored=True).eval()
-        for hooks in (hooks for module in plain.modules() for hooks in _hooks(module)):
-            for handle in [h for h, hook in hooks.items() if hasattr(hook, "only_looks")]:
-                del hooks[handle]
+        take_off_hooks(plain)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot trace
                 program = _exported(plain, like, input_size)

@@ -242,6 +242,15 @@ def test_second_moments_that_are_cleared_in_the_middle_of_an_epoch_are_named(mon
     assert "640 second moments fell from step 2 to 3" in checks["updates are AdamW's"].message
 
 
+def test_of_a_very_large_network_the_last_update_alone_is_looked_at(monkeypatch):
+    monkeypatch.setattr("experiments.watch.MOST_PARAMETERS", 0)
+    checks = found(pipeline())
+    assert failures(checks) == []
+    assert checks["updates are AdamW's"].message.endswith("in steps 3")
+    assert checks["a step computed anew"].status == SKIP
+    assert checks["weights are the quantizer's"].message == "6 tensors"
+
+
 def test_gradients_that_are_doubled_before_the_optimizer_sees_them_are_named():
     whole = pipeline()
 
