@@ -251,6 +251,15 @@ def test_of_a_very_large_network_the_last_update_alone_is_looked_at(monkeypatch)
     assert checks["weights are the quantizer's"].message == "6 tensors"
 
 
+def test_single_weights_that_are_set_to_zero_are_named_while_the_masks_act(monkeypatch):
+    def zero(step: TrainingStep) -> None:
+        step.model.layer3[0].conv2.parametrizations.weight.original[0, 0, 0, 0] = 0
+
+    the_second_of(3, zero, monkeypatch)
+    checks = found(pipeline())
+    assert "step 2: layer3.0.conv2" in checks["updates are AdamW's"].message
+
+
 def test_gradients_that_are_doubled_before_the_optimizer_sees_them_are_named():
     whole = pipeline()
 
@@ -479,6 +488,21 @@ def test_one_batch_norm_that_is_renewed_otherwise_is_named(monkeypatch):
     monkeypatch.setattr(debug_run, "renew_batch_norms", renew)
     monkeypatch.setattr(EpochWatch, "_draw", lambda self, what, count: 1)
     assert_only(found(pipeline()), "batch norm statistics", "layer1.0.bn1 is", "from the mean")
+
+
+def test_a_renewal_on_a_part_of_each_batch_is_named(monkeypatch):
+    def renew(model: ResNet, batches: TrainBatches, *rest: Any) -> None:
+        training.renew_batch_norms(model, TrainBatches(IMAGES, 6, SETTINGS.seed, "cpu"), *rest)
+
+    monkeypatch.setattr(debug_run, "renew_batch_norms", renew)
+    assert_only(found(pipeline()), "batch norm statistics", "of 12 images, expected 16")
+
+
+def test_batch_norms_of_another_momentum_are_named():
+    whole = pipeline(dataclasses.replace(SETTINGS, batch_norm_batches=0))
+    for norm in (m for m in whole.model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = 0.05
+    assert_only(found(whole), "batch norm statistics", "momenta are [0.05]")
 
 
 def test_a_test_with_quantizers_off_is_named(monkeypatch):

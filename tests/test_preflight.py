@@ -5,6 +5,7 @@ That it catches what is broken is shown by the catalogue of faults (faults.py), 
 
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from runs import good_run
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from experiments import debug_run
+from experiments import debug_run, report
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from experiments.data import synthetic_dataset
 from experiments.distributed import Processes
@@ -164,6 +165,57 @@ def test_a_quantizer_that_differs_far_from_its_start_alone_is_named(monkeypatch,
     real = DeadZoneLDZCompander._grid
     monkeypatch.setattr(DeadZoneLDZCompander, "_grid", lambda self, w: grid(*real(self, w)))
     only(monkeypatch, "quantizer: formula")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and words in failed(checks)[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        (lambda w, Q: w.dtype == torch.float32 and not torch.is_grad_enabled(), "without gradients"),
+        (lambda w, Q: w.dtype == torch.float32, "others in float32"),
+        (lambda w, Q: w.numel() > 20_000 and Q < 2, "layer3.0.conv2"),
+    ],
+    ids=["without gradients", "in float32", "at 2 bits in large layers"],
+)
+def test_a_quantizer_that_differs_somewhere_alone_is_named(monkeypatch, tmp_path, where, words):
+    real = DeadZoneLDZCompander._grid
+
+    def elsewhere(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s, h, Q = real(self, w)
+        return (1.1 * s, h, Q) if where(w, Q) else (s, h, Q)
+
+    monkeypatch.setattr(DeadZoneLDZCompander, "_grid", elsewhere)
+    only(monkeypatch, "quantizer: formula")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and words in failed(checks)[0]
+
+
+def last_ten(history: History) -> History:
+    return replace(history, epochs=history.epochs[-10:])
+
+
+def exchanged(history: History) -> History:
+    data = history.data
+    sizes = {"train_images": data.test_images, "test_images": data.train_images}
+    return replace(history, data=replace(data, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "words"),
+    [
+        ("metrics_csv", lambda csv: lambda history: csv(last_ten(history)), "10 rows of 15 epochs"),
+        ("format_ratio", lambda _: lambda x: f"{x if x < 10 else math.ceil(x):.2f}x", "where the ratio is"),
+        ("first_lines", lambda lines: lambda history, *rest: lines(exchanged(history), *rest), "images 765"),
+        ("picture_title", lambda title: lambda history, _: title(history, Settings()), "says nothing"),
+    ],
+    ids=["rows", "ratios", "sizes", "flags"],
+)
+def test_what_is_said_of_long_runs_and_other_settings_alone_is_named(
+    monkeypatch, tmp_path, what, change, words
+):
+    monkeypatch.setattr(report, what, change(getattr(report, what)))
+    only(monkeypatch, "report")
     checks, status = checks_of(monkeypatch, tmp_path)
     assert status == 1 and words in failed(checks)[0]
 
