@@ -164,6 +164,45 @@ def test_a_parameter_whose_steps_round_away_is_no_fault():
     assert {q.logit_bit.item() for q in quantizers(whole.model).values()} == {torch.tensor(2.1).item()}
 
 
+def test_a_bit_width_between_two_whole_ones_may_be_rounded_to_either():
+    # The logit's neighbours whose bits float64 rounds to 3, while float32 has 2.5, which is rounded to 2.
+    quantizer, logit = DeadZoneLDZCompander(), torch.tensor([math.atanh(0.5 / 6)])
+    while not (quantizer.get_bitwidth() == 2 and 2 + 6 * math.tanh(logit.item()) > 2.5):
+        logit = torch.nextafter(logit, torch.tensor([1.0]))
+        with torch.no_grad():
+            quantizer.logit_bit.copy_(logit)
+    whole = pipeline(dataclasses.replace(SETTINGS, bit_lr=1e-12, bit_decay=0.0))
+    with torch.no_grad():
+        for q in quantizers(whole.model).values():
+            q.logit_bit.copy_(logit)
+    checks = found(whole)
+    assert failures(checks) == []
+    assert checks["weights are the quantizer's"].status == PASS
+
+
+def test_a_parameter_that_ends_the_epoch_where_it_began_has_moved_all_the_same(monkeypatch):
+    trained = EpochWatch.trained
+
+    def back_again(self: EpochWatch, *rest: Any) -> None:
+        trained(self, *rest)
+        sizes = [p.numel() for p in self.parameters.values()]
+        for now, then in zip(self.after.values.split(sizes), self.before.values.split(sizes), strict=True):
+            if len(now) == 1:
+                now.copy_(then)
+
+    monkeypatch.setattr(EpochWatch, "trained", back_again)
+    settings = dataclasses.replace(SETTINGS, bit_decay=0.0, deadzone_decay=0.0)
+    assert found(pipeline(settings))["every parameter moves"].status == PASS
+
+
+def test_a_parameter_without_gradient_and_decay_is_named():
+    whole = pipeline(dataclasses.replace(SETTINGS, deadzone_decay=0.0))
+    quantizers(whole.model)["layer2.0.conv1"].logit_dz.register_hook(torch.zeros_like)
+    checks = found(whole, 1)
+    assert "layer2.0.conv1" in checks["every parameter moves"].message
+    assert "has not moved" in checks["every parameter moves"].message
+
+
 def test_a_weight_that_something_else_writes_is_named(monkeypatch):
     step = TrainingStep.__call__
 
