@@ -115,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
             held.enter_context(lock_folder(settings.output_dir, live.say))
         checkpoint = find_checkpoint(settings, processes, live.say) if settings.resume else None
         device = prepare_device(settings, processes)
+        live.launches_ahead = device.type != "cpu"
         make_quantizer = find_quantizer(settings)
 
         seed_draws(settings.seed)

@@ -118,6 +118,8 @@ class LiveLine:
         self.shown = False  # whether the live line is on the screen now
         self.last = 0.0  # when an epoch last showed progress, by time.monotonic()
         self.printed = time.monotonic()  # when something was last printed
+        self.launches_ahead = False  # whether steps run on an accelerator, later than the host counts them
+        self.begun: list[float] = []  # when this process's epochs began, by time.monotonic()
         self.epoch_seconds: float | None = None  # what an epoch takes, once that is known
         # A path may have letters that the terminal's encoding lacks: print escapes instead of failing.
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -165,32 +167,44 @@ class LiveLine:
 
     def epoch(self, epoch: int, epochs: int) -> "EpochProgress | None":
         """What shows the progress of an epoch (from 0) of a run; None where nothing is ever printed."""
-        return None if self.silent else EpochProgress(self, epoch, epochs)
+        if self.silent:
+            return None
+        progress = EpochProgress(self, epoch, epochs)
+        self.begun.append(time.monotonic())
+        if self.launches_ahead and len(self.begun) == 3:  # in the first epoch the step's graph was captured
+            progress.tell(self.begun[2] - self.begun[1])
+        return progress
 
 
 class EpochProgress:
     """Shows how far an epoch is, and how long the run will still take, at most ten times a second.
 
     It is called after each training step with the steps done, the steps in all and the seconds so far. In
-    the first epoch of a process it says once how long the whole run takes.
+    the first epoch of a process it says once how long the whole run takes. On an accelerator these steps have
+    only been launched; there that is said, and known, once two epochs are over.
     """
 
     def __init__(self, live: LiveLine, epoch: int, epochs: int) -> None:
         self.live, self.epoch, self.epochs = live, epoch, epochs
 
     def __call__(self, done: int, total: int, seconds: float) -> None:
-        now, whole = time.monotonic(), ESTIMATED_REST * seconds / done * total
-        if self.live.epoch_seconds is None and (seconds >= ENOUGH_SECONDS or done == total):
-            self.live.epoch_seconds = whole
-            self.live.say(f"      ~ about {spelled((self.epochs - self.epoch) * whole)} for {self._epochs()}")
-        if now - self.live.last > 0.1 or done == total:
-            self.live.last = now
-            left = seconds / done * (total - done)
-            left += (self.epochs - self.epoch - 1) * (self.live.epoch_seconds or whole)
-            self.live.progress(
-                f"epoch {self.epoch + 1} of {self.epochs}: step {done}/{total}, "
-                f"{done / seconds:.1f} steps/s, {spelled(left)} left"
-            )
+        now, live = time.monotonic(), self.live
+        told = live.epoch_seconds is not None
+        if not told and not live.launches_ahead and (seconds >= ENOUGH_SECONDS or done == total):
+            self.tell(ESTIMATED_REST * seconds / done * total)
+        if now - live.last > 0.1 or done == total:
+            live.last = now
+            text = f"epoch {self.epoch + 1} of {self.epochs}: step {done}/{total}"
+            if not live.launches_ahead:
+                whole = live.epoch_seconds or ESTIMATED_REST * seconds / done * total
+                left = seconds / done * (total - done) + (self.epochs - self.epoch - 1) * whole
+                text += f", {done / seconds:.1f} steps/s, {spelled(left)} left"
+            live.progress(text)
+
+    def tell(self, whole: float) -> None:
+        """Say how long this epoch and those after it take, `whole` seconds each."""
+        self.live.epoch_seconds = whole
+        self.live.say(f"      ~ about {spelled((self.epochs - self.epoch) * whole)} for {self._epochs()}")
 
     def phase(self, what: str) -> None:
         """Show what the epoch does after its steps."""

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,8 +226,12 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         images, labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            losses = self._run(images, labels, penalised)
+        with warnings.catch_warnings():
+            # A penalty on the stored weights gives them a gradient from another stream than their quantizers
+            # do, which autograd waits for as it should.
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+            with torch.cuda.graph(graph):
+                losses = self._run(images, labels, penalised)
         gradients = [(p, p.grad) for p in self.model.parameters()]
         return _Graph(graph, images, labels, losses, gradients)
 

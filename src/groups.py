@@ -118,11 +118,15 @@ class _Walk:
             label = self.parents[label]
         return label
 
+    def _join(self, one: int, other: int) -> None:
+        self.parents[self._root(max(one, other))] = self._root(min(one, other))
+
     def _tie(self, a: Tensor, b: Tensor) -> Tensor:
         """Tie labels, element by element. Returns: the label of either, where there is one."""
         both = (a > NONE) & (b > NONE) & (a != b)
-        for one, other in torch.stack([a[both], b[both]]).unique(dim=1).T.tolist():
-            self.parents[self._root(max(one, other))] = self._root(min(one, other))
+        if both.any():
+            for one, other in torch.stack([a[both], b[both]]).unique(dim=1).T.tolist():
+                self._join(one, other)
         return torch.where(b > NONE, torch.where(a > NONE, torch.minimum(a, b), b), a)
 
     def _label(self, node: Any) -> Any:
@@ -192,8 +196,7 @@ class _Walk:
         self.sizes[layer, dim] = len(labels)
         for place, label in enumerate(labels.tolist()):
             if label > NONE:
-                known = self.slices.setdefault((layer, dim, place), label)
-                self._tie(torch.tensor([known]), torch.tensor([label]))
+                self._join(self.slices.setdefault((layer, dim, place), label), label)
 
     def _of_channels(self, labels: Tensor) -> Tensor:
         """The labels of the channels, (C,): one that is several channels in one ties them."""

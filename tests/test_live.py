@@ -64,6 +64,20 @@ def test_off_a_terminal_a_minute_of_silence_ends_with_a_line(monkeypatch, capsys
     assert lines[1].endswith("6 min left")
 
 
+def test_where_steps_are_only_launched_the_second_epoch_tells_how_long_the_run_takes(
+    live, monkeypatch, capsys
+):
+    live.launches_ahead = True
+    for epoch, now in enumerate((0.0, 8.0, 8.7)):  # the first captures a graph
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        show = live.epoch(epoch, 102)
+        show(98, 98, 0.1)
+    shown = capsys.readouterr().out
+    assert shown.count("about") == 1 and "epoch 2 of 102: step 98/98" in shown
+    assert "steps/s" not in shown and " left" not in shown
+    assert shown.index("epoch 2") < shown.index("~ about 1 min for 100 epochs") < shown.index("epoch 3")
+
+
 def test_all_processes_but_the_first_are_silent(live, capsys):
     live.silent = True
     live.progress("working")
