@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from experiments.user_code import first_line
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 MOST = 1 << 32  # bytes; weights and moments of the networks of this field take far less
 KEPT = 2  # checkpoints in the output folder
-VERSION = 3  # of the file format
+VERSION = 4  # of the file format, and of what its settings mean
 MAY_CHANGE = (
     "epochs",
     "data_dir",
@@ -235,8 +236,8 @@ def _longer(saved: History, now: History) -> list[str]:
         f"--epochs was {was}, is {epochs}: the learning rates go on at {rate:.4f} of their "
         f"peak instead of {before:.4f}"
         + (
-            f", the quantizers' peak and the weights' decay being "
-            f"{pace_now / pace_before:.4f} of what they were"
+            f", the quantizers' peak being {pace_now / pace_before:.4f} and the weights' decay "
+            f"{math.sqrt(pace_now / pace_before):.4f} of what they were"
             if pace_now != pace_before
             else ""
         )

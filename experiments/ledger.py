@@ -705,7 +705,7 @@ class Ledger:
         s = self.settings
         factor, pace = self._rate_factor(), self._pace()
         peaks = {
-            "weights": (s.weights_lr, pace * s.weights_decay),
+            "weights": (s.weights_lr, pace**0.5 * s.weights_decay),
             "bit": (pace * s.bit_lr, s.bit_decay),
             "deadzone": (pace * s.deadzone_lr, s.deadzone_decay),
         }

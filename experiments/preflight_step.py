@@ -283,7 +283,7 @@ def expected_rates(subject: Subject) -> dict[str, tuple[float, float]]:
     steps = settings.epochs * len(batches)
     slower = settings.pace_steps / steps if 0 < settings.pace_steps < steps else 1.0
     return {
-        "weights": (settings.weights_lr, settings.weights_decay * slower),
+        "weights": (settings.weights_lr, settings.weights_decay * slower**0.5),
         "bit": (settings.bit_lr * slower, settings.bit_decay),
         "deadzone": (settings.deadzone_lr * slower, settings.deadzone_decay),
     }

@@ -106,7 +106,7 @@ class Settings:
     pace_steps: int = _setting(
         1960,
         "optimizer steps that the quantizers' rates and the weights' decay are meant for: a longer run "
-        "lowers them in proportion; 0: never",
+        "lowers the rates in proportion, the decay with its square root; 0: never",
     )
 
     def __post_init__(self) -> None:

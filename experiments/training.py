@@ -44,12 +44,13 @@ class EpochLosses:
 
 
 def pace(pace_steps: int, steps: int) -> float:
-    """What the quantizers' learning rates and the weights' decay are multiplied by in a run of `steps` steps.
+    """What the quantizers' learning rates are multiplied by in a run of `steps` steps.
 
     AdamW moves a quantizer's parameter by about its learning rate a step, whatever the gradient's size, and
     decays it by rate times decay. So in a run of more than `pace_steps` steps (0: in none) the rates of
     both parameters shrink in proportion: they travel the same way, only slower. The weights' rate stays, and
-    their decay shrinks, so that they forget what they were over the same share of the run.
+    their decay shrinks with the square root: a decay that stays keeps a long run from settling, and one that
+    shrinks in proportion lets it learn its training images by heart (docs/results.md has both).
     """
     return pace_steps / steps if 0 < pace_steps < steps else 1.0
 
@@ -72,7 +73,13 @@ def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torc
             params[group_of.get(id(parameter), "weights")].append(parameter)
     device = next(model.parameters()).device
     groups: list[dict[str, Any]] = [
-        _group("weights", params["weights"], settings.weights_lr, slower * settings.weights_decay, device),
+        _group(
+            "weights",
+            params["weights"],
+            settings.weights_lr,
+            math.sqrt(slower) * settings.weights_decay,
+            device,
+        ),
         _group("bit", params["bit"], slower * settings.bit_lr, settings.bit_decay, device),
         _group(
             "deadzone", params["deadzone"], slower * settings.deadzone_lr, settings.deadzone_decay, device

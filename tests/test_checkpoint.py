@@ -369,7 +369,7 @@ def test_more_epochs_are_said_with_the_rates_that_follow():
     # (1 + cos(pi t)) / 2 at a quarter and at a half of the way
     assert "0.8536 of their peak instead of 0.5000" in sentence
     # 98 steps an epoch: 20 epochs are the 1,960 that the pace is meant for, 40 twice as many
-    assert "the quantizers' peak and the weights' decay being 0.5000 of what they were" in sentence
+    assert "the quantizers' peak being 0.5000 and the weights' decay 0.7071 of what they were" in sentence
     (sentence,) = differences(10, Settings(epochs=40, pace_steps=0))
     assert "peak and" not in sentence
 
