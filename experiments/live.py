@@ -120,7 +120,7 @@ class LiveLine:
         self.printed = time.monotonic()  # when something was last printed
         self.launches_ahead = False  # whether steps run on an accelerator, later than the host counts them
         self.begun: list[float] = []  # when this process's epochs began, by time.monotonic()
-        self.epoch_seconds: float | None = None  # what an epoch takes, once that is known
+        self.epoch_seconds: float | None = None  # what an epoch takes, once that is known, by the last one
         # A path may have letters that the terminal's encoding lacks: print escapes instead of failing.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -173,6 +173,8 @@ class LiveLine:
         self.begun.append(time.monotonic())
         if self.launches_ahead and len(self.begun) == 3:  # in the first epoch the step's graph was captured
             progress.tell(self.begun[2] - self.begun[1])
+        elif self.epoch_seconds is not None and len(self.begun) > 1:
+            self.epoch_seconds = self.begun[-1] - self.begun[-2]
         return progress
 
 

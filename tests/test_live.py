@@ -64,6 +64,19 @@ def test_off_a_terminal_a_minute_of_silence_ends_with_a_line(monkeypatch, capsys
     assert lines[1].endswith("6 min left")
 
 
+def test_how_long_is_left_is_told_by_the_last_epoch(live, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    for epoch, now in enumerate((0.0, 600.0, 660.0)):  # the first was a slow one
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        show = live.epoch(epoch, 12)
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now + 50)
+        show(98, 98, 50.0)
+    shown = capsys.readouterr().out.split("\r\x1b[K")
+    assert [text.rpartition(", ")[2] for text in shown if text.startswith("epoch")] == [
+        "10 min left", "1.7 h left", "9 min left"
+    ]  # fmt: skip
+
+
 def test_where_steps_are_only_launched_the_second_epoch_tells_how_long_the_run_takes(
     live, monkeypatch, capsys
 ):
