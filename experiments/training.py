@@ -62,6 +62,7 @@ def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torc
     `steps` is the number of optimizer steps in the whole run, on which the pace depends.
     """
     slower = pace(settings.pace_steps, steps)
+    weights_decay = math.sqrt(slower) * settings.weights_decay
     group_of = {
         id(quantizer.get_parameter(name)): group
         for quantizer in quantizers(model).values()
@@ -73,13 +74,7 @@ def make_optimizer(model: nn.Module, settings: Settings, steps: int = 0) -> torc
             params[group_of.get(id(parameter), "weights")].append(parameter)
     device = next(model.parameters()).device
     groups: list[dict[str, Any]] = [
-        _group(
-            "weights",
-            params["weights"],
-            settings.weights_lr,
-            math.sqrt(slower) * settings.weights_decay,
-            device,
-        ),
+        _group("weights", params["weights"], settings.weights_lr, weights_decay, device),
         _group("bit", params["bit"], slower * settings.bit_lr, settings.bit_decay, device),
         _group(
             "deadzone", params["deadzone"], slower * settings.deadzone_lr, settings.deadzone_decay, device

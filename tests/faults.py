@@ -630,6 +630,9 @@ FAULTS_BY_AREA = {
         fault("the pace is left out in a long run", r"rate|pace|logit|\blr\b|bit|dead.?zone",
               (TRAINING, "    slower = pace(settings.pace_steps, steps)\n", "    slower = 1.0\n"),
               flags="--epochs 400"),
+        fault("the weights' decay is lowered in proportion to a long run's steps", r"decay",
+              (TRAINING, "weights_decay = math.sqrt(slower) * settings.weights_decay", "weights_decay = slower * settings.weights_decay"),
+              flags="--epochs 400"),
         fault("batch norms are not trained", r"batch norm|bn\d|moved?|gradient|train|group|parameters",
               (RUN, "model = make_network(settings.model, class_count(settings.data)).to(device)\n",
                "model = make_network(settings.model, class_count(settings.data)).to(device)\n"
@@ -671,8 +674,8 @@ FAULTS_BY_AREA = {
               (TRAINING, "        self.optimizer.zero_grad(set_to_none=not self.graphs)\n", ""),
               (TRAINING, STEP, STEP + "        self.optimizer.zero_grad()\n")),
         fault("batch norms and biases get no decay", r"decay",
-              (TRAINING, '_group("weights", params["weights"], settings.weights_lr, slower * settings.weights_decay, device),',
-               '_group("weights", [p for p in params["weights"] if p.ndim > 1], settings.weights_lr, slower * settings.weights_decay, device),\n'
+              (TRAINING, '_group("weights", params["weights"], settings.weights_lr, weights_decay, device),',
+               '_group("weights", [p for p in params["weights"] if p.ndim > 1], settings.weights_lr, weights_decay, device),\n'
                '        _group("norms", [p for p in params["weights"] if p.ndim == 1], settings.weights_lr, 0.0, device),'),
               flags="--weights-decay 0.05"),
         fault("the optimizer takes the parameters from a set", r"order|set",
