@@ -17,20 +17,18 @@ from utils_quantization import quantized_layers
 
 
 def group_norms(
-    groups: ChannelGroups, weights: Mapping[str, Tensor], places: Sequence[Tensor | None]
+    groups: ChannelGroups, squares: Mapping[str, Tensor], places: Sequence[Tensor | None]
 ) -> Tensor:
     """L2 norm of each group, all its weight slices taken as one vector.
 
-    Shapes: weights (O, I, kh, kw) by layer name, places as those of the groups, (C,) each -> (C,), weight
-    units.
+    Shapes: squares (O, I) by layer name, the sums of the squared weights of each kernel, places as those of
+    the groups, (C,) each -> (C,), weight units.
     Gradient: 0, not NaN, at a group of zeros.
     """
-    slices = [
-        torch.linalg.vector_norm(weights[name], dim=(1, 2, 3) if dim == FILTERS else (0, 2, 3))
-        for name, dim in groups.members
-    ]
+    slices = [squares[name].sum(1 if dim == FILTERS else 0) for name, dim in groups.members]
     slices = [s if p is None else s[p.to(s.device)] for s, p in zip(slices, places, strict=True)]
-    return torch.linalg.vector_norm(torch.stack(slices), dim=0)  # (members, C) -> (C,)
+    total = torch.stack(slices).sum(0)  # (members, C) -> (C,)
+    return torch.where(total > 0, total, 1).sqrt() * (total > 0)
 
 
 def group_macs(model: nn.Module, groups: Sequence[ChannelGroups]) -> list[int]:
@@ -76,25 +74,29 @@ def coupled_group_lasso(
 def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
     """What keeps a dead slice dead: a function of the model that gives pairs (stored weight, its mask).
 
-    A mask is 0 on the filters, or on the input slices, whose quantized weights are all zero, and 1 elsewhere;
-    it broadcasts over the stored weight, to be multiplied with it after the optimizer's step. Without it the
+    A mask is 0 on the filters and the input slices whose quantized weights are all zero, and 1 elsewhere; it
+    broadcasts over the stored weight, to be multiplied with it after the optimizer's step. Without it the
     batch norm behind a filter of zeros, whose variance is zero, magnifies the gradient that the
     straight-through step hands to the stored weights, and throws them out of the dead zone again.
 
     Raises: ValueError if torch.export cannot trace the model.
     """
     groups = channel_groups(model, _quantized_convolutions(model))
-    members = [member for g in groups for member in g.members]
+    dims: dict[str, set[int]] = {}
+    for name, dim in (member for g in groups for member in g.members):
+        dims.setdefault(name, set()).add(dim)
 
     @torch.no_grad()
     def masks(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         pairs = []
-        for name, dim in dict.fromkeys(members):
+        for name, slices in dims.items():
             layer: Any = model.get_submodule(name)
-            others = (1, 2, 3) if dim == FILTERS else (0, 2, 3)
-            pairs.append(
-                (layer.parametrizations.weight.original, (layer.weight != 0).any(others, keepdim=True))
-            )
+            # One pass over the weights for both dimensions: (O, I, 1, 1), 0 where a kernel is all zero.
+            kernels = layer.weight.abs().sum((2, 3), keepdim=True)
+            mask = torch.ones_like(kernels)
+            for dim in slices:
+                mask = mask * kernels.any(1 - dim, keepdim=True)
+            pairs.append((layer.parametrizations.weight.original, mask))
         return pairs
 
     return masks
@@ -119,5 +121,6 @@ def _penalty(
         name: layer.parametrizations.weight.original if on == STORED else layer.weight
         for name, layer in modules.items()
     }
-    norms = torch.cat([group_norms(g, weights, p) for g, p in zip(groups, places, strict=True)])
+    squares = {name: w.square().sum((2, 3)) for name, w in weights.items()}  # one pass for both dimensions
+    norms = torch.cat([group_norms(g, squares, p) for g, p in zip(groups, places, strict=True)])
     return (norms * counts.to(norms.device)).sum()

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from experiments.reference import straight_through
-from src.quantizer import LARGE, SAMPLED, DeadZoneLDZCompander, NotFiniteWeightError, range_quantile
+from src.quantizer import DeadZoneLDZCompander, NotFiniteWeightError, range_quantile
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 thorough = settings(quick, max_examples=150)
@@ -339,9 +339,9 @@ def test_the_range_takes_no_gradient():
 
 @pytest.mark.parametrize(
     "kind",
-    ["normal", "few values", "all equal", "zeros", "sorted", "largest last", "sample's", "NaN", "infinite"],
+    ["normal", "few values", "all equal", "zeros", "sorted", "largest last", "NaN", "infinite"],
 )
-def test_the_range_of_a_large_tensor_is_found_among_some_of_its_numbers_and_is_the_same(kind):
+def test_the_range_of_a_large_tensor_is_the_same(kind):
     numbers = np.random.default_rng(3)
     w = numbers.normal(size=(256, 128, 3, 3)).astype(np.float32)
     if kind == "few values":
@@ -354,13 +354,10 @@ def test_the_range_of_a_large_tensor_is_found_among_some_of_its_numbers_and_is_t
         w = np.sort(w.ravel()).reshape(w.shape)
     elif kind == "largest last":  # of a number of weights that has no small divisor
         w = np.sort(w.ravel())[-131_101:].reshape(-1, 1, 1, 1)
-    elif kind == "sample's":  # the sampled numbers are the largest: the bound is too high
-        w.reshape(-1)[::SAMPLED] += 100
     elif kind == "NaN":
         w[3, 5] = np.nan
     elif kind == "infinite":
         w[3, 5, 1, 1] = -np.inf
-    assert w.size >= LARGE
     for layout in (torch.contiguous_format, torch.channels_last):
         got = range_quantile(torch.from_numpy(w).to(memory_format=layout)).item()
         expected = np.quantile(np.abs(w), 0.99) if np.isfinite(w).all() else np.nan
