@@ -119,6 +119,20 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return bool(mallopt(M_MMAP_MAX, most)) and bool(mallopt(M_TRIM_THRESHOLD, threshold))
 
 
+@contextlib.contextmanager
+def returning_freed_memory(device: torch.device) -> Iterator[None]:
+    """For a while, return freed memory to the system where a run on this device keeps it for the next step.
+
+    What is seldom needed would else lie among the blocks of the steps, and the heap would grow with each use.
+    """
+    kept = device.type == "cpu" and keep_freed_memory(False)
+    try:
+        yield
+    finally:
+        if kept:
+            keep_freed_memory()
+
+
 def describe_device(device: torch.device) -> str:
     """Describe the device for a run's first lines, such as "cpu, 2 threads" or "cuda, NVIDIA H100"."""
     if device.type == "cuda":

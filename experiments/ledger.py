@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from experiments import reference
 from experiments.data import TestBatches, TrainBatches
-from experiments.device import in_float64
+from experiments.device import in_float64, returning_freed_memory
 from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
@@ -241,13 +241,15 @@ class Ledger:
         if self.processes.count > 1 or self.may_skip:
             why = "of several ranks each has a part" if self.processes.count > 1 else "layers may be left out"
             return Check(SKIP, name, f"{why}, so that they are not known")
-        model, states = drawn.model, random_states()
-        with kept_draws():
+        model, states, away = drawn.model, random_states(), 0.0
+        with returning_freed_memory(self.step.device), kept_draws():
+            # Before the step, so that its memory is free again when the step needs as much.
+            expected = self._reference_logits(model, drawn.images) if self.ours else None
             with parametrize.cached():
                 with torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.bf16):
                     logits = model(drawn.images)
-                # Rounding in bf16 is the larger for each layer that it goes through.
-                away = self._from_the_reference(model, drawn.images, logits) if self.ours else 0.0
+                if expected is not None:
+                    away = float((logits.detach() - expected).norm() / expected.norm())
                 loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
                 if self.coefficient:
                     loss = loss + self.coefficient * self.step.penalty(model)
@@ -255,7 +257,7 @@ class Ledger:
             random = drawn_since(states)
         if random:
             return Check(SKIP, name, "the network draws random numbers, so that they are not known")
-        limit = 0.1 if self.bf16 else 0.001
+        limit = 0.1 if self.bf16 else 0.001  # rounding in bf16 is the larger for each layer
         wrong.unless(away <= limit, f"the network's logits are {away:.2g} (relative) away in training mode")
         if wrong:
             cause = (
@@ -282,11 +284,10 @@ class Ledger:
         return _judge(wrong, name, held, cause)
 
     @torch.no_grad()
-    def _from_the_reference(self, model: Any, images: Tensor, logits: Tensor) -> float:
-        """How far logits are from those of the network written a second time, with the same weights."""
+    def _reference_logits(self, model: Any, images: Tensor) -> Tensor:
+        """The logits of the network written a second time, with the same weights, in training mode."""
         weights = {n: layer.weight for n, layer in layers_of(model).items()}
-        expected = reference.Network(model.state_dict(), weights, len(model.layer1))(images)
-        return float((logits - expected).norm() / expected.norm())
+        return reference.Network(model.state_dict(), weights, len(model.layer1), keeps=False)(images)
 
     def check_weights(self) -> Check:
         """What the layers compute with, in one step and in the test pass, by the quantizer's formula."""

@@ -79,23 +79,22 @@ class Network:
     """A ResNet of `blocks` blocks a stage, as its state and the weights that its layers compute with.
 
     `values` are the tensors of the state_dict. In training mode the running statistics in it are updated.
-    `inputs` and `outputs` are what each layer was last given and gave, by its name, in the layers' order.
+    Where it `keeps` them, `inputs` and `outputs` are what each layer was last given and gave, by its name, in the
+    layers' order.
     """
 
     values: dict[str, Tensor]
     weights: Mapping[str, Tensor]  # by layer name
     blocks: int
     training: bool = True
+    keeps: bool = True
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def convolve(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
-        self.inputs[name] = x
-        self.outputs[name] = F.conv2d(x, self.weights[name], stride=stride, padding=1)
-        return self.outputs[name]
+        return self._kept(name, x, F.conv2d(x, self.weights[name], stride=stride, padding=1))
 
     def normalise(self, name: str, x: Tensor) -> Tensor:
-        self.inputs[name] = x
         running_mean, running_var = self.values[f"{name}.running_mean"], self.values[f"{name}.running_var"]
         if self.training:
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
@@ -106,10 +105,9 @@ class Network:
                 self.values[f"{name}.running_var"] = 0.9 * running_var + 0.1 * unbiased
         else:
             mean, var = running_mean, running_var
-        x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
+        y = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
         scale, shift = (self.values[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))
-        self.outputs[name] = x * scale + shift
-        return self.outputs[name]
+        return self._kept(name, x, y * scale + shift)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Shapes: (N, 3, H, W) -> (N, classes)."""
@@ -125,9 +123,13 @@ class Network:
                     nothing = x.new_zeros(len(x), width // 4, *x.shape[2:])
                     x = torch.cat([nothing, x, nothing], 1)
                 x = F.relu(y + x)
-        self.inputs["linear"] = x.mean((2, 3))
-        self.outputs["linear"] = self.inputs["linear"] @ self.weights["linear"].T + self.values["linear.bias"]
-        return self.outputs["linear"]
+        x = x.mean((2, 3))
+        return self._kept("linear", x, x @ self.weights["linear"].T + self.values["linear.bias"])
+
+    def _kept(self, layer: str, given: Tensor, made: Tensor) -> Tensor:
+        if self.keeps:
+            self.inputs[layer], self.outputs[layer] = given, made
+        return made
 
 
 def parameter_count(blocks: int, classes: int) -> int:

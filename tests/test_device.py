@@ -257,6 +257,19 @@ def test_freed_memory_is_neither_mapped_apart_nor_ever_given_back(monkeypatch):
     assert sorted(asked) == [(-4, 65_536), (-1, 131_072)]  # as glibc starts
 
 
+@pytest.mark.parametrize(
+    ("kind", "takes_hold", "calls"),
+    [("cpu", True, [False, True]), ("cpu", False, [False]), ("meta", True, [])],
+)
+def test_freed_memory_is_returned_for_a_while_where_it_is_kept(monkeypatch, kind, takes_hold, calls):
+    asked = []
+    monkeypatch.setattr(device, "keep_freed_memory", lambda keep=True: asked.append(keep) or takes_hold)
+    with pytest.raises(KeyError), device.returning_freed_memory(torch.device(kind)):
+        assert asked == calls[:1]
+        raise KeyError
+    assert asked == calls
+
+
 def test_an_allocator_that_refuses_is_not_said_to_have_taken_hold(monkeypatch):
     class Refusing:
         @staticmethod
