@@ -79,8 +79,8 @@ class Network:
     """A ResNet of `blocks` blocks a stage, as its state and the weights that its layers compute with.
 
     `values` are the tensors of the state_dict. In training mode the running statistics in it are updated.
-    Where it `keeps` them, `inputs` and `outputs` are what each layer was last given and gave, by its name, in the
-    layers' order.
+    Where it `keeps` them, `inputs` and `outputs` are what each layer was last given and gave, by its name, in
+    the layers' order.
     """
 
     values: dict[str, Tensor]
