@@ -54,7 +54,7 @@ EARLIER = "of an earlier run"
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A working folder for runs whose stand-in is 24 images, without a network and a GPU."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(device, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(device, "keep_freed_memory", lambda keep=True: True)
     monkeypatch.setattr(
         data,
         "synthetic_dataset",

@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sources=(),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("experiments.device.keep_freed_memory", lambda: True)
+        patch.setattr("experiments.device.keep_freed_memory", lambda keep=True: True)
         patch.setattr("experiments.compressed.LATENCY_RUNS", 1)
         of_data = tuple(check for check in CHECKS if check[0].startswith(("data", "model")))
         patch.setattr("experiments.preflight.CHECKS", of_data)

@@ -471,7 +471,7 @@ def test_a_loss_that_is_not_finite_fails_the_verdicts_line_about_it(diverging):
 def here(quick_end, monkeypatch, tmp_path, capsys):
     """Runs `main` in this process in a folder of its own, on a handful of images unless `--data` is given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(device, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(device, "keep_freed_memory", lambda keep=True: True)
     stand_in, cifar = random_dataset(16, name="synthetic stand-in"), random_dataset(16, name="CIFAR-10")
     monkeypatch.setattr(data, "synthetic_dataset", lambda source: replace(stand_in, source=source))
     threads = torch.get_num_threads()

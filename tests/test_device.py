@@ -36,7 +36,7 @@ def process(monkeypatch):
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     asked: list[str] = []
-    monkeypatch.setattr(device, "keep_freed_memory", lambda: asked.append("asked"))
+    monkeypatch.setattr(device, "keep_freed_memory", lambda keep=True: asked.append("asked"))
     yield asked
     torch.set_num_threads(threads)
     cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
