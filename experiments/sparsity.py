@@ -28,7 +28,7 @@ def group_norms(
     slices = [squares[name].sum(1 if dim == FILTERS else 0) for name, dim in groups.members]
     slices = [s if p is None else s[p.to(s.device)] for s, p in zip(slices, places, strict=True)]
     total = torch.stack(slices).sum(0)  # (members, C) -> (C,)
-    return torch.where(total > 0, total, 1).sqrt() * (total > 0)
+    return (total + (total == 0)).sqrt() * (total != 0)
 
 
 def group_macs(model: nn.Module, groups: Sequence[ChannelGroups]) -> list[int]:
