@@ -232,12 +232,15 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
                 stored[:, 8] *= TINY  # what enters a block, and the shortcut alone reads
             if len(stored) > 7:  # a filter without a positive weight
                 stored[7] = -stored[7].abs()
-            if len(stored) > 5:  # a filter that sums to zero and is not zero
-                half = stored[5].numel() // 2
-                row = stored[5].flatten().clone()
-                row[half:] = 0
-                row[half : 2 * half] = -row[:half]
-                stored[5] = row.view_as(stored[5])
+            if len(stored) > 5:  # a filter that sums to zero and is not zero, and so does each of its kernels
+                rows = stored[5].flatten(1) if stored[0, 0].numel() > 1 else stored[5].reshape(1, -1)
+                pair = rows.abs().amax(1)
+                rows = torch.zeros_like(rows)
+                rows[:, 0], rows[:, 1:2] = pair, -pair[:, None]
+                stored[5] = rows.view_as(stored[5])
+            groups: Any = layer.groups
+            if 2 * groups < len(stored):  # every other group keeps its last two filters alone
+                stored.view(groups, -1, *stored.shape[1:])[1::2, :-2] *= TINY
     if own_quantizers:
         sign = 1
         for name, quantizer in Subject.quantizers(model).items():

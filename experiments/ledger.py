@@ -632,6 +632,7 @@ class Ledger:
     def check_counts(self) -> Check:
         """Zeros, filters, bits and means of the record, by a plain loop over the weights."""
         wrong, zeros, weights, dead, filters, bits, learned = Wrong(), 0, 0, 0, 0, [], []
+        gradients = Wrong()  # those of a parameter that is recorded as it is
         for name, quantizer in quantizers(self.model).items():
             w, said = self.weights[name].cpu().numpy(), self.record.layers.get(name)
             if said is None:
@@ -647,7 +648,7 @@ class Ledger:
                     now = (p.item(), None if p.grad is None else p.grad.item())
                     then = (said.parameters.get(n), said.gradients.get(n))
                     figures = f"{name}: {n} and its gradient are recorded as {then}, they are {now}"
-                    wrong.unless(now == then, figures)
+                    (gradients if now[0] == then[0] else wrong).unless(now == then, figures)
             used = _bits(quantizer)
             wrong.unless(
                 abs(said.bits - used) <= 0.501, f"{name}: {said.bits} bits in use, learned {used:.4f}"
@@ -679,9 +680,11 @@ class Ledger:
         )
         held = f"{zeros:,} zeros, {dead:,} filters"
         cause = "a defect in metrics.py or in the record"
-        if wrong and self._is_of_the_start():
+        if gradients and not wrong:
+            cause = "the gradients in the record are not those of the last step (experiments/history.py)"
+        elif wrong and self._is_of_the_start():
             cause = "the row is counted before the epoch's training, not after it"
-        return _judge(wrong, "counts of the row", held, cause)
+        return _judge(Wrong([*wrong, *gradients]), "counts of the row", held, cause)
 
     def _is_of_the_start(self) -> bool:
         """Whether the record's zeros are those of the weights that the epoch began with."""

@@ -153,9 +153,12 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
 
     Fewer may: what makes it may see dead channels alone, what reads it may be dead too, as in a resumed run.
     That too many are taken for dead shows in the smaller network's logits. Behind the ReLU a channel that no
-    image changes leaves its batch norm's shift, and nothing where that is not above 0.
+    image changes leaves its batch norm's shift, and nothing where that is not above 0; in front of a sum with
+    a channel that images change, of either sign.
     """
-    heard = weights["linear"].any(0).all()
+    heard, cause = weights["linear"].any(0).all(), "what a dead channel leaves (the states of src/channels.py)"
+    stem: Any = model.get_submodule("bn1")
+    varies = weights["conv1"].flatten(1).any(1) & (stem.weight != 0)
     norm: Any
     norm2: Any
     for layer in count.layers:
@@ -174,11 +177,7 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
                 ("a constant", silent & (shift > 0) & spoken, ChannelState.CONSTANT),
             ):
                 odd = [i for i, s in enumerate(layer.states) if due[i] and s != state]
-                expect(
-                    not odd,
-                    f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so",
-                    "what a dead channel leaves (the states of src/channels.py)",
-                )
+                expect(not odd, f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so", cause)
             alive = int((made & scaled & read).sum())
             expect(
                 layer.alive_channels <= alive,
@@ -186,6 +185,13 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
                 "the account of channels (src/channels.py): a dead filter, a batch norm's scale of 0 or a "
                 "channel that nothing reads is overlooked",
             )
+        elif layer.name.startswith("layer1."):
+            norm2 = model.get_submodule(layer.name.replace("conv", "bn"))
+            shift = norm2.bias - norm2.weight * norm2.running_mean / (norm2.running_var + norm2.eps).sqrt()
+            made = weights[layer.name].flatten(1).any(1) & (norm2.weight != 0)
+            due = ~made & varies & (shift != 0) & heard
+            odd = [i for i, s in enumerate(layer.states) if due[i] and s != ChannelState.CONSTANT]
+            expect(not odd, f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so", cause)
 
 
 def _compare_compressed(

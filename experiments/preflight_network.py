@@ -27,6 +27,7 @@ from experiments.expect import (
 from experiments.history import some
 from experiments.network import SIZE, memory_layout
 from experiments.settings import MACS, STORED
+from experiments.training import autocast
 from src.graph import trace_network
 from src.groups import channel_groups
 from utils_quantization import quantized_layers, weight_quantization
@@ -343,11 +344,11 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             f"{name} computes with other weights than its quantizer gives",
             "quantization is not applied in the layer",
         )
-        _compare_modes(name, layer, tested[name], 2 * 2**bits, subject.own_quantizers)
+        _compare_modes(name, layer, tested[name], 2 * 2**bits, subject)
     return f"{len(quantizers)} quantizers: levels, order, zeros and gradients"
 
 
-def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, own: bool) -> None:
+def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, subject: Subject) -> None:
     """What a layer computes with in training mode, in which another quantizer may draw or take statistics."""
     weight = copy.deepcopy(layer.parametrizations.weight).train()
     with same_draws():
@@ -360,11 +361,24 @@ def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, own: bool
         f"{name} computes with other weights than its quantizer gives, in training mode",
         "quantization is not applied in the layer",
     )
+    own, off = subject.own_quantizers, any(torch.equal(w, stored_weight(layer)) for w in (computed, tested))
     quantized = torch.equal(computed, tested) if own else _levels(computed, own) <= most
     expect(
         quantized,
         f"{name} computes with other weights in evaluation mode than in training mode",
-        "quantization is switched off in one of the two modes, or depends on it",
+        "quantization is switched off in one of the two modes"
+        if off
+        else "the quantizer's bits, rounding, range or dead zone depend on the mode",
+    )
+    precision = subject.pipeline.settings.precision
+    weight = copy.deepcopy(layer.parametrizations.weight).train()
+    with same_draws(), autocast(tested.device, precision):
+        rounded = weight()
+    expect(
+        torch.equal(rounded, computed),
+        f"{name} computes with other weights under the autocast of --precision {precision}",
+        "weights are rounded to a lower precision before they are quantized: counts and packed file are of "
+        "others",
     )
 
 
@@ -438,8 +452,9 @@ def _compare_formula(name: str, quantizer: Any, w: Tensor, generator: torch.Gene
         "step size, shift, rounding or number of levels in src/quantizer.py",
         EXACT,
     )
+    gradients = _compare_gradients(name, quantizer, w, generator)
     _compare_precisions(name, quantizer, w, found.detach())
-    return max(values, _compare_gradients(name, quantizer, w, generator))
+    return max(values, gradients)
 
 
 def _compare_precisions(name: str, quantizer: Any, w: Tensor, wanted: Tensor) -> None:
@@ -742,13 +757,17 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
         f"the penalty is {value.item():.6g}, its formula gives {wanted.item():.6g}",
         cause,
     )
+    past = (
+        "the penalty's gradient, its value being right: a part of it is detached, scaled, or goes past the "
+        "quantizers (experiments/sparsity.py, src/groups.py)"
+    )
     by_weight = torch.autograd.grad(wanted, list(leaves.values()))
     twin: Any = copy.deepcopy(model)
     layers = [twin.get_submodule(n) for n in leaves]
     used = [layer.parametrizations.weight.original if on_stored else layer.weight for layer in layers]
-    parameters = dict(twin.named_parameters())
-    inputs = [parameters[n] for n in gradients]
+    inputs = [p for p in twin.parameters() if p.requires_grad]
     expected = torch.autograd.grad(used, inputs, by_weight, materialize_grads=True)
-    for (name, ours), due in zip(gradients.items(), expected, strict=True):
-        expect_close(ours, due, f"the penalty's gradient to {name}", cause, EXACT)
+    for name, due in zip(trained, expected, strict=True):
+        ours = gradients.get(name, torch.zeros_like(due))
+        expect_close(ours, due, f"the penalty's gradient to {name}", past, EXACT)
     return f"{value.item():.4g} and its gradients to {len(gradients)} parameters"

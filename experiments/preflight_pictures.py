@@ -11,8 +11,9 @@ from experiments.history import CompressedRecord, EpochRecord, FinalCounts, Hist
 from metrics import LayerCount
 from src.channels import ChannelState
 
+EPOCHS = 15  # at least
 DELAY, RAMP = 1, 2
-COEFFICIENTS = (0.0, 0.0, 0.0005, 0.001, 0.001)  # what the delay and the ramp give, an epoch a number
+COEFFICIENTS = (0.0, 0.0, 0.0005, 0.001, 0.001)  # what the delay and the ramp give, and then the last
 NULL, CONSTANT, ALIVE = ChannelState.NULL, ChannelState.CONSTANT, ChannelState.ALIVE
 # More channels than layers, and in each layer another number of every state.
 STATES = {
@@ -60,7 +61,12 @@ def pictures_show_the_history(subject: Subject) -> str:
 
 
 def small_history(history: History) -> History:
-    """The run's history with a few epochs and layers in which no two curves or rows are alike."""
+    """The run's history with a few layers in which no two curves or rows are alike.
+
+    It has as many epochs as the run is to have, and some in any case, since a curve may be smoothed or a table
+    cut from some on.
+    """
+    epochs = max(EPOCHS, history.settings["epochs"])
     counts = [
         LayerCount(
             name, True, bits=3 + i, learned_bits=3.25 + i, weights=90, zero_weights=11 + 7 * i,
@@ -76,7 +82,7 @@ def small_history(history: History) -> History:
         history,
         settings=history.settings
         | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP), "sparsity_weight": 1e-3},
-        epochs=[_record(epoch) for epoch in range(1, len(COEFFICIENTS) + 1)],
+        epochs=[_record(epoch) for epoch in range(1, epochs + 1)],
         final=FinalCounts(**(numbers | {"totals": {"dense_macs": 27_120}, "layers": [*counts, linear]})),
         compressed=_compressed(),
     )
@@ -93,8 +99,10 @@ def _compressed() -> CompressedRecord:
     return CompressedRecord(**numbers, packed_settings={}, packed_metrics={}, latency_seconds=latency)
 
 
-def _record(epoch: int) -> EpochRecord:
-    layers, swing = {}, 0.06 * (-1) ** epoch  # no series only rises or only falls
+def _record(number: int) -> EpochRecord:
+    """The record of this epoch, from 1; the numbers of a long run come again and again, but for a swing."""
+    epoch = (number - 1) % len(COEFFICIENTS) + 1
+    layers, swing = {}, 0.06 * (-1) ** number  # no series only rises or only falls
     for i, (name, states) in enumerate(STATES.items()):
         alive = len(states) - (epoch + i) // 2
         layers[name] = LayerRecord(
@@ -103,15 +111,15 @@ def _record(epoch: int) -> EpochRecord:
             alive_channels=alive, constant_channels=0, null_channels=len(states) - alive,
         )  # fmt: skip
     return EpochRecord(
-        epoch=epoch,
+        epoch=number,
         loss=3.1 - 0.17 * epoch + 4 * swing,
         cross_entropy=2.2 - 0.13 * epoch + 3 * swing,
         penalty=43.0 - epoch,
-        coefficient=COEFFICIENTS[epoch - 1],
+        coefficient=COEFFICIENTS[min(number, len(COEFFICIENTS)) - 1],
         accuracy=0.2 + 0.07 * epoch + swing,
         unstructured_sparsity=0.31 + 0.05 * epoch - swing,
         structured_sparsity=0.11 + 0.03 * epoch + swing / 2,
-        learned_bits=7.6 - 0.4 * epoch + 5 * swing,
+        learned_bits=15.6 - 0.4 * epoch + 5 * swing,  # more than the published quantizer's 8
         bits=7.0 - 0.5 * epoch,
         layers=layers,
         seconds=10.0 + epoch,

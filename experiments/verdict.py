@@ -51,6 +51,7 @@ OUTWEIGHS = 10  # a weighted penalty of more than this many times the cross-entr
 RECOUNTED = ("weights", "zero_weights", "filters", "zero_filters", "structured_macs", "unstructured_macs")
 MOSTLY_GONE = 0.6  # share of the filters without which a network may know nothing any more
 NO_GROUPS = "no quantized convolution has channels that can go"
+MAGIC = {".png": b"\x89PNG", ".pdf": b"%PDF"}  # how a picture begins, by the ending of its name
 # What CoDeQ's own quantizer trains.
 LOGITS = {"logit_bit": "bit parameters", "logit_dz": "dead-zone parameters"}
 
@@ -631,15 +632,20 @@ def compressed_agrees(compressed: CompressedRecord | PackingError | None) -> lis
 
 
 def pictures_exist(pictures: Sequence[Path]) -> Check:
-    """Whether every picture is a file that is not empty, and no two are the same."""
+    """Whether every picture is a file of the kind that its name says, and no two are the same."""
     name, missing = "pictures exist", [p.name for p in pictures if not p.is_file() or p.stat().st_size == 0]
     if missing:
         cause = "the output folder was changed during the run"
         return judge(False, name, f"missing: {', '.join(missing)}", cause)
-    if len({p.read_bytes() for p in pictures}) < len(pictures):
+    contents = {p.name: p.read_bytes() for p in pictures}
+    if len(set(contents.values())) < len(pictures):
         return judge(
             False, name, "two files hold the same picture", "a picture is written under another's name"
         )
+    other = [n for n, content in contents.items() if not content.startswith(MAGIC[Path(n).suffix])]
+    if other:
+        cause = "--figure-format reaches the file's name and not its content (experiments/finish.py)"
+        return judge(False, name, f"of another kind than their names say: {', '.join(other)}", cause)
     return Check(PASS, name, f"{len(pictures)} files")
 
 

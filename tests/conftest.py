@@ -30,7 +30,7 @@ def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda content, network, *_: (sum(p.numel() for p in network.parameters()), 0.0),
     )
     monkeypatch.setattr("experiments.compressed.measure_latency", lambda networks, images: {})
-    monkeypatch.setattr("experiments.plots.rendered", lambda figure, kind="png": b"%d" % id(figure))
+    monkeypatch.setattr("experiments.plots.rendered", lambda figure, kind="png": b"\x89PNG%d" % id(figure))
 
 
 # Files whose tests run programs take longest: begun first, they leave no process idle at the end.

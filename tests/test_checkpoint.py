@@ -26,6 +26,7 @@ from experiments.checkpoint import (
     last_checkpoint,
     load_checkpoint,
     restore,
+    resume,
     save_checkpoint,
 )
 from experiments.draws import random_states
@@ -107,6 +108,14 @@ def test_model_optimizer_and_random_numbers_go_on_from_it_as_if_nothing_had_been
     restore(load_checkpoint(checkpoint_path(tmp_path, 1)), other, its_optimizer)
     assert [group["lr"] for group in its_optimizer.param_groups] == rates
     assert_same(go_on(other, its_optimizer), expected)
+
+
+def test_a_run_that_is_resumed_again_keeps_its_earlier_resumptions():
+    checkpoint, now = made(2), runs.good_run(20)
+    now.settings = checkpoint.history.settings
+    resume(checkpoint, now, *small_model())
+    assert now.resumed == [Resumption(1, ["a", "b"]), Resumption(2, [])]
+    assert now.epochs == checkpoint.history.epochs
 
 
 def test_only_the_last_two_are_kept_and_nothing_else_is_touched(tmp_path):

@@ -71,7 +71,7 @@ def count(model) -> NetworkCount:
 def pictures(tmp_path) -> list[Path]:
     paths = [tmp_path / name for name in ("a.png", "b.png", "c.png", "d.png")]
     for path in paths:
-        path.write_text(f"the picture {path.name}")
+        path.write_bytes(b"\x89PNG" + path.name.encode())
     return paths
 
 
@@ -861,6 +861,13 @@ def test_a_picture_that_is_not_there_is_named(pictures, how):
 def test_a_picture_that_is_written_twice_is_named(pictures):
     pictures[2].write_bytes(pictures[0].read_bytes())
     check(pictures_exist(pictures), FAIL, "the same picture", cause="another's name")
+
+
+@pytest.mark.parametrize("name", ["c.pdf", "c.png"])
+def test_a_picture_of_another_kind_than_its_name_says_is_named(pictures, name):
+    other = pictures[2].with_name(name)
+    other.write_bytes({"c.pdf": b"\x89PNG c", "c.png": b"%PDF c"}[name])
+    check(pictures_exist([*pictures[:2], other]), FAIL, f"their names say: {name}", cause="--figure-format")
 
 
 # Early warnings
