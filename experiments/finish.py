@@ -27,6 +27,8 @@ from experiments.settings import Settings
 from experiments.verdict import verdict
 from src.encoding import PackingError
 
+MOST_BESIDE = 2048  # bytes that torch.save writes beside the numbers of a tensor
+
 
 def write_report(
     settings: Settings,
@@ -72,7 +74,7 @@ def write_report(
         *history.rehearsal,
     ]
     keep(errors, write_json, path, history.to_json())
-    checks = [*history.verdict, files_are_the_runs(settings.output_dir, history)]
+    checks = [*history.verdict, files_are_the_runs(settings.output_dir, history, model)]
     colour = live.on_terminal and "NO_COLOR" not in os.environ
     page, table = settings.output_dir / report.PAGE, settings.output_dir / report.CSV
     content = report_page(history, settings, checks, shown)
@@ -96,7 +98,7 @@ def keep(errors: list[OutputError], write: Callable[..., object], *arguments: An
         errors.append(error)
 
 
-def files_are_the_runs(folder: Path, history: History) -> Check:
+def files_are_the_runs(folder: Path, history: History, model: nn.Module) -> Check:
     """Whether history.json and metrics.csv hold what was printed, and the others have the sizes in it."""
     name = "files hold the run"
     cause = "one could not be written, is not written at the end, or is another than was measured"
@@ -111,6 +113,9 @@ def files_are_the_runs(folder: Path, history: History) -> Check:
         sizes = {PACKED: made.packed_bytes, SLIM: made.slim_bytes}
         found = {path.name: path.stat().st_size for path in folder.iterdir()}
         wrong += [file for file, size in sizes.items() if found.get(file, 0) != size]
+        state = [t.untyped_storage() for n, t in model.state_dict().items() if ".quantizer." not in n]
+        beside = made.float32_bytes - sum({s.data_ptr(): s.nbytes() for s in state}.values())
+        wrong += [] if 0 <= beside <= MOST_BESIDE * (len(state) + 1) else ["the bytes in float32"]
     measured = f"{', '.join(wrong)} differ" if wrong else f"{len(kept)} parts of history.json, {report.CSV}"
     return judge(not wrong, name, measured, cause)
 

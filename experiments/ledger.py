@@ -23,9 +23,10 @@ from experiments import reference
 from experiments.data import TestBatches, TrainBatches
 from experiments.device import in_float64, returning_freed_memory
 from experiments.draws import drawn_since, kept_draws, random_states
-from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, judge, some
+from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, LayerRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
 from experiments.watch import EpochWatch, Pass, State, Update, fingerprint, numbers, step_counts
+from metrics import LayerCount, count_network
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import layers_of, quantizers
@@ -630,7 +631,8 @@ class Ledger:
         return _judge(wrong, name, f"{dead:,} slices", cause)
 
     def check_counts(self) -> Check:
-        """Zeros, filters, bits and means of the record, by a plain loop over the weights."""
+        """Zeros, filters, bits and means of the record by a plain loop over the weights, channels anew."""
+        channels = {layer.name: _channels(layer) for layer in count_network(self.model).layers}
         wrong, zeros, weights, dead, filters, bits, learned = Wrong(), 0, 0, 0, 0, [], []
         gradients = Wrong()  # those of a parameter that is recorded as it is
         for name, quantizer in quantizers(self.model).items():
@@ -643,6 +645,8 @@ class Ledger:
             recorded = (said.zero_weights, said.weights, said.zero_filters, said.filters)
             wrong.unless(counted == recorded, f"{name}: zeros, weights, zero filters, filters "
                          f"{recorded}, counted anew {counted}")  # fmt: skip
+            wrong.unless(_channels(said) == channels[name], f"{name}: alive, constant and null channels "
+                         f"{_channels(said)}, counted anew {channels[name]}")  # fmt: skip
             for n, p in quantizer.named_parameters():
                 if p.requires_grad and p.numel() == 1:
                     now = (p.item(), None if p.grad is None else p.grad.item())
@@ -913,6 +917,10 @@ def _bits(quantizer: Any) -> float:
 
 def _judge(wrong: Wrong, name: str, held: str, cause: str) -> Check:
     return judge(not wrong, name, some(wrong, "; ") or held, cause)
+
+
+def _channels(layer: LayerRecord | LayerCount) -> tuple[int, int, int]:
+    return layer.alive_channels, layer.constant_channels, layer.null_channels
 
 
 def _close(a: float, b: float, relative: float, size: float = 0.0) -> bool:

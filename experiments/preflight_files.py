@@ -156,7 +156,10 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
     image changes leaves its batch norm's shift, and nothing where that is not above 0; in front of a sum with
     a channel that images change, of either sign.
     """
-    heard, cause = weights["linear"].any(0).all(), "what a dead channel leaves (the states of src/channels.py)"
+    heard, cause = (
+        weights["linear"].any(0).all(),
+        "what a dead channel leaves (the states of src/channels.py)",
+    )
     stem: Any = model.get_submodule("bn1")
     varies = weights["conv1"].flatten(1).any(1) & (stem.weight != 0)
     norm: Any
@@ -177,7 +180,9 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
                 ("a constant", silent & (shift > 0) & spoken, ChannelState.CONSTANT),
             ):
                 odd = [i for i, s in enumerate(layer.states) if due[i] and s != state]
-                expect(not odd, f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so", cause)
+                expect(
+                    not odd, f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so", cause
+                )
             alive = int((made & scaled & read).sum())
             expect(
                 layer.alive_channels <= alive,
@@ -191,7 +196,9 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
             made = weights[layer.name].flatten(1).any(1) & (norm2.weight != 0)
             due = ~made & varies & (shift != 0) & heard
             odd = [i for i, s in enumerate(layer.states) if due[i] and s != ChannelState.CONSTANT]
-            expect(not odd, f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so", cause)
+            expect(
+                not odd, f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so", cause
+            )
 
 
 def _compare_compressed(

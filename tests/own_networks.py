@@ -482,6 +482,29 @@ class Uncopied(Small):
         raise TypeError("there is only one")
 
 
+class Varied(nn.Module):
+    """Depthwise, grouped and 1x1 convolutions, one that is used twice, and a gate of shares of one."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.point, self.norm1 = nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32)
+        self.grouped = nn.Conv2d(32, 32, 3, stride=2, padding=1, groups=4, bias=False)
+        self.norm2 = nn.BatchNorm2d(32)
+        self.twice, self.norm3 = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.shares = nn.Conv2d(32, 32, 1)
+        self.last, self.norm4 = nn.Conv2d(32, 64, 1, stride=2, bias=False), nn.BatchNorm2d(64)
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.depthwise(F.relu(self.norm0(self.stem(x)))))
+        x = F.relu(self.norm2(self.grouped(F.relu(self.norm1(self.point(x))))))
+        x = F.relu(self.twice(F.relu(self.norm3(self.twice(x)))))
+        x = x * 32 * torch.softmax(self.shares(x.mean((2, 3), keepdim=True)), 1)
+        return self.head(F.relu(self.norm4(self.last(x))).mean((2, 3)))
+
+
 class WithoutLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ from experiments.history import Check, History
 from experiments.live import Stopped
 from experiments.report import check_lines
 from experiments.settings import Settings
+from resnet import resnet20
 
 PROOFS = ["compressed.codeq", "slim.pt2"]
 SMALL = ["--data", "synthetic", "--limit-train", "256", "--limit-test", "128", "--threads", "1",
@@ -280,17 +281,21 @@ def test_a_file_that_does_not_hold_what_was_printed_is_told(tmp_path, log):
         (tmp_path / name).write_bytes(bytes(getattr(history.compressed, size)))
     write_json(path, history.to_json())
     shutil.copy(log.folder / "debug_output" / table.name, table)
-    assert files_are_the_runs(tmp_path, history).status == "PASS"
+    model = resnet20()
+    assert files_are_the_runs(tmp_path, history, model).status == "PASS"
+    wrong = replace(history.compressed, float32_bytes=history.compressed.float32_bytes // 2)
+    check = files_are_the_runs(tmp_path, replace(history, compressed=wrong), model)
+    assert check.status == "FAIL" and "the bytes in float32 differ" in check.message
     write_json(path, history.to_json() | {"verdict": [], "device": "another"})
     table.write_text(table.read_text()[:-5])
     (tmp_path / "slim.pt2").write_bytes(b"")
-    check = files_are_the_runs(tmp_path, history)
+    check = files_are_the_runs(tmp_path, history, model)
     assert check.status == "FAIL"
     assert check.message.startswith("device, verdict, metrics.csv, slim.pt2 differ. Likely cause: ")
     table.unlink()
-    assert files_are_the_runs(tmp_path, history).status == "FAIL"
+    assert files_are_the_runs(tmp_path, history, model).status == "FAIL"
     path.write_text("{")
-    assert files_are_the_runs(tmp_path, history).status == "FAIL"
+    assert files_are_the_runs(tmp_path, history, model).status == "FAIL"
 
 
 def test_at_the_end_stand_the_files_where_they_are_and_the_run_in_one_line(log):

@@ -641,7 +641,11 @@ def test_a_step_without_the_masks_that_the_setting_asks_for_is_named(network):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"zero_weights": 1}, {"weights": 8}, {"zero_filters": 1}, {"bits": 1}, {"learned_bits": 0.01}]
+    "changes",
+    [
+        *({"zero_weights": 1}, {"weights": 8}, {"zero_filters": 1}, {"bits": 1}, {"learned_bits": 0.01}),
+        {"alive_channels": -1, "null_channels": 1},
+    ],
 )
 def test_a_count_of_a_layer_that_is_wrong_is_named(monkeypatch, changes):
     record_of = debug_run.epoch_record
