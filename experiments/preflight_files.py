@@ -413,6 +413,9 @@ def ranks_agree(subject: Subject) -> str:
     expect_close(numbers, total, "this rank's parameters, against the mean of all ranks',", cause, 1e-12)
     if drawn_since(states):
         raise NotApplicableError("the ranks stay equal, but each draws its own numbers, as for dropout")
+    held = int(processes.sum(labels.new_tensor([len(labels)])))
+    cause = "shards that leave images out, or overlap (experiments/distributed.py)"
+    expect(held == size, f"the shards of a batch of {size} images hold {held}", cause)
     whole_images, whole_labels = _gathered(subject, images.double(), labels, size)
     _compare_renewals(subject, images, whole_images)
     use_local_batch_norms(alone.model)

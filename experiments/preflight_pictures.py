@@ -63,8 +63,8 @@ def pictures_show_the_history(subject: Subject) -> str:
 def small_history(history: History) -> History:
     """The run's history with a few layers in which no two curves or rows are alike.
 
-    It has as many epochs as the run is to have, and some in any case, since a curve may be smoothed or a table
-    cut from some on.
+    It has as many epochs as the run is to have, and a few in any case: from some on a curve may be smoothed,
+    or a table cut.
     """
     epochs = max(EPOCHS, history.settings["epochs"])
     counts = [

@@ -366,6 +366,18 @@ class Both(Processes):
         return tensor.mul_(2)
 
 
+def test_shards_that_overlap_are_named(monkeypatch, tmp_path):
+    def of_ranks(subject, *_):
+        subject.step.processes = Both(0, 2)
+        with pytest.raises(BrokenError, match=r"the shards of a batch of \d+ images hold \d+") as error:
+            ranks_agree(subject)
+        assert "leave images out, or overlap" in error.value.cause
+        return []
+
+    monkeypatch.setattr(debug_run, "preflight", of_ranks)
+    assert debug_run.main([*SHORT, "--output-dir", str(tmp_path), "--preflight", "only"]) == 0
+
+
 def test_ranks_that_draw_their_own_numbers_are_not_held_against_one(monkeypatch, tmp_path):
     def of_ranks(subject, *_):
         subject.step.processes = Both(0, 2)
