@@ -1,6 +1,7 @@
 """The smaller network and the packed file: what is recorded of them, held against both."""
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from metrics import count_network
 from resnet import ResNet, resnet20
 from src.quantizer import DeadZoneLDZCompander
 from src.slim import slim_network
-from utils_quantization import attach_weight_quantizers
+from utils_quantization import attach_weight_quantizers, quantized_layers
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +136,19 @@ def test_an_exported_file_of_another_network_or_of_none_is_told_apart(batches):
         assert parameters == 0 and math.isnan(difference)
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_torch_warns_of_how_it_reads_an_exported_file_is_not_shown(batches, monkeypatch):
+    load = torch.export.load
+
+    def loud(*arguments, **more):
+        warnings.warn("The given buffer is not writable, and PyTorch does not support", stacklevel=1)
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(torch.export, "load", loud)
+    slim, (images, _) = slim_network(network_with_dead_channels()), next(iter(batches))
+    assert read_back(exported(slim), slim, images)[0] > 0
+
+
 def test_it_is_measured_in_float32_also_where_tf32_is_allowed(batches, tmp_path, monkeypatch, quick_end):
     allowed = []
 
@@ -153,6 +167,16 @@ def test_every_latency_is_measured_at_both_batches(made):
     names = [f"{n}, batch {b}" for b in (1, 128) for n in ("dense", "fake-quantized", "smaller")]
     assert list(record.latency_seconds) == names
     assert all(0 < t["least"] <= t["median"] <= t["most"] for t in record.latency_seconds.values())
+
+
+def test_each_latency_is_of_the_network_that_its_name_says(batches, tmp_path, monkeypatch, quick_end):
+    timed = {}
+    monkeypatch.setattr("experiments.compressed.measure_latency", lambda of, images: timed.update(of) or {})
+    model = network_with_dead_channels()
+    record = made_of(model, batches, tmp_path)
+    assert timed["fake-quantized"] is model and not quantized_layers(timed["dense"])
+    numbers = {n: sum(p.numel() for p in network.parameters()) for n, network in timed.items()}
+    assert numbers["dense"] == 269_722 and numbers["smaller"] == record.slim_parameters < 269_722
 
 
 def test_a_network_with_nothing_left_is_measured_too(batches, tmp_path):
