@@ -225,19 +225,18 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
     for name, layer in quantized_layers(model).items():
         stored: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
         if stored.ndim == 4:
-            stored[1] *= TINY
+            if len(stored) > 5:  # a filter that sums to zero and is not zero, as do its kernels, if not 1x1
+                rows = stored[5].flatten(1) if stored[0, 0].numel() > 1 else stored[5].reshape(1, -1)
+                pair, rows = rows.abs().amax(1), TINY * rows
+                rows[:, 0], rows[:, 1:2] = pair, -pair[:, None]
+                stored[5] = rows.view_as(stored[5])
+            stored[1:2] *= TINY
             if name.endswith("conv2"):
                 stored[:, 1:3] *= TINY
             elif stored.shape[1] > 8:
                 stored[:, 8] *= TINY  # what enters a block, and the shortcut alone reads
             if len(stored) > 7:  # a filter without a positive weight
                 stored[7] = -stored[7].abs()
-            if len(stored) > 5:  # a filter that sums to zero and is not zero, and so does each of its kernels
-                rows = stored[5].flatten(1) if stored[0, 0].numel() > 1 else stored[5].reshape(1, -1)
-                pair = rows.abs().amax(1)
-                rows = torch.zeros_like(rows)
-                rows[:, 0], rows[:, 1:2] = pair, -pair[:, None]
-                stored[5] = rows.view_as(stored[5])
             groups: Any = layer.groups
             if 2 * groups < len(stored):  # every other group keeps its last two filters alone
                 stored.view(groups, -1, *stored.shape[1:])[1::2, :-2] *= TINY

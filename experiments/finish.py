@@ -26,6 +26,7 @@ from experiments.retest import retest
 from experiments.settings import Settings
 from experiments.verdict import verdict
 from src.encoding import PackingError
+from utils_quantization import without_quantizers
 
 MOST_BESIDE = 2048  # bytes that torch.save writes beside the numbers of a tensor
 
@@ -99,7 +100,7 @@ def keep(errors: list[OutputError], write: Callable[..., object], *arguments: An
 
 
 def files_are_the_runs(folder: Path, history: History, model: nn.Module) -> Check:
-    """Whether history.json and metrics.csv hold what was printed, and the others have the sizes in it."""
+    """Whether history.json and metrics.csv hold what was printed, and sizes are the files' and tensors'."""
     name = "files hold the run"
     cause = "one could not be written, is not written at the end, or is another than was measured"
     try:
@@ -113,9 +114,10 @@ def files_are_the_runs(folder: Path, history: History, model: nn.Module) -> Chec
         sizes = {PACKED: made.packed_bytes, SLIM: made.slim_bytes}
         found = {path.name: path.stat().st_size for path in folder.iterdir()}
         wrong += [file for file, size in sizes.items() if found.get(file, 0) != size]
-        state = [t.untyped_storage() for n, t in model.state_dict().items() if ".quantizer." not in n]
-        beside = made.float32_bytes - sum({s.data_ptr(): s.nbytes() for s in state}.values())
-        wrong += [] if 0 <= beside <= MOST_BESIDE * (len(state) + 1) else ["the bytes in float32"]
+        tensors = without_quantizers(model).state_dict().values()
+        bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        if not 0 <= made.float32_bytes - sum(bytes_of.values()) <= MOST_BESIDE * (len(tensors) + 1):
+            wrong += ["the bytes in float32"]
     measured = f"{', '.join(wrong)} differ" if wrong else f"{len(kept)} parts of history.json, {report.CSV}"
     return judge(not wrong, name, measured, cause)
 

@@ -51,6 +51,7 @@ from utils_quantization import quantized_layers, without_quantizers
 FULL_BITS = 32
 CHECKSUM_AT = 20  # in a packed file: behind 8 bytes of magic and three numbers of 4 bytes
 FREE = {"data_dir", "output_dir", "figure_format", "preflight", "rehearse"}  # settings that change no number
+LEFT_BEHIND = "what a dead channel leaves (the states of src/channels.py)"
 IMAGES = 16  # in the steps around a checkpoint
 
 
@@ -120,6 +121,7 @@ def counts_are_the_networks(subject: Subject) -> str:
     _compare_shares(count, weights, quantizers)
     if subject.own_network:
         _compare_inner_channels(model, count, weights)
+        _compare_residual_channels(model, count, weights)
     return _compare_compressed(subject, model, count, masked, images)
 
 
@@ -153,15 +155,9 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
 
     Fewer may: what makes it may see dead channels alone, what reads it may be dead too, as in a resumed run.
     That too many are taken for dead shows in the smaller network's logits. Behind the ReLU a channel that no
-    image changes leaves its batch norm's shift, and nothing where that is not above 0; in front of a sum with
-    a channel that images change, of either sign.
+    image changes leaves its batch norm's shift, and nothing where that is not above 0.
     """
-    heard, cause = (
-        weights["linear"].any(0).all(),
-        "what a dead channel leaves (the states of src/channels.py)",
-    )
-    stem: Any = model.get_submodule("bn1")
-    varies = weights["conv1"].flatten(1).any(1) & (stem.weight != 0)
+    heard = weights["linear"].any(0).all()
     norm: Any
     norm2: Any
     for layer in count.layers:
@@ -170,7 +166,7 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
             norm, norm2 = (model.get_submodule(f"{block}.{which}") for which in ("bn1", "bn2"))
             read = weights[f"{block}.conv2"].transpose(0, 1).flatten(1).any(1)
             made, scaled = weights[layer.name].flatten(1).any(1), norm.weight != 0
-            shift = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
+            shift = _shift(norm)
             silent = ~(made & scaled)
             # The classifier reads every residual channel, so what conv2 and its norm make of one is read.
             passed = (weights[f"{block}.conv2"] != 0) & (norm2.weight != 0)[:, None, None, None]
@@ -180,9 +176,8 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
                 ("a constant", silent & (shift > 0) & spoken, ChannelState.CONSTANT),
             ):
                 odd = [i for i, s in enumerate(layer.states) if due[i] and s != state]
-                expect(
-                    not odd, f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so", cause
-                )
+                measured = f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so"
+                expect(not odd, measured, LEFT_BEHIND)
             alive = int((made & scaled & read).sum())
             expect(
                 layer.alive_channels <= alive,
@@ -190,15 +185,28 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
                 "the account of channels (src/channels.py): a dead filter, a batch norm's scale of 0 or a "
                 "channel that nothing reads is overlooked",
             )
-        elif layer.name.startswith("layer1."):
-            norm2 = model.get_submodule(layer.name.replace("conv", "bn"))
-            shift = norm2.bias - norm2.weight * norm2.running_mean / (norm2.running_var + norm2.eps).sqrt()
-            made = weights[layer.name].flatten(1).any(1) & (norm2.weight != 0)
-            due = ~made & varies & (shift != 0) & heard
+
+
+def _compare_residual_channels(model: nn.Module, count: NetworkCount, weights: dict[str, Tensor]) -> None:
+    """In front of a sum with a channel that images change, a dead channel leaves a constant of either sign.
+
+    In the first stage these are the stem's channels, which shortcuts hand on as they are.
+    """
+    stem: Any = model.get_submodule("bn1")
+    varies = weights["conv1"].flatten(1).any(1) & (stem.weight != 0) & weights["linear"].any(0).all()
+    for layer in count.layers:
+        if layer.name.startswith("layer1.") and layer.name.endswith(".conv2"):
+            norm: Any = model.get_submodule(layer.name.replace("conv", "bn"))
+            made = weights[layer.name].flatten(1).any(1) & (norm.weight != 0)
+            due = ~made & varies & (_shift(norm) != 0)
             odd = [i for i, s in enumerate(layer.states) if due[i] and s != ChannelState.CONSTANT]
-            expect(
-                not odd, f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so", cause
-            )
+            measured = f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so"
+            expect(not odd, measured, LEFT_BEHIND)
+
+
+def _shift(norm: Any) -> Tensor:
+    """What a batch norm makes of a channel of zeros in evaluation mode."""
+    return norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
 
 
 def _compare_compressed(

@@ -344,11 +344,13 @@ def quantizers_keep_their_word(subject: Subject) -> str:
             f"{name} computes with other weights than its quantizer gives",
             "quantization is not applied in the layer",
         )
-        _compare_modes(name, layer, tested[name], 2 * 2**bits, subject)
+        _compare_modes(name, layer, tested[name], 2 * 2**bits, subject.own_quantizers)
+    if subject.own_quantizers and subject.pipeline.settings.precision == "bf16":
+        _compare_under_autocast(subject)
     return f"{len(quantizers)} quantizers: levels, order, zeros and gradients"
 
 
-def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, subject: Subject) -> None:
+def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, own: bool) -> None:
     """What a layer computes with in training mode, in which another quantizer may draw or take statistics."""
     weight = copy.deepcopy(layer.parametrizations.weight).train()
     with same_draws():
@@ -361,7 +363,7 @@ def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, subject: 
         f"{name} computes with other weights than its quantizer gives, in training mode",
         "quantization is not applied in the layer",
     )
-    own, off = subject.own_quantizers, any(torch.equal(w, stored_weight(layer)) for w in (computed, tested))
+    off = any(torch.equal(w, stored_weight(layer)) for w in (computed, tested))
     quantized = torch.equal(computed, tested) if own else _levels(computed, own) <= most
     expect(
         quantized,
@@ -370,16 +372,22 @@ def _compare_modes(name: str, layer: Any, tested: Tensor, most: float, subject: 
         if off
         else "the quantizer's bits, rounding, range or dead zone depend on the mode",
     )
-    precision = subject.pipeline.settings.precision
-    weight = copy.deepcopy(layer.parametrizations.weight).train()
-    with same_draws(), autocast(tested.device, precision):
-        rounded = weight()
-    expect(
-        torch.equal(rounded, computed),
-        f"{name} computes with other weights under the autocast of --precision {precision}",
-        "weights are rounded to a lower precision before they are quantized: counts and packed file are of "
-        "others",
-    )
+
+
+@torch.no_grad()
+def _compare_under_autocast(subject: Subject) -> None:
+    """The weights that layers compute with in the run's precision, against those that are counted."""
+    for name, layer in quantized_layers(subject.copied_step().model).items():
+        weight: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+        counted = weight()
+        with autocast(subject.step.device, "bf16"):
+            computed = weight()
+        expect(
+            computed.dtype == counted.dtype and torch.equal(computed, counted),
+            f"{name} computes with other weights under autocast",
+            "weights are rounded to bf16 before or while they are quantized: counts and packed file are of "
+            "others",
+        )
 
 
 def _levels(w: Tensor, own: bool) -> int:

@@ -11,7 +11,7 @@ from experiments.history import CompressedRecord, EpochRecord, FinalCounts, Hist
 from metrics import LayerCount
 from src.channels import ChannelState
 
-EPOCHS = 15  # at least
+EPOCHS = 15, 1000  # at least and at most
 DELAY, RAMP = 1, 2
 COEFFICIENTS = (0.0, 0.0, 0.0005, 0.001, 0.001)  # what the delay and the ramp give, and then the last
 NULL, CONSTANT, ALIVE = ChannelState.NULL, ChannelState.CONSTANT, ChannelState.ALIVE
@@ -63,10 +63,10 @@ def pictures_show_the_history(subject: Subject) -> str:
 def small_history(history: History) -> History:
     """The run's history with a few layers in which no two curves or rows are alike.
 
-    It has as many epochs as the run is to have, and a few in any case: from some on a curve may be smoothed,
-    or a table cut.
+    It has as many epochs as the run is to have, within `EPOCHS`: from some on a curve may be smoothed, or a
+    table cut.
     """
-    epochs = max(EPOCHS, history.settings["epochs"])
+    epochs = min(max(EPOCHS[0], history.settings["epochs"]), EPOCHS[1])
     counts = [
         LayerCount(
             name, True, bits=3 + i, learned_bits=3.25 + i, weights=90, zero_weights=11 + 7 * i,

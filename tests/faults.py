@@ -984,7 +984,7 @@ FAULTS_BY_AREA = {
               (CHANNELS, "left = (alive.view(use.groups, -1).sum(1) * inputs.view(use.groups, -1).sum(1)).sum()",
                "left = alive.sum() * inputs.sum() // use.groups"),
               flags="--model own_networks:Varied"),
-        fault("a layer that is used twice has the positions of one use", r"twice|more than once|uses?\\b|position|dense|MAC",
+        fault("a layer that is used twice has the positions of one use", r"twice|more than once|uses?\b|position|dense|MAC",
               (CHANNELS, "positions=self.positions + other.positions,",
                "positions=max(self.positions, other.positions),"),
               flags="--model own_networks:Varied"),

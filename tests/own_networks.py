@@ -483,7 +483,7 @@ class Uncopied(Small):
 
 
 class Varied(nn.Module):
-    """Depthwise, grouped and 1x1 convolutions, one that is used twice, and a gate of shares of one."""
+    """Depthwise, grouped and 1x1 convolutions, one that is used twice, one of a single filter, and gates."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -493,7 +493,7 @@ class Varied(nn.Module):
         self.grouped = nn.Conv2d(32, 32, 3, stride=2, padding=1, groups=4, bias=False)
         self.norm2 = nn.BatchNorm2d(32)
         self.twice, self.norm3 = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
-        self.shares = nn.Conv2d(32, 32, 1)
+        self.shares, self.gate = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 1, 1)
         self.last, self.norm4 = nn.Conv2d(32, 64, 1, stride=2, bias=False), nn.BatchNorm2d(64)
         self.head = nn.Linear(64, num_classes)
 
@@ -501,7 +501,7 @@ class Varied(nn.Module):
         x = F.relu(self.depthwise(F.relu(self.norm0(self.stem(x)))))
         x = F.relu(self.norm2(self.grouped(F.relu(self.norm1(self.point(x))))))
         x = F.relu(self.twice(F.relu(self.norm3(self.twice(x)))))
-        x = x * 32 * torch.softmax(self.shares(x.mean((2, 3), keepdim=True)), 1)
+        x = x * 32 * torch.softmax(self.shares(x.mean((2, 3), keepdim=True)), 1) * torch.sigmoid(self.gate(x))
         return self.head(F.relu(self.norm4(self.last(x))).mean((2, 3)))
 
 
