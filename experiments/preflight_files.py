@@ -41,7 +41,7 @@ from experiments.history import History, epoch_record, some
 from experiments.recount import recount
 from experiments.settings import Settings, flag
 from experiments.training import TrainingStep, renew_batch_norms
-from metrics import NetworkCount, count_by_torch, count_slim_by_torch, in_layers, of_layers, ratio
+from metrics import LayerCount, NetworkCount, count_by_torch, count_slim_by_torch, in_layers, of_layers, ratio
 from src.channels import ChannelState
 from src.encoding import PackingError
 from src.packing import pack_network, unpack_network
@@ -51,7 +51,6 @@ from utils_quantization import quantized_layers, without_quantizers
 FULL_BITS = 32
 CHECKSUM_AT = 20  # in a packed file: behind 8 bytes of magic and three numbers of 4 bytes
 FREE = {"data_dir", "output_dir", "figure_format", "preflight", "rehearse"}  # settings that change no number
-LEFT_BEHIND = "what a dead channel leaves (the states of src/channels.py)"
 IMAGES = 16  # in the steps around a checkpoint
 
 
@@ -175,9 +174,7 @@ def _compare_inner_channels(model: nn.Module, count: NetworkCount, weights: dict
                 ("nothing", silent & (shift <= 0), ChannelState.NULL),
                 ("a constant", silent & (shift > 0) & spoken, ChannelState.CONSTANT),
             ):
-                odd = [i for i, s in enumerate(layer.states) if due[i] and s != state]
-                measured = f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so"
-                expect(not odd, measured, LEFT_BEHIND)
+                _expect_states(layer, due, state, what)
             alive = int((made & scaled & read).sum())
             expect(
                 layer.alive_channels <= alive,
@@ -199,9 +196,13 @@ def _compare_residual_channels(model: nn.Module, count: NetworkCount, weights: d
             norm: Any = model.get_submodule(layer.name.replace("conv", "bn"))
             made = weights[layer.name].flatten(1).any(1) & (norm.weight != 0)
             due = ~made & varies & (_shift(norm) != 0)
-            odd = [i for i, s in enumerate(layer.states) if due[i] and s != ChannelState.CONSTANT]
-            measured = f"channels {odd[:3]} of {layer.name} leave a constant, and do not count so"
-            expect(not odd, measured, LEFT_BEHIND)
+            _expect_states(layer, due, ChannelState.CONSTANT, "a constant")
+
+
+def _expect_states(layer: LayerCount, due: Tensor, state: ChannelState, what: str) -> None:
+    odd = [i for i, s in enumerate(layer.states) if due[i] and s != state]
+    measured = f"channels {odd[:3]} of {layer.name} leave {what}, and do not count so"
+    expect(not odd, measured, "what a dead channel leaves (the states of src/channels.py)")
 
 
 def _shift(norm: Any) -> Tensor:

@@ -33,7 +33,7 @@ from experiments.schedules import linear_warmup
 from experiments.settings import Settings, parse_settings
 from experiments.training import TrainingStep, make_optimizer
 from src.quantizer import DeadZoneLDZCompander
-from utils_quantization import attach_weight_quantizers
+from utils_quantization import WeightQuantization, attach_weight_quantizers
 
 pytestmark = pytest.mark.usefixtures("small_stand_in", "quick_end")
 
@@ -357,6 +357,24 @@ def test_weights_that_are_held_over_a_step_are_stale():
         assert not _is_stale(layer)
         layer.parametrizations.weight.original.mul_(1.01)
         assert _is_stale(layer)
+
+
+def test_a_quantized_classifier_raises_no_alarm(monkeypatch, tmp_path):
+    only(monkeypatch, "report")
+    checks, status = checks_of(monkeypatch, tmp_path, "--exclude-layers", "^conv1$")
+    assert status == 0 and failed(checks) == []
+
+
+def test_weights_that_are_rounded_under_autocast_alone_are_named(monkeypatch, tmp_path):
+    forward = WeightQuantization.forward
+
+    def rounding(self, w: Tensor) -> Tensor:
+        return forward(self, w.bfloat16().to(w.dtype) if torch.is_autocast_enabled("cpu") else w)
+
+    monkeypatch.setattr(WeightQuantization, "forward", rounding)
+    only(monkeypatch, "quantizer: properties")
+    checks, status = checks_of(monkeypatch, tmp_path, "--precision", "bf16")
+    assert status == 1 and "other weights under autocast" in failed(checks)[0]
 
 
 class Both(Processes):
