@@ -1,15 +1,16 @@
 """Checkpoints: the state of a run after an epoch, in one file from which `--resume` continues the run.
 
-checkpoint_0007.pt is the state after epoch 7 in torch's format. It holds only tensors and JSON-like values,
-so that `torch.load` reads it with `weights_only=True`. Its last 32 bytes are the SHA-256 of all bytes before
-them; torch's reader ignores bytes behind the end of its own format. The output folder keeps the checkpoints
-of the last two epochs: if the last one is damaged, a run resumes from the one before it.
+checkpoint_0007.pt is the state after epoch 7 in torch's format. It holds only tensors, plain values and the
+history as JSON, so that `torch.load` reads it with `weights_only=True`. Its last 32 bytes are the SHA-256 of
+all bytes before them; torch's reader ignores bytes behind the end of its own format. The output folder keeps
+the checkpoints of the last two epochs: if the last one is damaged, a run resumes from the one before it.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import math
 import re
 import warnings
@@ -33,7 +34,7 @@ from experiments.user_code import first_line
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 MOST = 1 << 32  # bytes; weights and moments of the networks of this field take far less
 KEPT = 2  # checkpoints in the output folder
-VERSION = 4  # of the file format, and of what its settings mean
+VERSION = 5  # of the file format, and of what its settings mean
 MAY_CHANGE = (
     "epochs",
     "data_dir",
@@ -84,7 +85,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     Raises: OutputError naming the file if it cannot be written; no other checkpoint is deleted then.
     """
     buffer = io.BytesIO()
-    torch.save(vars(checkpoint) | {"version": VERSION, "history": checkpoint.history.to_json()}, buffer)
+    # One text, since the history grows by a record an epoch, and torch writes many small objects slowly.
+    history = json.dumps(checkpoint.history, default=vars)
+    torch.save(vars(checkpoint) | {"version": VERSION, "history": history}, buffer)
     content = buffer.getvalue()
     write_whole(checkpoint_path(folder, checkpoint.epochs), content + hashlib.sha256(content).digest())
     # Checkpoints of later epochs are deleted too. A resumed run has them if they were damaged: it went back
@@ -110,7 +113,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         version = state.pop("version")
         if version == VERSION:
-            state["history"] = History.from_json(state["history"])
+            state["history"] = History.from_json(json.loads(state["history"]))
         checkpoint = Checkpoint(**state) if version == VERSION else None
     except Exception as error:  # for a file that torch did not write, torch.load raises errors of many types
         what = str(error) if type(error) is ValueError else type(error).__name__
@@ -246,7 +249,7 @@ def _longer(saved: History, now: History) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else "not given" if value is None else str(value)
+    return " ".join(value) if isinstance(value, list) else "not given" if value is None else str(value)
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

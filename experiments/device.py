@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -66,6 +67,8 @@ def prepare_device(settings: Settings, processes: Processes = ALONE) -> torch.de
     torch.set_num_threads(settings.threads or usable_cores())
     if device.type == "cpu":
         keep_freed_memory()
+    # An optimizer that a graph will hold takes steps without one too: before the capture, and in the checks.
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     if settings.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"--precision is 'tf32', which needs CUDA; this run is on {device.type}")
     # cuDNN times its deterministic algorithms and takes the fastest: the same for a whole process, but in

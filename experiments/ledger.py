@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from experiments import reference
 from experiments.data import TestBatches, TrainBatches
-from experiments.device import in_float64, returning_freed_memory
+from experiments.device import float64_device, in_float64, returning_freed_memory
 from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, LayerRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
@@ -48,6 +49,37 @@ class Wrong(list[str]):
             self.append(figures)
 
 
+class Parameters:
+    """The first numbers of some parameters in a row, (n,) in float64, to be computed on together.
+
+    A loop over the parameters would launch thousands of kernels, on few numbers each.
+    """
+
+    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
+        self.sizes, lengths = sizes, torch.tensor(list(sizes.values()), device=device)
+        self.owners = torch.arange(len(sizes), device=device).repeat_interleave(lengths)  # (n,)
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The first numbers of each parameter's tensor."""
+        return in_float64(torch.cat([tensors[name].flatten()[:size] for name, size in self.sizes.items()]))
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """Each parameter's value at all its numbers; one number where it is the same for all."""
+        if len(set(values)) == 1:  # a power of a row takes long
+            return torch.tensor(values[0], dtype=torch.float64, device=self.owners.device)
+        return torch.tensor(values, dtype=torch.float64, device=self.owners.device)[self.owners]
+
+    def split(self, row: Tensor) -> dict[str, Tensor]:
+        """Each parameter's part of the row, as views."""
+        return dict(zip(self.sizes, row.split(list(self.sizes.values())), strict=True))
+
+    def largest(self, row: Tensor) -> dict[str, float]:
+        """The largest of each parameter's numbers, of which none is negative; infinity where one is NaN."""
+        row = row.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        found = row.new_zeros(len(self.sizes)).scatter_reduce(0, self.owners, row, "amax")
+        return dict(zip(self.sizes, found.tolist(), strict=True))
+
+
 class Ledger:
     """One epoch as it was watched, its record, and what was to be expected of both."""
 
@@ -69,6 +101,8 @@ class Ledger:
         self.coefficient = float(self.step.coefficient)
         self.masked = self.settings.keep_dead and self.coefficient != 0
         self.bf16 = self.settings.precision == "bf16"
+        # What takes as long as steps do is looked at in the first three epochs and in every fourth.
+        self.thorough = self.epoch < 3 or self.epoch % 4 == 0
 
     def checks(self) -> list[Check]:
         """All that the epoch was held against, each PASS, FAIL or SKIP; every rank must call it."""
@@ -204,30 +238,27 @@ class Ledger:
         return _judge(wrong, name, f"{len(self.parameters)} parameters in steps {steps}", cause)
 
     def _compare_update(self, update: Update, wrong: Wrong) -> None:
-        flags, taken = {}, zip(self.parameters, self.before.steps, self.after.steps, strict=True)
+        taken = zip(self.parameters, self.before.steps, self.after.steps, strict=True)
         step, gradients = f"step {update.number + 1}", update.gradients
         lost = [n for n, a, b in taken if b > a and n not in gradients]
         wrong.unless(not lost or self.may_skip, f"{step} leaves no gradient at {some(lost)}")
-        parts = _split(self.parameters, update.before, update.after, *update.moments)
-        for (n, (w, after, m, v)), t in zip(parts.items(), step_counts(update.steps), strict=True):
-            if n in gradients:
-                rate, decay = self._used(n)
-                g = gradients[n].flatten()
-                # A million numbers of a tensor tell as much as all; the tensors of resnet.py have fewer.
-                w, after, m, v, g = (in_float64(x[:LOOKED_AT]) for x in (w, after, m, v, g))
-                beta2, count = self.settings.beta2, int(t) + 1
-                expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, count)
-                moved = (m.abs() + g.abs()) / ((second / (1 - beta2**count)).sqrt() + 1e-8)
-                # Over what float32 may round, 1 - beta2 too: 1 and less is no difference.
-                rounding = 3e-5 + 1e-7 / (1 - beta2)
-                off = (after - expected).abs() / (rounding * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
-                flags[n] = torch.where(self._may_be_masked(n, after), 0, off)
-        for n, times in zip(flags, numbers([f.max() for f in flags.values()]), strict=True):
-            wrong.unless(times <= 1, f"{step}: {n} is {times:.3g} times the rounding away")
+        counts = dict(zip(self.parameters, step_counts(update.steps), strict=True))
+        rows = [_split(self.parameters, row) for row in (update.before, update.after, *update.moments)]
+        # Over what float32 may round, 1 - beta2 too: 1 and less is no difference.
+        beta2, rounding = self.settings.beta2, 3e-5 + 1e-7 / (1 - self.settings.beta2)
+        for some_of in self._some_at_a_time(gradients):
+            w, after, m, v, g = map(some_of.joined, (*rows, gradients))
+            rate, decay = map(some_of.spread, zip(*map(self._used, some_of.sizes), strict=True))
+            count = some_of.spread([int(counts[n]) + 1 for n in some_of.sizes])
+            expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, count)
+            moved = (m.abs() + g.abs()) / ((second / (1 - beta2**count)).sqrt() + 1e-8)
+            off = (after - expected).abs() / (rounding * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
+            off = torch.where(self._may_be_masked(some_of, after), 0, off)
+            for n, times in some_of.largest(off).items():
+                wrong.unless(times <= 1, f"{step}: {n} is {times:.3g} times the rounding away")
 
     def check_step(self, failed: Sequence[str]) -> Check:
-        """One step of the first three epochs and of every fourth, on a copy of its network: the gradients
-        that it left, and its logits.
+        """One step of a thorough epoch, on a copy of its network: the gradients that it left, and its logits.
 
         They are others too where a check that `failed` has named the cause already.
         """
@@ -235,7 +266,7 @@ class Ledger:
         left = {update.number: update.gradients for update in self.batches.updates}
         if drawn is None or not left.get(drawn.number):
             return Check(SKIP, name, "no training step was seen")
-        if self.epoch >= 3 and self.epoch % 4:
+        if not self.thorough:
             return Check(SKIP, name, "it takes as long as two steps, so that not every epoch has it")
         if failed:
             return Check(SKIP, name, f"waits for '{failed[0]}'")
@@ -324,32 +355,32 @@ class Ledger:
     def check_movement(self) -> Check:
         """Every tensor moved over the epoch, and by no more than AdamW can move it."""
         wrong, steps = Wrong(), len(self.pipeline.train_batches)
-        parts = _split(self.parameters, self.before.values, self.after.values)
-        done = [int(t) for t in self.before.steps]
-        # A parameter of a layer that was left out took fewer.
-        taken = [int(b) - a if self.may_skip else steps for a, b in zip(done, self.after.steps, strict=True)]
-        spans = zip(done, taken, strict=True)
-        reaches = {span: adamw_reach(BETA1, self.settings.beta2, *span) for span in set(spans)}
-        found = []
-        for (n, (before, after)), t, took in zip(parts.items(), done, taken, strict=True):
-            (rate, decay), reach = self._used(n), reaches[t, took]
-            before, after = in_float64(before), in_float64(after)
+        rows = [_split(self.parameters, state.values) for state in (self.before, self.after)]
+        # Steps before the epoch and in it, by parameter: one of a layer that was left out took fewer.
+        counts = zip(self.parameters, self.before.steps, self.after.steps, strict=True)
+        spans = {n: (int(a), int(b) - int(a) if self.may_skip else steps) for n, a, b in counts}
+        reaches = {span: adamw_reach(BETA1, self.settings.beta2, *span) for span in set(spans.values())}
+        for some_of in self._some_at_a_time(self.parameters):
+            before, after = map(some_of.joined, rows)
+            rate, decay = map(some_of.spread, zip(*map(self._used, some_of.sizes), strict=True))
+            took = some_of.spread([spans[n][1] for n in some_of.sizes])
+            reach = some_of.spread([reaches[spans[n]] for n in some_of.sizes])
             far = (after - before * (1 - rate * decay) ** took).abs()
-            slack = 1.001 * rate * reach + 2e-7 * took * (before.abs() + rate * min(reach, 1e9))
-            beyond = far / slack if rate * decay <= 1 and rate else after * 0
-            beyond = torch.where(self._may_be_masked(n, after), 0, beyond)
-            found += [(before != after).sum(), beyond.nan_to_num(0).max(), before.abs().max()]
-        figures = np.array(numbers(found)).reshape(-1, 3)
-        for n, took, (moved, beyond, size) in zip(parts, taken, figures, strict=True):
-            # At the end of a long run a step of the rate's size is so small that rounding swallows it.
-            small = self._used(n)[0] < EXACT * max(size, EXACT)
-            may_stay = size == 0 or took == 0 or small or self._is_dead(n)
-            wrong.unless(moved > 0 or may_stay or self._moves(n), f"{n} has not moved")
-            wrong.unless(beyond <= 1, f"{n} moved {beyond:.3g} times as far as AdamW can")
+            slack = 1.001 * rate * reach + 2e-7 * took * (before.abs() + rate * reach.clamp(max=1e9))
+            beyond = torch.where((rate * decay <= 1) & (rate > 0), far / slack, 0).nan_to_num(0)
+            beyond = torch.where(self._may_be_masked(some_of, after), 0, beyond)
+            moves, sizes = some_of.largest((before != after).double()), some_of.largest(before.abs())
+            for n, times in some_of.largest(beyond).items():
+                # At the end of a long run a step of the rate's size is so small that rounding swallows it.
+                small = self._used(n)[0] < EXACT * max(sizes[n], EXACT)
+                may_stay = sizes[n] == 0 or spans[n][1] == 0 or small
+                stays = not (moves[n] or may_stay or self._is_dead(n) or self._moves(n))
+                wrong.unless(not stays, f"{n} has not moved")
+                wrong.unless(times <= 1, f"{n} moved {times:.3g} times as far as AdamW can")
         cause = (
             "no gradient reaches it, a learning rate of 0, or something other than the optimizer writes it"
         )
-        return _judge(wrong, "every parameter moves", f"{len(parts)} tensors", cause)
+        return _judge(wrong, "every parameter moves", f"{len(spans)} tensors", cause)
 
     # Images, loss and penalty.
 
@@ -377,7 +408,7 @@ class Ledger:
             if wrong:
                 return _judge(wrong, name, "", cause)
             return Check(SKIP, name, f"{handed:,} images; the order of {_kind(batches.batches)} is not known")
-        expected, shards = self._expected_labels(self.epoch)
+        expected, shards = self._expected_labels(self._draws[0])
         places = [place for shard in shards if shard for place in (shard[0], shard[-1])]
         labels = torch.cat(batches.labels).cpu() if batches.labels else torch.empty(0, dtype=torch.long)
         wrong.unless(len(labels) == len(expected), f"{len(labels):,} images, expected {len(expected):,}")
@@ -406,7 +437,7 @@ class Ledger:
             return Check(SKIP, name, f"{len(steps)} steps: {why}, so no logits were seen")
         labels = torch.cat(self.batches.labels)
         if self.our_batches:
-            expected, _ = self._expected_labels(self.epoch)
+            expected, _ = self._expected_labels(self._draws[0])
             labels = expected.to(labels.device) if len(expected) == len(labels) else labels
         logits = in_float64(torch.cat([p.logits for p in passes]))
         labels = labels.to(logits.device)
@@ -547,9 +578,10 @@ class Ledger:
             wrong.unless(self._in_mode(p, False), "it ran with modules in training mode")
             wrong.unless(p.quantized, "it ran with quantizers switched off")
             wrong.unless(not p.gradients, "it recorded gradients")
-        parts = _split(self.parameters, self.after.values, self.end.values)
-        moved = [n for n, (a, b) in parts.items() if not torch.equal(a, b)]
-        wrong.unless(not moved, f"parameters changed after the last step: {some(moved)}")
+        if not torch.equal(self.after.values, self.end.values):
+            left, found = (_split(self.parameters, state.values) for state in (self.after, self.end))
+            moved = [n for n in left if not torch.equal(left[n], found[n])]
+            wrong.append(f"parameters changed after the last step: {some(moved)}")
         wrong.unless(
             torch.equal(self.ready.statistics, self.end.statistics)
             and self.ready.tracked == self.end.tracked,
@@ -631,8 +663,11 @@ class Ledger:
         return _judge(wrong, name, f"{dead:,} slices", cause)
 
     def check_counts(self) -> Check:
-        """Zeros, filters, bits and means of the record by a plain loop over the weights, channels anew."""
-        channels = {layer.name: _channels(layer) for layer in count_network(self.model).layers}
+        """Zeros, filters, bits and means of the record by a plain loop over the weights; the channels of a
+        thorough epoch by another count.
+        """
+        layers = count_network(self.model).layers if self.thorough else ()
+        channels = {layer.name: _channels(layer) for layer in layers}
         wrong, zeros, weights, dead, filters, bits, learned = Wrong(), 0, 0, 0, 0, [], []
         gradients = Wrong()  # those of a parameter that is recorded as it is
         for name, quantizer in quantizers(self.model).items():
@@ -645,8 +680,9 @@ class Ledger:
             recorded = (said.zero_weights, said.weights, said.zero_filters, said.filters)
             wrong.unless(counted == recorded, f"{name}: zeros, weights, zero filters, filters "
                          f"{recorded}, counted anew {counted}")  # fmt: skip
-            wrong.unless(_channels(said) == channels[name], f"{name}: alive, constant and null channels "
-                         f"{_channels(said)}, counted anew {channels[name]}")  # fmt: skip
+            if name in channels:
+                wrong.unless(_channels(said) == channels[name], f"{name}: alive, constant and null channels "
+                             f"{_channels(said)}, counted anew {channels[name]}")  # fmt: skip
             for n, p in quantizer.named_parameters():
                 if p.requires_grad and p.numel() == 1:
                     now = (p.item(), None if p.grad is None else p.grad.item())
@@ -761,13 +797,16 @@ class Ledger:
             return s.sparsity_weight * schedule(self.epoch, s.epochs)
         return s.sparsity_weight * reference.warmup(self.epoch, s.sparsity_delay, s.sparsity_ramp)
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Order of the images, (N,), offsets of their crops, (2, N), and flips, (N,), of an epoch."""
+    @cached_property
+    def _draws(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Order of the images, (N,), offsets of their crops, (2, N), and flips, (N,), of the epoch."""
+        return self._draws_of(self.epoch)
+
+    def _draws_of(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         return reference.draws(len(self.pipeline.train_batches.labels), self.settings.seed, epoch)
 
-    def _expected_labels(self, epoch: int) -> tuple[Tensor, list[range]]:
+    def _expected_labels(self, order: Tensor) -> tuple[Tensor, list[range]]:
         """The labels due on this rank, and the places in the order of the images of each batch."""
-        order, _, _ = self._draw(epoch)
         labels, size = self.pipeline.train_batches.labels.cpu(), self.settings.batch_size
         shards = []
         rank, ranks = self.processes.rank, self.processes.count
@@ -775,25 +814,23 @@ class Ledger:
             images = min(size, len(order) - first)
             begin, end = first + images * rank // ranks, first + images * (rank + 1) // ranks
             shards.append(range(begin, end))
-        return labels[order[[place for shard in shards for place in shard]]], shards
+        places = torch.cat([torch.arange(shard.start, shard.stop) for shard in shards])
+        return labels[order[places]], shards
 
     def _expected_images(self, places: Sequence[int]) -> Tensor:
         """The images at these places of the order, cropped, flipped and normalised: (len, 3, 32, 32)."""
-        order, (down, right), flips = self._draw(self.epoch)
+        order, (down, right), flips = (drawn[..., list(places)] for drawn in self._draws)
         pixels = self.pipeline.train_batches.pixels.view(-1, PADDED, PADDED, 3)
-        made = []
-        whole = pixels[order[list(places)].to(pixels.device)].cpu()
-        for place, padded in zip(places, whole, strict=True):
-            top, left = int(down[place]), int(right[place])
-            rows, columns = slice(top, top + reference.SIDE), slice(left, left + reference.SIDE)
-            image = padded[rows, columns].float()
-            made.append(image.flip(1) if flips[place] else image)
-        images = (torch.stack(made) / 255 - torch.tensor(reference.MEAN)) / torch.tensor(reference.STD)
+        padded, side = pixels[order.to(pixels.device)].cpu(), torch.arange(reference.SIDE)
+        rows, columns = down[:, None, None] + side[:, None], right[:, None, None] + side
+        images = padded[torch.arange(len(places))[:, None, None], rows, columns].float()
+        images = torch.where(flips[:, None, None, None] == 1, images.flip(2), images)
+        images = (images / 255 - torch.tensor(reference.MEAN)) / torch.tensor(reference.STD)
         return images.permute(0, 3, 1, 2)
 
     def _other_order(self, labels: Tensor, expected: Tensor) -> str:
         for epoch in (0, self.epoch - 1, self.epoch + 1):
-            if epoch >= 0 and torch.equal(self._expected_labels(epoch)[0], labels):
+            if epoch >= 0 and torch.equal(self._expected_labels(self._draws_of(epoch)[0])[0], labels):
                 return f"the images came in the order of epoch {epoch}, not {self.epoch} (from 0)"
         differ = int((labels != expected).sum())
         same = torch.equal(labels.sort().values, expected.sort().values)
@@ -816,7 +853,7 @@ class Ledger:
         if self.settings.penalty_on == STORED:
             # Frozen parameters are in no state; they stay as they are.
             held: dict[str, Tensor] = dict(self.model.named_parameters())
-            held |= {n: values for n, (values,) in _split(self.parameters, state.values).items()}
+            held |= _split(self.parameters, state.values)
             weights = {
                 n: held[f"{n}.parametrizations.weight.original"].view_as(w) for n, w in quantized.items()
             }
@@ -826,14 +863,29 @@ class Ledger:
         blocks = len(self.model.layer1)  # type: ignore[arg-type]
         return float(reference.penalty(chosen, blocks, self.settings.group_weights == MACS))
 
-    def _may_be_masked(self, name: str, values: Tensor) -> Tensor:
-        """Which of a parameter's first values may have been set to zero: those in slices of zeros."""
-        shape, zero = self.parameters[name].shape, values == 0
-        if not self.masked or len(shape) != 4 or zero.numel() < shape.numel():
-            return zero & self.masked
-        zero = zero.view(shape)
-        filters, inputs = zero.all((1, 2, 3), keepdim=True), zero.all((0, 2, 3), keepdim=True)
-        return (filters | inputs).expand(shape).flatten()
+    def _some_at_a_time(self, names: Iterable[str]) -> Iterator["Parameters"]:
+        """These trained parameters, a few at a time, so that a large network takes no more memory."""
+        some_of: dict[str, int] = {}
+        for name in names:
+            # A million numbers of a tensor tell as much as all; the tensors of resnet.py have fewer.
+            size = min(self.parameters[name].numel(), LOOKED_AT)
+            if some_of and sum(some_of.values()) + size > LOOKED_AT:
+                yield Parameters(some_of, float64_device(self.step.device))
+                some_of = {}
+            some_of[name] = size
+        if some_of:
+            yield Parameters(some_of, float64_device(self.step.device))
+
+    def _may_be_masked(self, some_of: "Parameters", values: Tensor) -> Tensor:
+        """Which values of parameters may have been set to zero, (n,): those in slices of zeros."""
+        zero = (values == 0) & self.masked
+        for name, part in some_of.split(zero).items() if self.masked else ():
+            shape = self.parameters[name].shape
+            if len(shape) == 4 and part.numel() == shape.numel():
+                w = part.view(shape)  # of the same memory
+                filters, inputs = w.all((1, 2, 3), keepdim=True), w.all((0, 2, 3), keepdim=True)
+                w.copy_(filters | inputs)
+        return zero
 
     def _group_of(self, name: str) -> int | None:
         """The place of a parameter's group in the optimizer, None where it is in none."""
@@ -853,8 +905,10 @@ class Ledger:
 
     def _moves(self, name: str) -> bool:
         """Whether a parameter moved in a step that was looked at. A single number may end where it began."""
-        steps = [_split(self.parameters, u.before, u.after)[name] for u in self.batches.updates]
-        return any(not torch.equal(before, after) for before, after in steps)
+        pairs = (
+            [_split(self.parameters, x)[name] for x in (u.before, u.after)] for u in self.batches.updates
+        )
+        return any(not torch.equal(before, after) for before, after in pairs)
 
     def _is_dead(self, name: str) -> bool:
         """Whether a parameter is of a layer without a weight left, to which no gradient comes."""
@@ -936,7 +990,6 @@ def _kind(thing: object) -> str:
     return type(thing).__name__
 
 
-def _split(parameters: dict[str, nn.Parameter], *rows: Tensor) -> dict[str, tuple[Tensor, ...]]:
-    """Rows of all parameters back into those of each, by name."""
-    sizes = [p.numel() for p in parameters.values()]
-    return dict(zip(parameters, zip(*(row.split(sizes) for row in rows), strict=True), strict=True))
+def _split(parameters: dict[str, nn.Parameter], row: Tensor) -> dict[str, Tensor]:
+    """A row of all parameters' numbers into those of each, by name."""
+    return dict(zip(parameters, row.split([p.numel() for p in parameters.values()]), strict=True))

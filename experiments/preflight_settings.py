@@ -24,7 +24,7 @@ def settings_are_what_was_typed(subject: Subject) -> str:
             "a preset wins over what was typed, or a flag lands in another setting (experiments/settings.py)",
         )
     kept = subject.history.settings
-    odd = [n for n, v in kept.items() if _plain(v) != _plain(getattr(settings, n))]
+    odd = [n for n, v in kept.items() if v != _plain(getattr(settings, n))]
     odd += [item.name for item in fields(Settings) if item.name not in (*kept, "resume")]
     expect(
         not odd,

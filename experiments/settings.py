@@ -123,8 +123,8 @@ class Settings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """All that the run depends on: `resume` says how it was started, not what it is."""
-        kept = {k: v for k, v in asdict(self).items() if k != "resume"}
+        """All that the run depends on, as JSON has it: `resume` says how it was started, not what it is."""
+        kept = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "resume"}
         return {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}
 
     def described(self, but: Collection[str] = ()) -> str:

@@ -99,7 +99,7 @@ class Member:
             history = History.from_json(json.loads(read_file(self.folder / "history.json", MOST_BYTES)))
         except (ValueError, RecursionError):
             return None
-        asked = json.loads(json.dumps(self.settings.to_json()))  # JSON makes lists of the settings' tuples
+        asked = self.settings.to_json()
         free = set(MAY_CHANGE) - {"epochs"}
         same = all(history.settings.get(key) == asked[key] for key in asked.keys() - free)
         # The verdict is written last: a run that was killed while it drew its pictures has none.

@@ -16,12 +16,13 @@ from experiments.data import TestBatches, TrainBatches
 from experiments.debug_run import one_epoch
 from experiments.evaluator import Evaluator
 from experiments.history import Check, EpochRecord
-from experiments.ledger import FAIL, PASS, SKIP, adamw_reach
+from experiments.ledger import FAIL, PASS, SKIP, Parameters, adamw_reach
 from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import QUANTIZED, STORED, Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
 from experiments.watch import EpochWatch
+from metrics import count_network
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers, quantized_layers, quantizers, toggle_quantization
@@ -289,6 +290,46 @@ def test_of_a_very_large_network_the_last_update_alone_is_looked_at(monkeypatch)
     assert checks["updates are AdamW's"].message.endswith("in steps 3")
     assert checks["a step computed anew"].status == SKIP
     assert checks["weights are the quantizer's"].message == "6 tensors"
+
+
+def test_of_a_large_tensor_the_first_numbers_are_looked_at_a_few_tensors_at_a_time(monkeypatch):
+    monkeypatch.setattr("experiments.ledger.LOOKED_AT", 100)  # numbers; the tensors have 1 to 36,864
+    whole = pipeline()
+    assert failures(found(whole)) == []
+    the_second_of(3, lambda step: step.model.linear.weight[0, 1].mul_(3), monkeypatch)
+    the_second_of(3, lambda step: step.model.layer3[0].bn2.bias[63].add_(3), monkeypatch)
+    message = found(whole)["updates are AdamW's"].message
+    assert "step 2: linear.weight is" in message and "step 2: layer3.0.bn2.bias is" in message
+
+
+def test_numbers_of_several_parameters_are_computed_on_in_one_row():
+    some_of = Parameters({"a": 3, "b": 1, "c": 2}, torch.device("cpu"))
+    row = some_of.joined(
+        {"c": torch.tensor([[5.0, 6.0], [7.0, 8.0]]), "a": torch.arange(3), "b": torch.ones(1)}
+    )
+    assert row.dtype == torch.float64 and row.tolist() == [0, 1, 2, 1, 5, 6]
+    assert (row * some_of.spread([1, 2, 3])).tolist() == [0, 1, 2, 2, 15, 18]
+    assert (row * some_of.spread([2, 2, 2])).tolist() == [0, 2, 4, 2, 10, 12]
+    assert {name: part.tolist() for name, part in some_of.split(row).items()} == {
+        "a": [0, 1, 2], "b": [1], "c": [5, 6]
+    }  # fmt: skip
+    row[1] = math.nan
+    assert some_of.largest(row) == {"a": math.inf, "b": 1, "c": 6}
+
+
+def test_channels_are_counted_anew_in_the_epochs_that_are_looked_at_longer(monkeypatch):
+    counted = []
+    monkeypatch.setattr(
+        "experiments.ledger.count_network", lambda model: counted.append(1) or count_network(model)
+    )
+    whole = pipeline()
+    seen = []
+    for epoch in range(6):
+        checks = {check.name: check for check in one_epoch(whole, epoch)[0].ledger}
+        anew = len(counted)
+        counted.clear()
+        seen.append((anew, checks["a step computed anew"].status))
+    assert seen == [(1, PASS)] * 3 + [(0, SKIP), (1, PASS), (0, SKIP)]
 
 
 def test_single_weights_that_are_set_to_zero_are_named_while_the_masks_act(monkeypatch):

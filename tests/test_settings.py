@@ -386,6 +386,7 @@ choices = st.fixed_dictionaries(
 def test_to_json_is_plain_json_and_tells_every_setting_but_how_the_run_was_started(chosen):
     made = Settings(**chosen)
     told = json.loads(json.dumps(made.to_json(), allow_nan=False))
+    assert told == made.to_json()
     kept = {name: value for name, value in by_flag(made).items() if name != "--resume"}
     for name, value in kept.items():
         as_json = (
