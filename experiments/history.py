@@ -300,7 +300,7 @@ def new_history(
         },
         parameter_groups={n: g for q in found.values() for n, g in parameter_groups(q).items()},
         without_codes=[name for name, quantizer in found.items() if not has_codes(quantizer)],
-        origin=Origin(datetime.now(UTC).isoformat(timespec="seconds"), list(command), _commit()),
+        origin=Origin(datetime.now(UTC).isoformat(timespec="seconds"), list(command), commit_of_program()),
         barriers=list(dense.barriers),
         frozen=[n for n, p in model.named_parameters() if not p.requires_grad and ".quantizer." not in n],
         layout=memory_layout(model, device),
@@ -309,7 +309,7 @@ def new_history(
     )  # fmt: skip
 
 
-def _commit() -> str | None:
+def commit_of_program() -> str | None:
     """The commit of this program, as git says it."""
     try:
         said = subprocess.run(
@@ -319,6 +319,15 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):  # no git here, or no repository
         return None
     return said.stdout.strip() if (ROOT / ".git").exists() else None
+
+
+def short_commit(commit: str | None) -> str:
+    """A commit in a word, for a line that is printed.
+
+    >>> short_commit("295c063965c3d12d20dd32194d96b45fd2973565-dirty")
+    '295c063+'
+    """
+    return "no commit" if commit is None else commit[:7] + ("+" if commit.endswith("-dirty") else "")
 
 
 def epoch_record(

@@ -17,6 +17,7 @@ from experiments.history import (
     EpochRecord,
     FinalCounts,
     History,
+    short_commit,
 )
 from experiments.network import network_name
 from experiments.settings import Settings
@@ -252,10 +253,10 @@ def run_line(history: History, settings: Settings, checks: Sequence[Check]) -> s
     """The run in one line, to be pasted elsewhere."""
     counted = [c for c in checks if c.status != SKIP]
     held = sum(c.status == PASS for c in counted)
-    final, last, commit = history.final, history.epochs[-1], history.origin.commit
+    final, last = history.final, history.epochs[-1]
     packed = f"{history.compressed.packed_bytes:,} bytes" if history.compressed else "not packed"
     assert final
-    code = "no commit" if commit is None else commit[:7] + ("+" if commit.endswith("-dirty") else "")
+    code = short_commit(history.origin.commit)
     before = sum(c.status == FAIL for c in history.preflight)
     return (
         f"{picture_title(history, settings)}, seed {settings.seed}, {code}: "

@@ -44,7 +44,7 @@ from experiments.data import load_dataset
 from experiments.device import usable_cores
 from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.files import lock_folder, read_file, write_whole
-from experiments.history import FAIL, History
+from experiments.history import FAIL, History, commit_of_program, short_commit
 from experiments.live import LiveLine, spelled
 from experiments.network import network_name
 from experiments.settings import Parser, Settings, flag, folder_path, parse_settings
@@ -136,7 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             "--data is 'auto', and a curve must be of one data set; expected cifar10, cifar100 or synthetic"
         )
-    left = [member for member in members if member.history() is None]
+    found = {member: member.history() for member in members}
+    left, done = [m for m, h in found.items() if h is None], [h for h in found.values() if h]
     live = LiveLine()
     say = live.say
     with ExitStatus(live, "the same command goes on") as end, contextlib.ExitStack() as held:
@@ -149,7 +150,13 @@ def main(arguments: list[str] | None = None) -> int:
         # Download the data set here, once: several runs that start at the same time would each download it.
         if settings.data != "synthetic" and left:
             load_dataset(settings.data, settings.data_dir, None, None, say)
-        say(f"{len(members)} runs, {len(members) - len(left)} done already, {chosen.jobs} at a time")
+        say(f"{len(members)} runs, {len(done)} done already, {chosen.jobs} at a time")
+        here = commit_of_program()
+        if commits := sorted({short_commit(h.origin.commit) for h in done if h.origin.commit != here}):
+            say(
+                f"Of those done some are of other code ({', '.join(commits)}) than this "
+                f"({short_commit(here)}); remove their folders to have them run again"
+            )
         running: dict[Member, subprocess.Popen[bytes]] = {}
         held.callback(stop_all, running)
         failed = run_all(left, chosen.jobs, running, say, lambda: gather(members, lists, chosen.output_dir))

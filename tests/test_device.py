@@ -1,10 +1,13 @@
 """The device that a run takes, its number of threads, and an allocator that changes no digit."""
 
 import ctypes
+import inspect
 import os
 import platform
+import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -279,3 +282,18 @@ def test_an_allocator_that_refuses_is_not_said_to_have_taken_hold(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Refusing())
     assert keep_freed_memory() is False
+
+
+# Warnings
+
+
+@pytest.mark.usefixtures("process")
+def test_torchs_warning_of_an_optimizer_that_a_graph_will_hold_is_not_shown():
+    source = inspect.getsource(torch.optim.Optimizer)
+    (words,) = re.findall(r'"(This instance was constructed with capturable=True [^"]*)"', source)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        warnings.warn(words, stacklevel=1)
+        prepare_device(Settings(device="cpu"))
+        warnings.warn(words, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == [words]

@@ -234,6 +234,25 @@ def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_o
     assert [row["status"] for row in rows(working_folder / "sweep_output")] == ["done", "done"]
 
 
+def test_runs_that_other_code_has_finished_are_named_by_its_commit(
+    working_folder, endings, capsys, monkeypatch
+):
+    members, said = list(plan(Path("sweep_output"), one_point(), SMALL)), []
+    for commits in (["a" * 40, "a" * 40], ["a" * 40, "b" * 40 + "-dirty"], ["c" * 40, None]):
+        for member, commit in zip(members, commits, strict=True):
+            content = history(member.settings.to_json(), 0.5, 10)
+            content["origin"] = {"date": "", "command": [], "commit": commit}
+            member.folder.mkdir(parents=True, exist_ok=True)
+            (member.folder / "history.json").write_text(json.dumps(content))
+        monkeypatch.setattr(sweep, "commit_of_program", lambda: "a" * 40)
+        assert main(ONE_POINT) == 0
+        said.append(capsys.readouterr().out)
+    assert ["2 runs, 2 done already" in out for out in said] == [True] * 3
+    assert "other code" not in said[0]
+    assert "other code (bbbbbbb+) than this (aaaaaaa);" in said[1]
+    assert "other code (ccccccc, no commit) than this (aaaaaaa);" in said[2]
+
+
 def test_what_a_member_left_counts_and_not_its_status(working_folder, endings, capsys):
     """Status 1 with a whole history means a failed verdict; status 0 without one means a failed run."""
     first, second = members = list(plan(Path("sweep_output"), one_point(), SMALL))
