@@ -38,7 +38,7 @@ from experiments.expect import (
 )
 from experiments.files import OutputError
 from experiments.history import History, epoch_record, some
-from experiments.recount import recount
+from experiments.recount import body_sizes, recount
 from experiments.settings import Settings, flag
 from experiments.training import TrainingStep, renew_batch_norms
 from metrics import LayerCount, NetworkCount, count_by_torch, count_slim_by_torch, in_layers, of_layers, ratio
@@ -234,6 +234,12 @@ def _compare_compressed(
     content = pack_network(single, {}, name=type(model).__name__)
     if subject.own_network:
         _compare_with_recount(content, subject.pipeline.evaluator.evaluate(single).count)
+        taken, least = body_sizes(content)
+        expect(
+            taken <= 1.02 * least,  # a compression of the same name may be set otherwise
+            f"the packed file takes {taken:,} bytes, and {least:,} are enough for the same",
+            "a compression that is left out, or that is not the smallest (src/encoding.py)",
+        )
         if subject.own_quantizers:
             _compare_ceiling(subject, single)
     packed = unpack_network(content, lambda: without_quantizers(single, stored=True)).to(subject.probe_device)

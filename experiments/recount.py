@@ -20,6 +20,7 @@ from experiments.history import FileLayer
 HEADER_START = 52  # 8 bytes of magic, three numbers of 4 bytes, 32 bytes of SHA-256
 WIDTHS, SIDES = (16, 32, 64), (32, 16, 8)  # channels of the three stages, and pixels along a side
 FULL_PRECISION = 32  # bits
+FILTERS: Any = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0, "nice_len": 273}]
 
 Array = np.ndarray
 
@@ -46,6 +47,13 @@ def read_claims(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return said["settings"], said["metrics"]
 
 
+def body_sizes(content: bytes) -> tuple[int, int]:
+    """The bytes of the file's body, and the fewest that one of its three compressions makes of the same."""
+    body = _read(content)[1]
+    made = [lzma.compress(body, lzma.FORMAT_RAW, filters=FILTERS), bz2.compress(body), zlib.compress(body, 9)]
+    return struct.unpack_from("<8sIII", content)[3], min(map(len, made))
+
+
 def _header_bytes(content: bytes) -> bytes:
     """The header, as JSON."""
     return content[HEADER_START : HEADER_START + struct.unpack_from("<8sII", content)[2]]
@@ -60,9 +68,8 @@ def _read(content: bytes) -> tuple[dict[str, Any], bytes]:
     if hashlib.sha256(content[:20] + header + compressed).digest() != content[20:HEADER_START]:
         raise ValueError("the SHA-256 in the file is not that of its content")
     said = json.loads(header)
-    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0}]
     undo = {
-        "lzma": lambda: lzma.decompress(compressed, lzma.FORMAT_RAW, filters=filters),
+        "lzma": lambda: lzma.decompress(compressed, lzma.FORMAT_RAW, filters=FILTERS),
         "bz2": lambda: bz2.decompress(compressed),
         "zlib": lambda: zlib.decompress(compressed),
     }

@@ -196,7 +196,7 @@ def penalty(weights: Mapping[str, Tensor], blocks: int, by_macs: bool = False) -
     numbers = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     places, numbers = (x.long().to(row.device) for x in (places, numbers))  # also where there is none
     sums = row.new_zeros(len(groups)).index_add(0, numbers, row[places])
-    shares = torch.tensor([cost * len(macs) / sum(macs) if by_macs else 1.0 for cost in macs]).to(row)
+    shares = row.new_tensor([cost * len(macs) / sum(macs) if by_macs else 1.0 for cost in macs])
     positive = sums > 0  # the square root has no gradient at 0, and the norm's is to be 0 there
     return (sums[positive].sqrt() * shares[positive]).sum()
 

@@ -50,7 +50,8 @@ NETWORK, QUANTIZER, ATTACH = "resnet.py", "src/quantizer.py", "utils_quantizatio
 PENALTY, CHANNELS, GROUPS = "experiments/sparsity.py", "src/channels.py", "src/groups.py"
 TRAINING, SCHEDULES, RUN = "experiments/training.py", "experiments/schedules.py", "experiments/debug_run.py"
 COUNTS, EVALUATOR = "metrics.py", "experiments/evaluator.py"
-CHECKPOINT, PACKING, SLIM = "experiments/checkpoint.py", "src/packing.py", "src/slim.py"
+CHECKPOINT, SLIM = "experiments/checkpoint.py", "src/slim.py"
+PACKING, ENCODING = "src/packing.py", "src/encoding.py"
 REPORT, HISTORY = "experiments/report.py", "experiments/history.py"
 COMPRESSED, PLOTS, OPTIONS = "experiments/compressed.py", "experiments/plots.py", "experiments/settings.py"
 FINISH = "experiments/finish.py"
@@ -1245,6 +1246,10 @@ FAULTS_BY_AREA = {
         fault("weights in full precision are rounded to half in the packed file", r"pack|file|float16|half|round|bit|full precision|logits",
               (PACKING, "            numbers.append(tensor.flatten())",
                "            numbers.append((tensor.half().float() if tensor.ndim > 1 else tensor).flatten())")),
+        fault("of the compressions of the packed file the largest is kept", r"pack|compress|bytes|large|small",
+              (ENCODING, "return min(made.items()", "return max(made.items()")),
+        fault("the packed file is compressed by zlib alone", r"pack|compress|bytes|zlib|small",
+              (ENCODING, "names = COMPRESSIONS if len(content) <= ALL_TRIED else", "names =")),
         fault("the gradients of the records have lost their signs", r"gradient|sign",
               (HISTORY, "    return parameter.grad.item() if parameter.numel() == 1 else parameter.grad.norm().item()",
                "    return parameter.grad.norm().item()")),

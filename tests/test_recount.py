@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from planted import Deaths, planted_deaths, random_network
 
-from experiments.recount import recount
+from experiments.recount import body_sizes, recount
 from metrics import count_network
 from resnet import ResNet
 from src.packing import pack_network, unpack_network
@@ -60,6 +60,17 @@ def test_the_levels_are_the_different_weights_of_the_network_read_back(blocks):
         assert layer.levels == max(len(np.unique(row)) for row in rows)
         assert layer.zero_weights == int((weight == 0).sum())
         assert not layer.coded or layer.levels <= 2**layer.bits - 1
+
+
+def test_a_body_is_as_small_as_its_compressions_make_it(monkeypatch):
+    model = quantized(Deaths(seed=1), ["^conv1$"])
+    content = pack_network(model, {})
+    taken, least = body_sizes(content)
+    assert taken == least
+    header_bytes = int.from_bytes(content[12:16], "little")
+    assert len(content) == 52 + header_bytes + taken
+    monkeypatch.setattr("src.encoding.ALL_TRIED", 0)  # zlib alone
+    assert least == body_sizes(pack_network(model, {}))[1] < 0.95 * body_sizes(pack_network(model, {}))[0]
 
 
 def test_a_dead_channel_costs_nothing_in_the_layers_around_it():
