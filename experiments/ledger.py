@@ -49,7 +49,7 @@ class Wrong(list[str]):
             self.append(figures)
 
 
-class Parameters:
+class Chunk:
     """The first numbers of some parameters in a row, (n,) in float64, to be computed on together.
 
     A loop over the parameters would launch thousands of kernels, on few numbers each.
@@ -246,15 +246,15 @@ class Ledger:
         rows = [_split(self.parameters, row) for row in (update.before, update.after, *update.moments)]
         # Over what float32 may round, 1 - beta2 too: 1 and less is no difference.
         beta2, rounding = self.settings.beta2, 3e-5 + 1e-7 / (1 - self.settings.beta2)
-        for some_of in self._some_at_a_time(gradients):
-            w, after, m, v, g = map(some_of.joined, (*rows, gradients))
-            rate, decay = map(some_of.spread, zip(*map(self._used, some_of.sizes), strict=True))
-            count = some_of.spread([int(counts[n]) + 1 for n in some_of.sizes])
+        for chunk in self._chunks(gradients):
+            w, after, m, v, g = map(chunk.joined, (*rows, gradients))
+            rate, decay = map(chunk.spread, zip(*map(self._used, chunk.sizes), strict=True))
+            count = chunk.spread([int(counts[n]) + 1 for n in chunk.sizes])
             expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, count)
             moved = (m.abs() + g.abs()) / ((second / (1 - beta2**count)).sqrt() + 1e-8)
             off = (after - expected).abs() / (rounding * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
-            off = torch.where(self._may_be_masked(some_of, after), 0, off)
-            for n, times in some_of.largest(off).items():
+            off = torch.where(self._may_be_masked(chunk, after), 0, off)
+            for n, times in chunk.largest(off).items():
                 wrong.unless(times <= 1, f"{step}: {n} is {times:.3g} times the rounding away")
 
     def check_step(self, failed: Sequence[str]) -> Check:
@@ -360,17 +360,17 @@ class Ledger:
         counts = zip(self.parameters, self.before.steps, self.after.steps, strict=True)
         spans = {n: (int(a), int(b) - int(a) if self.may_skip else steps) for n, a, b in counts}
         reaches = {span: adamw_reach(BETA1, self.settings.beta2, *span) for span in set(spans.values())}
-        for some_of in self._some_at_a_time(self.parameters):
-            before, after = map(some_of.joined, rows)
-            rate, decay = map(some_of.spread, zip(*map(self._used, some_of.sizes), strict=True))
-            took = some_of.spread([spans[n][1] for n in some_of.sizes])
-            reach = some_of.spread([reaches[spans[n]] for n in some_of.sizes])
+        for chunk in self._chunks(self.parameters):
+            before, after = map(chunk.joined, rows)
+            rate, decay = map(chunk.spread, zip(*map(self._used, chunk.sizes), strict=True))
+            took = chunk.spread([spans[n][1] for n in chunk.sizes])
+            reach = chunk.spread([reaches[spans[n]] for n in chunk.sizes])
             far = (after - before * (1 - rate * decay) ** took).abs()
             slack = 1.001 * rate * reach + 2e-7 * took * (before.abs() + rate * reach.clamp(max=1e9))
             beyond = torch.where((rate * decay <= 1) & (rate > 0), far / slack, 0).nan_to_num(0)
-            beyond = torch.where(self._may_be_masked(some_of, after), 0, beyond)
-            moves, sizes = some_of.largest((before != after).double()), some_of.largest(before.abs())
-            for n, times in some_of.largest(beyond).items():
+            beyond = torch.where(self._may_be_masked(chunk, after), 0, beyond)
+            moves, sizes = chunk.largest((before != after).double()), chunk.largest(before.abs())
+            for n, times in chunk.largest(beyond).items():
                 # At the end of a long run a step of the rate's size is so small that rounding swallows it.
                 small = self._used(n)[0] < EXACT * max(sizes[n], EXACT)
                 may_stay = sizes[n] == 0 or spans[n][1] == 0 or small
@@ -863,23 +863,23 @@ class Ledger:
         blocks = len(self.model.layer1)  # type: ignore[arg-type]
         return float(reference.penalty(chosen, blocks, self.settings.group_weights == MACS))
 
-    def _some_at_a_time(self, names: Iterable[str]) -> Iterator["Parameters"]:
-        """These trained parameters, a few at a time, so that a large network takes no more memory."""
-        some_of: dict[str, int] = {}
+    def _chunks(self, names: Iterable[str]) -> Iterator[Chunk]:
+        """These trained parameters, some at a time, so that a large network takes no more memory."""
+        sizes: dict[str, int] = {}
         for name in names:
             # A million numbers of a tensor tell as much as all; the tensors of resnet.py have fewer.
             size = min(self.parameters[name].numel(), LOOKED_AT)
-            if some_of and sum(some_of.values()) + size > LOOKED_AT:
-                yield Parameters(some_of, float64_device(self.step.device))
-                some_of = {}
-            some_of[name] = size
-        if some_of:
-            yield Parameters(some_of, float64_device(self.step.device))
+            if sizes and sum(sizes.values()) + size > LOOKED_AT:
+                yield Chunk(sizes, float64_device(self.step.device))
+                sizes = {}
+            sizes[name] = size
+        if sizes:
+            yield Chunk(sizes, float64_device(self.step.device))
 
-    def _may_be_masked(self, some_of: "Parameters", values: Tensor) -> Tensor:
+    def _may_be_masked(self, chunk: Chunk, values: Tensor) -> Tensor:
         """Which values of parameters may have been set to zero, (n,): those in slices of zeros."""
         zero = (values == 0) & self.masked
-        for name, part in some_of.split(zero).items() if self.masked else ():
+        for name, part in chunk.split(zero).items() if self.masked else ():
             shape = self.parameters[name].shape
             if len(shape) == 4 and part.numel() == shape.numel():
                 w = part.view(shape)  # of the same memory

@@ -16,7 +16,7 @@ from experiments.data import TestBatches, TrainBatches
 from experiments.debug_run import one_epoch
 from experiments.evaluator import Evaluator
 from experiments.history import Check, EpochRecord
-from experiments.ledger import FAIL, PASS, SKIP, Parameters, adamw_reach
+from experiments.ledger import FAIL, PASS, SKIP, Chunk, adamw_reach
 from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import QUANTIZED, STORED, Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -303,18 +303,18 @@ def test_of_a_large_tensor_the_first_numbers_are_looked_at_a_few_tensors_at_a_ti
 
 
 def test_numbers_of_several_parameters_are_computed_on_in_one_row():
-    some_of = Parameters({"a": 3, "b": 1, "c": 2}, torch.device("cpu"))
-    row = some_of.joined(
+    chunk = Chunk({"a": 3, "b": 1, "c": 2}, torch.device("cpu"))
+    row = chunk.joined(
         {"c": torch.tensor([[5.0, 6.0], [7.0, 8.0]]), "a": torch.arange(3), "b": torch.ones(1)}
     )
     assert row.dtype == torch.float64 and row.tolist() == [0, 1, 2, 1, 5, 6]
-    assert (row * some_of.spread([1, 2, 3])).tolist() == [0, 1, 2, 2, 15, 18]
-    assert (row * some_of.spread([2, 2, 2])).tolist() == [0, 2, 4, 2, 10, 12]
-    assert {name: part.tolist() for name, part in some_of.split(row).items()} == {
+    assert (row * chunk.spread([1, 2, 3])).tolist() == [0, 1, 2, 2, 15, 18]
+    assert (row * chunk.spread([2, 2, 2])).tolist() == [0, 2, 4, 2, 10, 12]
+    assert {name: part.tolist() for name, part in chunk.split(row).items()} == {
         "a": [0, 1, 2], "b": [1], "c": [5, 6]
     }  # fmt: skip
     row[1] = math.nan
-    assert some_of.largest(row) == {"a": math.inf, "b": 1, "c": 6}
+    assert chunk.largest(row) == {"a": math.inf, "b": 1, "c": 6}
 
 
 def test_channels_are_counted_anew_in_the_epochs_that_are_looked_at_longer(monkeypatch):
