@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -184,21 +183,15 @@ def penalty(weights: Mapping[str, Tensor], blocks: int, by_macs: bool = False) -
     for layer, w in weights.items():
         squares[layer, "filter"] = w.square().sum((1, 2, 3))  # (O, I, kh, kw) -> (O,)
         squares[layer, "input"] = w.square().sum((0, 2, 3))  # (O, I, kh, kw) -> (I,)
-    if not weights:
-        return torch.zeros(())
+    total = next(iter(weights.values())).new_zeros(()) if weights else torch.zeros(())
     groups = [[m for m in group if m[0] in weights] for group in channel_groups(blocks)]
     groups = [group for group in groups if group]
     macs = [sum(slice_macs(weights[layer], layer, side) for layer, side, _ in group) for group in groups]
-    # All slices in a row, since one small sum after the other for each group would take far longer.
-    row = torch.cat(list(squares.values()))
-    starts = dict(zip(squares, accumulate(map(len, squares.values()), initial=0), strict=False))
-    places = torch.tensor([starts[layer, side] + i for group in groups for layer, side, i in group])
-    numbers = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    places, numbers = (x.long().to(row.device) for x in (places, numbers))  # also where there is none
-    sums = row.new_zeros(len(groups)).index_add(0, numbers, row[places])
-    shares = row.new_tensor([cost * len(macs) / sum(macs) if by_macs else 1.0 for cost in macs])
-    positive = sums > 0  # the square root has no gradient at 0, and the norm's is to be 0 there
-    return (sums[positive].sqrt() * shares[positive]).sum()
+    for group, cost in zip(groups, macs, strict=True):
+        square = torch.stack([squares[layer, side][i] for layer, side, i in group]).sum()
+        if square > 0:  # the square root has no gradient at 0, and the norm's is to be 0 there
+            total = total + square.sqrt() * (cost * len(macs) / sum(macs) if by_macs else 1)
+    return total
 
 
 def dead_members(weights: Mapping[str, Tensor], blocks: int) -> list[Member]:
@@ -209,7 +202,7 @@ def dead_members(weights: Mapping[str, Tensor], blocks: int) -> list[Member]:
 
 @dataclass(frozen=True)
 class AdamW:
-    """One parameter's AdamW, by its formulas."""
+    """AdamW of a parameter, or of several in a row, by its formulas."""
 
     rate: float | Tensor  # of all numbers, or of each
     decay: float | Tensor
