@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
 from src.slim import SlimLayer
-from utils_quantization import FULL_PRECISION_BITS, layers_of, quantized_layers, weight_bits
+from utils_quantization import FULL_PRECISION_BITS, quantized_layers, weight_bits
 
 ACTIVATION_BITS = 32  # activations are never quantized
 
@@ -138,11 +138,8 @@ def count_ceiling(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 3
 
     No quantizer is evaluated, so that the weights may be NaN or infinite. Bits are 32 in every layer.
     """
-    quantized = quantized_layers(model)
-    weights = {
-        name: torch.zeros_like(m.parametrizations.weight.original) if name in quantized else m.weight
-        for name, m in layers_of(model).items()
-    }
+    weights = read_weights(model, stored=True)
+    weights |= {name: torch.zeros_like(weights[name]) for name in quantized_layers(model)}
     return _count(model, {}, trace_channels(model, input_size, weights))
 
 

@@ -185,8 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
             live.say(f"Earlier:   the files of the {checkpoint.epochs} epochs were moved to {aside}")
         compression = evaluator.evaluate(model)
         live.say(report.table_header(history.data))
+        warned: set[str] = set()
         for done in range(1, len(history.epochs) + 1):
-            show_epoch(live, history, done)
+            show_epoch(live, history, done, warned)
 
         try:
             for epoch in range(len(history.epochs), settings.epochs):
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
                     if processes.first:
                         save(history, pipeline, live)
                         end.advice = HOW_TO_GO_ON
-                    show_epoch(live, history, epoch + 1)
+                    show_epoch(live, history, epoch + 1, warned)
         except (Stopped, NotFiniteError, LostProcessError, ClosedOutputError) as reason:
             end.status = stop(history, reason, live)
         if processes.first:
@@ -292,10 +293,10 @@ def begin(settings: Settings, processes: Processes, live: LiveLine) -> None:
             live.say(f"Earlier:   the files of an earlier run in {folder} were moved to {aside}")
 
 
-def show_epoch(live: LiveLine, history: History, epoch: int) -> None:
-    """An epoch's row of the table (epochs count from 1 here), and below it the warnings that it brought."""
+def show_epoch(live: LiveLine, history: History, epoch: int, warned: set[str]) -> None:
+    """An epoch's row of the table (epochs count from 1 here), and below it the warnings that are new."""
     live.say(report.table_row(history.epochs[epoch - 1]))
-    for sentence in new_warnings(history, epoch):
+    for sentence in new_warnings(history, epoch, warned):
         live.say(f"      ! {sentence}")
 
 

@@ -311,14 +311,16 @@ def new_history(
 
 def commit_of_program() -> str | None:
     """The commit of this program, as git says it."""
+    if not (ROOT / ".git").exists():  # git would take a repository around it
+        return None
     try:
         said = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="],
             capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):  # no git here, or no repository
+    except (OSError, subprocess.SubprocessError):  # no git here, or none that can read it
         return None
-    return said.stdout.strip() if (ROOT / ".git").exists() else None
+    return said.stdout.strip()
 
 
 def short_commit(commit: str | None) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -93,7 +94,12 @@ class Ledger:
         self.weights_before, self.weights = watch.weights_before, watch.weights()
         groups = self.step.optimizer.param_groups
         self.places = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        self.rates = [[float(rate) for rate in step] for step in self.batches.rates]  # step, group
+        # Every learning rate that each group of the optimizer was given in the epoch.
+        self.rates: dict[int, set[float]] = defaultdict(set)  # by the group's place
+        rates = numbers([rate for step in self.batches.rates for rate in step])
+        places = [place for step in self.batches.rates for place in range(len(step))]
+        for place, rate in zip(places, rates, strict=True):
+            self.rates[place].add(rate)
         self.ours, self.may_skip = type(self.model) is ResNet, self.step.host.decides
         self.our_batches = type(self.pipeline.train_batches) is TrainBatches
         # Two checks hold rates and coefficient against the settings. The others take those that were used, so
@@ -145,13 +151,12 @@ class Ledger:
 
     def check_rates(self) -> Check:
         """Learning rate at every step, weight decay, betas of every parameter against the settings."""
-        wrong, groups = Wrong(), self.step.optimizer.param_groups
-        for name, (group, rate, decay) in self._expected().items():
+        wrong, groups, expected = Wrong(), self.step.optimizer.param_groups, self._expected()
+        for name, (group, rate, decay) in expected.items():
             there = self._group_of(name)
             if there is None:  # another check says so
                 continue
-            rates = {step[there] for step in self.rates}
-            bad = [r for r in rates if not _close(r, rate, EXACT)]
+            bad = [r for r in self.rates[there] if not _close(r, rate, EXACT)]
             wrong.unless(
                 not bad, f"learning rate of {name} is {_number(*bad)}, expected {rate:.6g} ({group})"
             )
@@ -167,13 +172,13 @@ class Ledger:
             "a learning-rate schedule, --pace-steps, weight decay or beta that is not the settings', "
             "or rates that are not set in every epoch"
         )
-        held = ", ".join(sorted({f"{r:.3g}" for _, r, _ in self._expected().values()}))
+        held = ", ".join(sorted({f"{r:.3g}" for _, r, _ in expected.values()}))
         return _judge(wrong, "learning rates and decays", held, cause)
 
     def check_coefficient(self) -> Check:
         expected = self._coefficient()
         wrong = Wrong()
-        used = {float(c) for c in self.batches.coefficients} | {self.coefficient}
+        used = {*numbers(self.batches.coefficients), self.coefficient}
         bad = [c for c in used if not _close(c, expected, EXACT)]
         wrong.unless(not bad, f"the steps used {_number(*bad)}, expected {expected:.6g}")
         wrong.unless(
@@ -763,10 +768,10 @@ class Ledger:
     def _used(self, name: str) -> tuple[float, float]:
         """Learning rate and decay that a parameter was trained with; zeros where it was in no group."""
         group = self._group_of(name)
-        if group is None or not self.rates:
+        if group is None or not self.rates[group]:
             return 0.0, 0.0
         decay = self.step.optimizer.param_groups[group]["weight_decay"]
-        return max(step[group] for step in self.rates), decay
+        return max(self.rates[group]), decay
 
     def _quantizer_parameters(self) -> Iterator[tuple[nn.Parameter, str]]:
         for quantizer in quantizers(self.model).values():

@@ -684,7 +684,8 @@ def early_warnings(history: History, epochs: int) -> Iterator[tuple[str, str]]:
         yield "penalty", f"the penalty outweighs the cross-entropy {times:.0f} times: lower --sparsity-weight"
 
 
-def new_warnings(history: History, epoch: int) -> list[str]:
-    """The warnings of an epoch (from 1) that no earlier one gave: each is given once in a run."""
-    before = {about for end in range(1, epoch) for about, _ in early_warnings(history, end)}
-    return [sentence for about, sentence in early_warnings(history, epoch) if about not in before]
+def new_warnings(history: History, epoch: int, given: set[str]) -> list[str]:
+    """The warnings of an epoch (from 1) that were not given yet; their subjects are added to `given`."""
+    new = {about: line for about, line in early_warnings(history, epoch) if about not in given}
+    given.update(new)
+    return list(new.values())

@@ -324,6 +324,8 @@ def flat(tensors: Any, device: torch.device | str = "cpu") -> Tensor:
     return torch.cat(rows) if rows else torch.zeros(0, device=device)
 
 
-def numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """The numbers that scalars hold, with one wait for the device."""
-    return torch.stack([in_float64(s.detach()) for s in scalars]).tolist() if scalars else []
+def numbers(scalars: Sequence[Tensor | float]) -> list[float]:
+    """The numbers that scalars hold, of tensors of one type with one wait for the device."""
+    if not scalars or not all(isinstance(s, Tensor) for s in scalars):
+        return [float(s) for s in scalars]
+    return in_float64(torch.stack([s.detach() for s in scalars])).tolist()

@@ -44,7 +44,7 @@ from src.graph import (
     path,
     trace_network,
 )
-from utils_quantization import layers_of
+from utils_quantization import layers_of, weight_quantization
 
 
 class ChannelState(IntEnum):
@@ -93,12 +93,15 @@ class Signal:
 
     @property
     def varies(self) -> Tensor:
-        return torch.zeros_like(self.constant, dtype=torch.bool) if self.flow is None else self.flow > 0
+        return self._flags(self.flow)
 
     @property
     def read(self) -> Tensor:
         """Where an output depends on the value."""
-        return torch.zeros_like(self.constant, dtype=torch.bool) if self.paths is None else self.paths > 0.5
+        return self._flags(self.paths)
+
+    def _flags(self, found: Tensor | None) -> Tensor:
+        return torch.zeros_like(self.constant, dtype=torch.bool) if found is None else found > 0.5
 
     @property
     def known(self) -> Any:
@@ -158,17 +161,22 @@ class ChannelAccount:
     uses: dict[fx.Node, tuple[LayerUse, LayerChannels]]
 
 
-def read_weights(model: nn.Module) -> dict[str, Tensor]:
+@torch.no_grad()
+def read_weights(model: nn.Module, stored: bool = False) -> dict[str, Tensor]:
     """The weights that the convolutions and linear layers compute with, by layer name, without gradients.
 
-    Quantizers that are switched on are applied. They are called directly instead of through `.weight`: inside
-    `parametrize.cached()` that would cache weights without gradients, which the caller's loss would then use.
+    Quantizers that are switched on are applied; with `stored` none is evaluated. They are called directly and
+    not through `.weight`: inside `parametrize.cached()` that would cache weights without gradients, which the
+    caller's loss would then use.
     """
-    with torch.no_grad():
-        return {
-            n: m.parametrizations.weight() if parametrize.is_parametrized(m, "weight") else m.weight
-            for n, m in layers_of(model).items()
-        }
+
+    def weight(layer: Any) -> Tensor:
+        if stored and weight_quantization(layer) is not None:
+            return layer.parametrizations.weight.original
+        computed = parametrize.is_parametrized(layer, "weight")
+        return layer.parametrizations.weight() if computed else layer.weight
+
+    return {name: weight(layer) for name, layer in layers_of(model).items()}
 
 
 def trace_channels(
@@ -223,17 +231,13 @@ def _max_pool_pipe(
     return None if dilated else _pool_pipe(aten.avg_pool2d, x, size, stride, padding, ceil)
 
 
-def _amax_pipe(op: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
-    return x.sum(dim or tuple(range(x.ndim)), keepdim)
-
-
 PIPES: dict[Any, Callable[..., Any]] = {
     aten.mean: _pool_pipe,
     aten.sum: _pool_pipe,
     aten.avg_pool2d: _pool_pipe,
     aten.adaptive_avg_pool2d: _pool_pipe,
     aten.max_pool2d: _max_pool_pipe,
-    aten.amax: _amax_pipe,
+    aten.amax: lambda op, x, dim=(), keepdim=False: x.sum(dim, keepdim),
 }
 
 

@@ -118,6 +118,8 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
     name = getattr(kind(node), "__name__", "")
     if name.endswith("_like") or name.startswith("new_"):
         return []
+    if name == "fill":
+        return node.all_input_nodes[1:]
     return node.all_input_nodes[:1] if kind(node) in LEND else node.all_input_nodes
 
 

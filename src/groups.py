@@ -13,7 +13,6 @@ belongs to a channel of each of its groups, and is no member.
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from src.graph import (
     move,
     reduced_dims,
 )
-from utils_quantization import without_quantizers
 
 FILTERS, INPUT_SLICES = 0, 1  # the dimension of a weight (O, I, kh, kw) along which a slice is taken
 IMAGE, NONE = -1, 0  # labels that are no channel's
@@ -46,7 +44,6 @@ class ChannelGroups:
     `places[m]` is None. All these slices must be zero before channel c can be removed. `members` are pairs
     (layer name, FILTERS or INPUT_SLICES)."""
 
-    name: str
     channels: int
     members: tuple[tuple[str, int], ...]
     places: tuple[tuple[int, ...] | None, ...]
@@ -67,31 +64,21 @@ def channel_groups(
     sets: dict[Any, list[list[int]]] = defaultdict(list)
     for tied, slices in sorted(walk.groups(), key=lambda group: group[0]):
         sets[tied, tuple((name, dim) for name, dim, _ in slices)].append([place for *_, place in slices])
-    found: dict[str, ChannelGroups] = {}
-    for (tied, members), groups in sets.items():
-        columns = tuple(zip(*groups, strict=True))
+    found = []
+    for (_, members), groups in sets.items():
+        columns = zip(*groups, strict=True)
         kept = [(m, p) for m, p in zip(members, columns, strict=True) if m[0] in layers]
-        called = _called([m[0] for m in members if not tied or m[1] == FILTERS], tied)
-        called = called if called not in found else f"{called} {len(found)}"
         places = tuple(None if p == tuple(range(walk.sizes[m])) else p for m, p in kept)
         if kept:
-            found[called] = ChannelGroups(called, len(groups), tuple(m for m, _ in kept), places)
-    return list(found.values())
-
-
-def _called(layers: list[str], tied: bool) -> str:
-    """Name a set of channels by the module that holds all these layers, or by the first of them."""
-    levels = zip(*(layer.split(".")[:-1] for layer in layers), strict=False)
-    holder = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
-    return f"{'.'.join(holder) or layers[0]} {'residual' if tied else 'inner'}"
+            found.append(ChannelGroups(len(groups), tuple(m for m, _ in kept), places))
+    return found
 
 
 class _Walk:
     """One pass through the graph, which labels channels."""
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
-        weights = read_weights(without_quantizers(model, stored=True))  # any will do: evaluate no quantizer
-        self.account = trace_channels(model, input_size, weights)
+        self.account = trace_channels(model, input_size, read_weights(model, stored=True))  # any will do
         self.parents = [NONE]  # by label: the label that it was tied to, or itself
         self.tied: set[int] = set()
         self.slices: dict[Slice, int] = {}  # label of each, in the order of the graph

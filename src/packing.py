@@ -99,10 +99,10 @@ def pack_network(
     if own is None and not name:
         raise PackingError(f"{type(plain).__name__} is no ResNet of resnet.py, and no name is given for it")
     bits = {name: weight_bits(model.get_submodule(name))[0] for name in coded}
-    numbers, codes = [], []
+    numbers, codes, masks = [], [], _masks(plain)
     slots = _slots(state if own is None else own.state_dict(), bits)
     for slot in slots:
-        tensor = _checked(slot.name, _as_float32(slot.name, state[slot.name]), plain)
+        tensor = _checked(slot.name, _as_float32(slot.name, state[slot.name]), masks)
         if slot.bits:
             layer = coded[slot.name.removesuffix(".weight")]
             numbers += [layer.step_size.reshape(1), layer.shift.reshape(1)]
@@ -153,13 +153,14 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
     begin = 4 * sum(slot.numbers for slot in slots)
     body = decompress(compressed, header.compression, begin + sum(slot.code_bytes for slot in slots))
     numbers = torch.from_numpy(unpack_numbers(body[:begin])).split([slot.numbers for slot in slots])
+    masks = _masks(network)
     for slot, values in zip(slots, numbers, strict=True):
         if slot.bits:
             codes = unpack_codes(body[begin : begin + slot.code_bytes], slot.shape.numel(), slot.bits)
             values = _weight(Codes(_signed(codes, slot.bits), values[0], values[1]))
             begin += slot.code_bytes
         kind = state[slot.name].dtype
-        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone(), network).to(kind)
+        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone(), masks).to(kind)
     network.load_state_dict(state, assign=True)
     layout = torch.channels_last if header.channels_last else torch.contiguous_format
     network.to(memory_format=layout).eval()
@@ -300,12 +301,16 @@ def _as_float32(name: str, tensor: Tensor) -> Tensor:
     return numbers
 
 
-def _checked(name: str, tensor: Tensor, network: nn.Module) -> Tensor:
-    """Raises: PackingError for numbers that are not finite; a buffer, as a mask, may hold infinity."""
+def _masks(network: nn.Module) -> set[str]:
+    """The names of the buffers that are no running statistics: they may hold infinity, as masks do."""
+    return {name for name, _ in network.named_buffers() if "running_" not in name}
+
+
+def _checked(name: str, tensor: Tensor, masks: set[str]) -> Tensor:
+    """Raises: PackingError for numbers that are not finite; a mask may hold infinity."""
     if tensor.dtype != torch.float32:
         raise PackingError(f"{name} is {tensor.dtype}; expected torch.float32")
-    is_mask = name in dict(network.named_buffers()) and "running_" not in name
-    if (tensor.isnan() if is_mask else ~tensor.isfinite()).any():
+    if (tensor.isnan() if name in masks else ~tensor.isfinite()).any():
         raise PackingError(f"{name} holds a number that is not finite")
     return tensor
 

@@ -28,7 +28,6 @@ from torch import Tensor, fx, nn
 
 from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
 from src.graph import (
-    PADS,
     REDUCTIONS,
     aten,
     images_along,
@@ -39,11 +38,10 @@ from src.graph import (
     kind,
     move,
     reduced_dims,
+    trace_network,
 )
 from utils_quantization import without_quantizers
 
-# What can move elements within each channel alone, and names no number of channels then.
-WITHIN_CHANNELS = PADS | {aten.slice, aten.flip, aten.reflection_pad2d, aten.replication_pad2d}
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of a weight
 
 
@@ -186,8 +184,6 @@ class _Held:
     index: Tensor  # (C,) where the node holds each channel, -1 where it does not
     node: fx.Node | None = None  # of the smaller network; None if it holds nothing
     count: int = 0  # channels of the node
-    shift: Tensor | None = None  # (C, H, W) that is still to be added to the channels held
-    layer: SlimLayer | None = None  # that would take the shift for its bias
 
 
 class _Builder:
@@ -196,6 +192,9 @@ class _Builder:
     def __init__(self, plain: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.account = trace_channels(plain, input_size)
+        names = trace_network(plain, input_size).state
+        parameters = dict(plain.named_parameters(remove_duplicate=False))
+        self.parameters = {node for node, name in names.items() if name in parameters}
         self.signals, self.uses = self.account.signals, self.account.uses
         self.graph, self.parts = fx.Graph(), dict[str, Any]()
         self.held: dict[fx.Node, Any] = {}
@@ -244,59 +243,49 @@ class _Builder:
         self.parts[name] = module
         return self.graph.create_node("call_module", name, (x,))
 
-    def _constant(self, name: str, value: Tensor) -> fx.Node:
-        """A tensor that is stored; of complex numbers both parts, as `Module.to` casts them to real ones."""
-        self.parts[name] = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-        stored = self.graph.get_attr(name)
-        as_complex = aten.view_as_complex.default
-        return self.graph.call_function(as_complex, (stored,)) if value.is_complex() else stored
+    def _constant(self, name: str, node: fx.Node, value: Tensor) -> fx.Node:
+        """Store the value of a node, a parameter as one: of complex numbers both parts, as `Module.to` casts
+        them to real ones."""
+        stored = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).contiguous()
+        self.parts[name] = nn.Parameter(stored) if node.name in self.parameters else stored
+        got = self.graph.get_attr(name)
+        return self.graph.call_function(aten.view_as_complex.default, (got,)) if value.is_complex() else got
 
-    def _select(self, node: Any, held: _Held, index: Tensor) -> Any:
-        """The channels of a node at these places of it, with zeros where the place is -1."""
-        assert held.node is not None
+    def _select(self, node: Any, wanted: Tensor) -> Any:
+        """These channels of a node, with zeros for those that are not held; None where none is."""
+        held: _Held = self.held[node]
+        index = held.index[wanted]
+        if (index < 0).all():
+            return None
         return self._module(f"{node.name}_chosen", _selection(index, held.count), held.node)
 
-    def _settle(self, node: Any) -> _Held:
-        """Add what is still to be added to the channels of a node."""
-        held: _Held = self.held[node]
-        if held.node is not None and held.shift is not None:
-            numbers = held.shift[held.index.argsort()[-held.count :]]
-            flat = numbers.reshape(held.count, -1)
-            if held.layer is not None and (flat == flat[:, :1]).all():
-                held.layer.bias = nn.Parameter(flat[:, 0].contiguous())
-            elif numbers.any():
-                held.node = self._module(f"{node.name}_shift", Shift(numbers), held.node)
-        held.shift = held.layer = None
-        return held
+    def _shifted(self, node: Any, x: Any, shift: Tensor) -> Any:
+        return self._module(f"{node.name}_shift", Shift(shift), x) if shift.any() else x
 
-    def _rest(self, node: Any) -> Tensor:
-        """What is to be added to a node to make it the whole tensor, (C, H, W): constants, and its shift."""
-        held, known = self.held[node], self.signals[node].known[0]
-        here = (held.index >= 0).view(-1, *[1] * (known.ndim - 1))
-        return torch.where(here, torch.zeros_like(known) if held.shift is None else held.shift, known)
+    def _rest(self, node: Any, wanted: Tensor) -> Tensor:
+        """What these channels of a node lack, (C, H, W): the constants of those that are not held."""
+        known = self.signals[node].known[0][wanted]
+        known[self.held[node].index[wanted] >= 0] = 0
+        return known
 
     def _whole(self, node: Any, wanted: Tensor | None = None) -> Any:
         """A tensor of the network with all its channels, or with those `wanted`, constants and all."""
         signal = self.signals[node]
-        if signal.flow is None and node in self.held:
+        if signal.flow is None and node not in self.held:
+            return self._constant(f"{node.name}_constant", node, signal.constant)
+        if signal.flow is None or signal.constant.ndim < 2:
             return self.held[node].node
-        if signal.flow is None:
-            return self._constant(f"{node.name}_constant", signal.constant)
-        if signal.constant.ndim < 2:
-            return self.held[node].node
-        held = self._settle(node)
-        wanted = torch.arange(len(held.index)) if wanted is None else wanted
-        rest = self._rest(node)[wanted]
-        if held.node is None:
+        wanted = torch.arange(len(self.held[node].index)) if wanted is None else wanted
+        x, rest = self._select(node, wanted), self._rest(node, wanted)
+        if x is None:
             return self._module(f"{node.name}_constant", Constant(rest), self.image)
-        x = self._select(node, held, held.index[wanted])
-        return self._module(f"{node.name}_rest", Shift(rest), x) if rest.any() else x
+        return self._shifted(node, x, rest)
 
-    def _holding(self, node: Any, made: Any, channels: Tensor, **more: Any) -> _Held:
+    def _holding(self, node: Any, made: Any, channels: Tensor) -> _Held:
         """What holds the numbered channels of a node, in their order."""
         index = torch.full([self.signals[node].constant.shape[1]], -1)
         index[channels] = torch.arange(len(channels))
-        return _Held(index, made, len(channels), **more)
+        return _Held(index, made, len(channels))
 
     # The operations
 
@@ -319,7 +308,7 @@ class _Builder:
         whole_input = whole or dead or bool((self.held[source].index[channels.inputs] < 0).any())
         count = len(channels.inputs)
         every = torch.arange(count)
-        held = _Held(every, self._whole(source), count) if whole_input else self._settle(source)
+        held = _Held(every, self._whole(source), count) if whole_input else self.held[source]
         options = (*use.node.args[3:6], *(1, 0, 1)[len(use.node.args[3:6]) :])  # stride, padding, dilation
         layers, numbers = [], []
         for outputs, inputs in _alike(channels, use.groups):
@@ -337,11 +326,17 @@ class _Builder:
         if whole:
             places = torch.full([len(weight)], -1).index_copy(0, order, torch.arange(len(order)))
             made = self._module(f"{name}_places", _selection(places, len(order), -1), made)
-            made = self._module(f"{name}_shift", Shift(shift), made)
+            made = self._shifted(use.node, made, shift)
             return self._holding(use.out, made, torch.arange(self.signals[use.out].constant.shape[1]))
-        bare = bias is None and use.norm is None and not shift.any()
-        layer = layers[0] if len(layers) == 1 else None
-        return self._holding(use.out, made, order, shift=None if bare else shift, layer=layer)
+        shift = shift[order]
+        flat = shift.view(len(order), -1)
+        if not layers or (flat != flat[:, :1]).any():
+            made = self._shifted(use.node, made, shift)
+        elif bias is not None or use.norm is not None or shift.any():
+            biases = flat[:, 0].split([len(layer.weight) for layer in layers])
+            for layer, numbers_of_it in zip(layers, biases, strict=True):
+                layer.bias = nn.Parameter(numbers_of_it.clone())
+        return self._holding(use.out, made, order)
 
     def _operation(self, node: Any) -> Any:
         """The smaller version of an operation, by the first rule that holds for it."""
@@ -352,10 +347,10 @@ class _Builder:
             alive = self.signals[node].alive()
             if not alive.any():
                 return self._holding(node, None, torch.arange(0))
-            for rule in (self._sum, self._norm, self._cat, self._flatten, self._by_channel):
+            for rule in (self._sum, self._cat, self._flatten, self._moved_channels, self._by_channel):
                 if (held := rule(node, alive.nonzero().flatten())) is not None:
                     return held
-        if first and isinstance(value, Tensor | tuple) and (held := self._moved_channels(node)) is not None:
+        if first and isinstance(value, tuple) and (held := self._moved_channels(node)) is not None:
             return held
         if node.target is getitem and isinstance(self.held[node.args[0]], tuple):
             return self.held[node.args[0]][node.args[1]]
@@ -391,49 +386,23 @@ class _Builder:
 
     def _sum(self, node: Any, wanted: Tensor) -> _Held | None:
         """A sum, to which what its terms do not hold is added at last."""
-        shape = self.signals[node].constant.shape
-        number = self.signals[node].constant.is_floating_point()  # of truth values the sum is another
-        if kind(node) is not aten.add or node.kwargs or not number:
-            return None
+        value = self.signals[node].constant
+        if kind(node) is not aten.add or node.kwargs or not value.is_floating_point():
+            return None  # of truth values the sum is another
         terms: Any = [t for t in node.args if isinstance(t, fx.Node) and self.signals[t].flow is not None]
-        if len(terms) < 2 or any(self.signals[t].constant.shape != shape for t in terms):
+        if len(terms) < 2 or any(self.signals[t].constant.shape != value.shape for t in terms):
             return None
-        rest, made, layer, late = torch.zeros(shape[1:], dtype=torch.float64), None, None, False
-        for term in terms:
-            held = self.held[term] if len(term.users) == 1 else self._settle(term)
-            rest = rest + self._rest(term)
-            late = late or held.shift is not None
-            if held.node is not None and (held.index[wanted] >= 0).any():
-                x = self._select(term, held, held.index[wanted])
-                # Of a term that stands there twice a bias would count twice.
-                own = x is held.node and layer is None and terms.count(term) == 1
-                layer = held.layer if own else layer
-                made = x if made is None else self.graph.call_function(node.target, (made, x))
-        late = late or bool(rest[wanted].any())
-        return self._holding(node, made, wanted, shift=rest if late else None, layer=layer)
-
-    def _norm(self, node: Any, wanted: Tensor) -> _Held | None:
-        """A batch norm that is not behind a layer of its own."""
-        if not is_norm(node):
-            return None
-        source: Any = node.args[0]
-        held = self.held[source] if len(source.users) == 1 else self._settle(source)
-        folded = fx.node.map_arg(node.args[1:], lambda n: self.signals[n].constant)
-        shift = aten.batch_norm(self._rest(source)[None], *folded)[0]
-        x = self._select(source, held, held.index[wanted])
-        self.parts[f"{node.name}_scale"] = nn.Parameter(
-            _scale(folded)[wanted].view(-1, *[1] * (shift.ndim - 1)).contiguous()
-        )
-        made = self.graph.call_function(aten.mul.Tensor, (x, self.graph.get_attr(f"{node.name}_scale")))
-        return self._holding(node, made, wanted, shift=shift)
+        held = [x for t in terms if (x := self._select(t, wanted)) is not None]
+        made = held[0] if len(held) == 1 else self.graph.call_function(node.target, tuple(held))
+        rest = sum(self._rest(t, wanted) for t in terms)
+        return self._holding(node, self._shifted(node, made, rest), wanted)
 
     def _cat(self, node: Any, wanted: Tensor) -> _Held | None:
         if kind(node) is not aten.cat or len(node.args) < 2 or node.args[1] != 1:
             return None
         index, made, count = [], [], 0
         for source in node.args[0]:
-            constant = self.signals[source].constant
-            held = self._settle(source) if source in self.held else _Held(torch.full([constant.shape[1]], -1))
+            held = self.held.get(source) or _Held(torch.full(self.signals[source].constant.shape[1:2], -1))
             index.append(torch.where(held.index >= 0, held.index + count, -1))
             made += [held.node] if held.node is not None else []
             count += held.count
@@ -448,20 +417,20 @@ class _Builder:
             return None
         if value.shape[1] != before[0].numel():
             return None
-        held, places = self._settle(source), before[0, 0].numel()
+        held, places = self.held[source], before[0, 0].numel()
         index = held.index[:, None] * places + torch.arange(places)
         made = self.graph.call_function(aten.flatten.using_ints, (held.node, 1))
         return _Held(torch.where(held.index[:, None] >= 0, index, -1).flatten(), made, held.count * places)
 
     def _by_channel(self, node: Any, wanted: Tensor) -> _Held | None:
-        """What treats each channel by itself works on the channels that are held."""
+        """What treats each channel by itself works on the channels that are wanted."""
         value, sources = self.signals[node].constant, node.all_input_nodes
         before = self.signals[sources[0]].constant
-        if not is_pointwise(node):
+        if not is_pointwise(node) and not is_norm(node):
             same = isinstance(before, Tensor) and before.ndim == 4 and before.shape[1] == value.shape[1]
             if not same or (kind(node) in REDUCTIONS and any(d < 2 for d in reduced_dims(node))):
                 return None
-            if kind(node) not in PIPES and not (kind(node) in WITHIN_CHANNELS and self._keeps_channels(node)):
+            if kind(node) not in PIPES and not self._keeps_channels(node, wanted):
                 return None
 
         def argument(source: fx.Node) -> Any:
@@ -469,26 +438,30 @@ class _Builder:
             if not isinstance(signal.constant, Tensor):
                 return self.held[source]
             axis = 1 + (signal.constant.ndim - value.ndim) * is_pointwise(node)  # of the channels
-            if kind(node) is aten.prelu and source is node.args[1]:
+            if kind(node) in (aten.prelu, aten.batch_norm) and source is not node.args[0]:
                 axis = 0
             if axis < 0 or signal.constant.shape[axis] != value.shape[1]:
                 return self._whole(source)
             if signal.flow is not None and axis == 1:
                 return self._whole(source, wanted)
-            name = f"{node.name}_{source.name}"
-            return self._constant(name, signal.constant.index_select(axis, wanted))
+            chosen = signal.constant.index_select(axis, wanted)
+            return self._constant(f"{node.name}_{source.name}", source, chosen)
 
         made: Any = self._call(node, argument)
         again = kind(node) is aten.relu and made.args[0].target == node.target
         return self._holding(node, made.args[0] if again else made, wanted)
 
-    def _origins(self, node: Any) -> list[Tensor] | None:
-        """Of what only moves the elements of one tensor: where each element comes from, 0 for a padding."""
+    def _origins(self, node: Any, wanted: Tensor | None = None) -> list[Tensor] | None:
+        """Of what only moves the elements of one tensor: where each comes from, 0 for a padding.
+
+        With `wanted` the tensor has these of its channels alone.
+        """
         sources = [n for n in inputs_of(node) if self.signals[n].flow is not None]
         before = self.signals[sources[0]].constant if is_move(node) and len(sources) == 1 else None
-        if not isinstance(before, Tensor) or not before.is_floating_point():
+        if not isinstance(before, Tensor) or not before.is_floating_point() or before.ndim < 2:
             return None
         numbers = torch.arange(1.0, before.numel() + 1, dtype=torch.float64).view(before.shape)
+        numbers = numbers if wanted is None else numbers[:, wanted]
 
         def number(n: fx.Node) -> Any:
             constant = self.signals[n].constant
@@ -498,34 +471,32 @@ class _Builder:
         moved = move(node, number)
         return [m.long() for m in (moved if isinstance(moved, tuple) else [moved])]
 
-    def _keeps_channels(self, node: Any) -> bool:
-        """Whether each channel only has elements of the channel of the same number."""
-        before, origins = self.signals[node.all_input_nodes[0]].constant, self._origins(node)
-        if origins is None:
+    def _keeps_channels(self, node: Any, wanted: Tensor) -> bool:
+        """Whether a move of these channels alone gives what it gives of them among all."""
+        try:
+            all_of_them, few = self._origins(node), self._origins(node, wanted)
+        except (RuntimeError, IndexError):  # it names channels, or their number
             return False
-        numbers = torch.arange(before.shape[1])[:, None]
-        flat = origins[0][0].flatten(1)
-        return bool(((flat == 0) | ((flat - 1) // before[0, 0].numel() == numbers)).all())
+        return all_of_them is not None and few is not None and torch.equal(few[0], all_of_them[0][:, wanted])
 
-    def _moved_channels(self, node: Any) -> Any:
+    def _moved_channels(self, node: Any, wanted: Tensor | None = None) -> Any:
         """What selects whole channels, or channels of padding, only changes where they are held."""
-        origins = self._origins(node)
-        source = next((n for n in node.all_input_nodes if self.signals[n].flow is not None), None)
-        if origins is None or source is None or self.signals[source].constant.ndim < 2:
+        if (origins := self._origins(node)) is None:
             return None
-        before, made = self.signals[source].constant[0], []
+        source = next(n for n in node.all_input_nodes if self.signals[n].flow is not None)
+        before, held, made = self.signals[source].constant[0], self.held[source], []
         for moved in origins:
             if moved.ndim != before.ndim + 1 or moved.shape[2:] != before.shape[1:]:
                 return None
             positions = before[0].numel()
-            flat = moved[0].reshape(len(moved[0]), -1)
-            first, whole = flat[:, :1], (flat[:, :1] > 0) & (flat[:, :1] % positions == 1 % positions)
-            if not (((flat == first + torch.arange(positions)) & whole) | (flat == 0)).all():
+            flat = moved[0].reshape(len(moved[0]), positions)
+            first = flat[:, :1]
+            whole = (first > 0) & ((first - 1) % positions == 0)
+            if not torch.equal(flat, torch.where(whole, first + torch.arange(positions), 0)):
                 return None
-            made.append(torch.where(first[:, 0] > 0, (first[:, 0] - 1) // positions, -1))
-        held = self._settle(source)
-        found = [_Held(torch.where(m >= 0, held.index[m], -1), held.node, held.count) for m in made]
-        return tuple(found) if isinstance(self.signals[node].constant, tuple) else found[0]
+            index = torch.where(whole[:, 0], held.index[(first[:, 0] - 1) // positions], -1)
+            made.append(_Held(index, held.node, held.count))
+        return tuple(made) if isinstance(self.signals[node].constant, tuple) else made[0]
 
 
 def _scale(norm: tuple[Any, ...]) -> Tensor:

@@ -36,13 +36,12 @@ def our_groups(model: nn.Module) -> dict[Members, int]:
     convolution that reads nothing else, and the classifier's input."""
     layers = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     outside = {
-        "layer1 residual": {("conv1", FILTERS), ("layer1.0.conv1", INPUT_SLICES)},
-        "layer3 residual": {("linear", INPUT_SLICES)},
+        ("layer1.0.conv2", FILTERS): {("conv1", FILTERS), ("layer1.0.conv1", INPUT_SLICES)},
+        ("layer3.0.conv2", FILTERS): {("linear", INPUT_SLICES)},
     }
-    return {
-        frozenset(set(g.members) | outside.get(g.name, set())): g.channels
-        for g in channel_groups(model, layers)
-    }
+    groups = channel_groups(model, layers)
+    beside = [set().union(*(outside.get(m, ()) for m in g.members)) for g in groups]
+    return {frozenset(b.union(g.members)): g.channels for b, g in zip(beside, groups, strict=True)}
 
 
 class NoShortcut(nn.Module):

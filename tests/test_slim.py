@@ -404,6 +404,13 @@ def test_all_of_it_moves_to_another_device_or_dtype(small):
     assert copy.deepcopy(small).double()(images(3, CIFAR)).dtype == torch.float64
 
 
+def test_what_is_a_parameter_of_the_network_is_one_of_the_smaller_too():
+    between = [nn.PReLU(6), nn.BatchNorm2d(6), nn.GroupNorm(2, 6)]
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), *between, nn.Flatten(), nn.Linear(600, 10))
+    small = slim_network(model, SMALL)
+    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in model.parameters())
+
+
 def test_it_can_be_trained_on(small):
     small(images(2, CIFAR).float()).square().sum().backward()
     gradients = [p.grad for p in small.parameters()]

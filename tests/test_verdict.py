@@ -317,8 +317,9 @@ def test_what_failed_in_the_ledger_has_a_line_of_its_own_and_is_warned_of_once()
     failed, held = verdict.ledger_holds(history.epochs)
     check(failed, FAIL, "epoch 4 and 1 more: 0.5, expected 0.008", cause="a schedule")
     check(held, PASS, "1 equalities")
-    assert new_warnings(history, 4) == ["rates: 0.5, expected 0.008. Likely cause: a schedule"]
-    assert new_warnings(history, 5) == []
+    warned = set()
+    assert new_warnings(history, 4, warned) == ["rates: 0.5, expected 0.008. Likely cause: a schedule"]
+    assert new_warnings(history, 5, warned) == []
 
 
 def test_what_the_ledger_never_could_tell_is_a_skip_and_an_epoch_that_it_could_is_none():
@@ -424,9 +425,10 @@ def test_a_layer_whose_output_is_lost_behind_its_batch_norm_fails_and_is_warned_
     history = with_signals(good_run(), {LAYERS[1]: 1e-7, LAYERS[2]: 0.05})
     line = verdict.every_layer_counts(history.epochs[-1])
     check(line, FAIL, "2 of signal", LAYERS[1], LAYERS[2], cause="--sparsity-weight")
-    (sentence,) = new_warnings(history, 11)
+    warned = set()
+    (sentence,) = new_warnings(history, 11, warned)
     assert LAYERS[1] in sentence and LAYERS[2] in sentence and "Likely cause: " in sentence
-    assert new_warnings(history, 12) == []
+    assert new_warnings(history, 12, warned) == []
 
 
 def test_layers_with_a_signal_pass_and_layers_without_a_batch_norm_are_not_judged():
@@ -943,7 +945,8 @@ def test_each_warning_has_a_name_of_its_own_so_that_it_is_said_once():
 def test_a_warning_is_given_with_the_epoch_that_brought_it_and_never_again():
     history = in_layer(good_run(6), LAYERS[1], [2, 3, 5], gradients={"logit_bit": 0.0})
     history = in_layer(history, LAYERS[2], [5, 6], signal=0.0)
-    given = [new_warnings(history, end) for end in range(1, 7)]
+    warned = set()
+    given = [new_warnings(history, end, warned) for end in range(1, 7)]
     assert [len(sentences) for sentences in given] == [0, 1, 0, 0, 1, 0]
     assert "gradient" in given[1][0] and LAYERS[2] in given[4][0]
 

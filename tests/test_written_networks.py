@@ -197,6 +197,18 @@ def counted_places(net: Net, x: Tensor) -> Tensor:
     return pooled(net, x * (x > 0.5).sum((2, 3), dtype=torch.long, keepdim=True) + x * x.shape[1])
 
 
+def overwritten(net: Net, x: Tensor) -> Tensor:
+    """A row of every channel, and one channel, hold numbers in place of what they held."""
+    y = net.conv(x).clone()
+    y[:, :, 5] = 1.0
+    y[:, 2] = 0.5
+    return pooled(net, torch.select_scatter(y, torch.zeros_like(y[:, :, 0]), 2, 3))
+
+
+def rolled(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(x).roll(1, 1) + net.conv(x).roll(1, 3))
+
+
 # What is between the layers, and what it needs.
 WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     folded_groups: lambda: {"mix": nn.Conv2d(4, 4, 3, padding=1)},
@@ -235,6 +247,8 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     in_place: lambda: {"conv": conv()},
     either_mask: lambda: {"conv": conv(), "bn": nn.BatchNorm2d(WIDTH)},
     counted_places: dict,
+    overwritten: lambda: {"conv": conv()},
+    rolled: lambda: {"conv": conv()},
 }
 
 
@@ -274,7 +288,8 @@ def test_it_is_counted_grouped_and_made_smaller(way):
 
 
 NO_BARRIERS = (
-    padded_pools, added_to_itself, expanded_as, zeros_beside, elementwise, concatenated, with_prelu, viewed_as
+    padded_pools, added_to_itself, expanded_as, zeros_beside, elementwise, concatenated, with_prelu,
+    viewed_as, overwritten, rolled,
 )  # fmt: skip
 
 
