@@ -4,7 +4,7 @@ For a convolution with weights (O, I, kh, kw) and H x W output positions:
 
     dense MACs         O I kh kw H W
     structured MACs    the same product over the channels that are left (see src/channels.py)
-    unstructured MACs  nonzero weights x H W
+    unstructured MACs  nonzero weights x H W, summed over the uses of a layer
     BOPs               MACs x bits of a weight x 32 bits of an activation
 
 A weight without a quantizer has 32 bits. A linear layer counts as a convolution with one position. In a
@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.channels import ChannelAccount, ChannelState, LayerChannels, read_weights, trace_channels
+from src.graph import path
 from src.slim import SlimLayer
 from utils_quantization import FULL_PRECISION_BITS, quantized_layers, weight_bits
 
@@ -82,6 +83,7 @@ class NetworkCount:
 
     layers: tuple[LayerCount, ...]
     barriers: tuple[str, ...] = ()  # operations through which no channel is followed, see src/channels.py
+    elsewhere: frozenset[str] = frozenset()  # layers of which a use is not by their module
 
     def total(self, count: str) -> int:
         """The sum of one of `TOTALS`, or of any other integer field, over the layers."""
@@ -151,7 +153,8 @@ def _count(model: nn.Module, bits: Mapping[str, tuple[int, float]], account: Cha
         _count_layer(name, name in quantized, bits.get(name, full), channels)
         for name, channels in account.layers.items()
     ]
-    return NetworkCount(tuple(layers), account.barriers)
+    elsewhere = frozenset(use.name for use, _ in account.uses.values() if path(use.node) != use.name)
+    return NetworkCount(tuple(layers), account.barriers, elsewhere)
 
 
 def _count_layer(name: str, quantized: bool, bits: tuple[int, float], channels: LayerChannels) -> LayerCount:
@@ -169,7 +172,7 @@ def _count_layer(name: str, quantized: bool, bits: tuple[int, float], channels: 
         states=tuple(channels.states.tolist()),
         dense_macs=nonzero.numel() * channels.positions,
         structured_macs=channels.structured_macs,
-        unstructured_macs=(nonzero.numel() - zeros) * channels.positions,
+        unstructured_macs=channels.unstructured_macs,
         is_convolution=channels.weight.ndim > 2,
     )
 
@@ -208,17 +211,18 @@ def count_by_torch(network: nn.Module, input_size: tuple[int, int, int] = (3, 32
 def in_layers(by_torch: Mapping[str, int], count: NetworkCount) -> dict[str, int]:
     """What torch counts in each layer of a network, from `count_by_torch`, by name.
 
-    A layer that is not called as a module, and one whose module does more, with a barrier or another layer in
-    it, has this file's own count.
+    A layer that is used otherwise than by its module too, and one whose module does more, with a barrier or
+    another layer in it, has this file's own count.
     """
     barriers = [barrier.rpartition(" in ")[2] for barrier in count.barriers]
     inner = [*barriers, *(layer.name for layer in count.layers)]
 
-    def does_more(name: str) -> bool:
-        return name in barriers or any(other.startswith(f"{name}.") for other in inner)
+    def is_not_the_module(name: str) -> bool:
+        does_more = name in barriers or any(other.startswith(f"{name}.") for other in inner)
+        return does_more or name in count.elsewhere
 
     ours = {layer.name: layer.dense_macs for layer in count.layers}
-    return ours | {name: by_torch[name] for name in ours if name in by_torch and not does_more(name)}
+    return ours | {name: by_torch[name] for name in ours if name in by_torch and not is_not_the_module(name)}
 
 
 def of_layers(by_torch: Mapping[str, int], count: NetworkCount) -> int:

@@ -9,16 +9,24 @@ lasso as a loop over channels, a plainly written quantizer evaluated at every ac
 layout and allocator, the loss read at each step.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # python experiments/benchmark.py, without -m
     sys.path[0] = str(Path(__file__).parents[1])
+    # The programs that it starts are to be found from any folder too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until `main` handles signals, Ctrl-C ends the program silently: a traceback out of `import torch` helps
+    # nobody.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import functools
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -38,7 +46,7 @@ from experiments.evaluator import Evaluator
 from experiments.exit_status import ExitStatus
 from experiments.history import epoch_record, new_history
 from experiments.live import LiveLine
-from experiments.settings import DEVICES, Parser, Settings, folder_path
+from experiments.settings import DEVICES, Parser, Settings, folder_path, whole_number
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import TrainingStep, make_optimizer, measure_accuracy
 from resnet import BasicBlock, ResNet, resnet20, resnet110
@@ -58,8 +66,10 @@ Say = Callable[[str], None]
 
 def main() -> int:
     parser = Parser(description="Measure the speed of the training step and of an epoch.", allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=5, help="times each pair is measured (default: 5)")
-    parser.add_argument("--steps", type=int, default=6, help="steps a measurement (default: 6)")
+    parser.add_argument(
+        "--rounds", type=whole_number, default=5, help="times each pair is measured (default: 5)"
+    )
+    parser.add_argument("--steps", type=whole_number, default=6, help="steps a measurement (default: 6)")
     parser.add_argument("--data-dir", type=folder_path, default=Path("data"), help="CIFAR-10, if it is there")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as for experiments.debug_run")
     parser.add_argument(

@@ -39,6 +39,7 @@ import torch
 
 from experiments import report
 from experiments.checkpoint import (
+    checkpoint_path,
     checkpoint_paths,
     find_checkpoint,
     resume,
@@ -59,7 +60,7 @@ from experiments.draws import seed_draws
 from experiments.evaluator import Compression, Evaluator
 from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.expect import Subject
-from experiments.files import OutputError, archive_files, lock_folder, write_whole
+from experiments.files import OutputError, archive_files, lock_folder, refuse_folders, write_whole
 from experiments.finish import write_report
 from experiments.history import FAIL, Check, EpochRecord, History, epoch_record, new_history
 from experiments.ledger import Ledger
@@ -114,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = processes.broadcast(parse_settings(arguments) if processes.first else None)
         if processes.first:
             held.enter_context(lock_folder(settings.output_dir, live.say))
+            refuse_folders(files_to_write(settings))
         checkpoint = find_checkpoint(settings, processes, live.say) if settings.resume else None
         device = prepare_device(settings, processes)
         live.launches_ahead = device.type != "cpu"
@@ -127,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
             evaluator = Evaluator(model)
         except ValueError as error:
             raise ValueError(
-                f"--model is {settings.model!r}, and {error}; expected a network that it can"
+                f"--model is {settings.model!r}, and {error}; expected another network"
             ) from error
         excluded = excluded_layers(settings, model, evaluator.dense)
         attach_weight_quantizers(model, excluded, make_quantizer, {})
@@ -278,6 +280,14 @@ def passes_preflight(subject: Subject, settings: Settings, live: LiveLine) -> bo
     if not passes and settings.preflight == "stop":
         live.say("           the run ends here; --preflight warn goes on all the same")
     return passes
+
+
+def files_to_write(settings: Settings) -> list[Path]:
+    """The files that the run may write; of the checkpoints those that are there already."""
+    folder = settings.output_dir
+    last = checkpoint_path(folder, settings.epochs).name
+    there = [p for p in checkpoint_paths(folder) if (len(p.name), p.name) <= (len(last), last)]
+    return [*there, *(folder / name for name in RESULTS)]
 
 
 def begin(settings: Settings, processes: Processes, live: LiveLine) -> None:

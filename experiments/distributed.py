@@ -65,6 +65,8 @@ class Processes:
 
 ALONE = Processes()
 TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # its variables
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+MOST = 65535  # the last port, and more than there are processes
 
 
 def _guarded(collective: Any, *arguments: Any) -> None:
@@ -81,7 +83,7 @@ def join_processes() -> Processes:
     """Connect this process to the others that torchrun started; without torchrun, return `ALONE`.
 
     Raises: LostProcessError if the processes do not find each other; ValueError where only some of torchrun's
-        variables are there.
+        variables are there, or one is no number.
     """
     if not dist.is_torchelastic_launched():
         return ALONE
@@ -91,6 +93,14 @@ def join_processes() -> Processes:
             f"TORCHELASTIC_RUN_ID is set, as torchrun does, and {', '.join(missing)} is not; start with "
             f"torchrun, or unset it"
         )
+    for name in NUMBERS:
+        value = os.environ.get(name, "1")
+        least, most = int("SIZE" in name), int(os.environ["WORLD_SIZE"]) - 1 if name == "RANK" else MOST
+        if not re.fullmatch(r"[0-9]{1,9}", value) or not least <= int(value) <= most:
+            raise ValueError(
+                f"{name} is {value!r}; expected a whole number from {least} to {most}, as torchrun sets it; "
+                f"start with torchrun, or unset TORCHELASTIC_RUN_ID"
+            )
     # The default argument of these functions is the process group that there is when they are imported, and
     # torch's optimizers import them. Imported before, they do not hold it: threads of a group that outlives
     # Python end the process by abort().

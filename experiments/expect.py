@@ -83,6 +83,7 @@ class Subject:
     one_epoch: Callable[..., Any]  # the run's own
     arguments: list[str]  # of the command line
     resumed: bool
+    threads: int = field(default_factory=torch.get_num_threads)  # of the run; the checks may take fewer
     traces: dict[bool, Any] = field(default_factory=dict)  # training steps looked at, see preflight_step.py
 
     @property

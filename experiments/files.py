@@ -151,6 +151,19 @@ def lock_folder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             os.close(lock)
 
 
+def refuse_folders(paths: Iterable[Path]) -> None:
+    """Raises: OutputError naming the first of these paths where something else than a file stands.
+
+    A file cannot be written in the place of a folder, and a link that leads nowhere would be lost.
+    """
+    for path in paths:
+        if os.path.lexists(path) and not path.is_file():
+            raise OutputError(
+                f"{path} is no file, and one is to be written there; move it away or name another "
+                f"--output-dir"
+            )
+
+
 def missing_folders(folder: Path) -> list[Path]:
     """List the folder and its parents that do not exist yet, the innermost first."""
     return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]

@@ -1,8 +1,11 @@
 """The end of a run: final metrics, pictures, the compressed network, the verdict, and the files of it all."""
 
+import base64
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,13 @@ from experiments.data import Dataset, TestBatches
 from experiments.distributed import use_local_batch_norms
 from experiments.evaluator import Compression
 from experiments.exit_status import EXIT_FAILED
-from experiments.files import OutputError, write_json, write_whole
+from experiments.files import OutputError, archive_files, write_json, write_whole
 from experiments.history import FAIL, Check, CompressedRecord, History, final_counts, judge
 from experiments.live import LiveLine
 from experiments.page import report_page
 from experiments.rehearsal import rehearse_verifying
 from experiments.retest import retest
-from experiments.settings import Settings
+from experiments.settings import FORMATS, Settings
 from experiments.verdict import verdict
 from src.encoding import PackingError
 from utils_quantization import without_quantizers
@@ -40,7 +43,8 @@ def write_report(
     live: LiveLine,
 ) -> int:
     """The final metrics, the pictures, the compressed network, the verdict, history.json; the exit status."""
-    path, errors = settings.output_dir / "history.json", list[OutputError]()
+    folder, errors = settings.output_dir, list[OutputError]()
+    path, table, page = (folder / name for name in ("history.json", report.CSV, report.PAGE))
     if not history.epochs:
         write_json(path, history.to_json())
         live.say("no epoch was finished, so there is nothing to draw")
@@ -50,6 +54,9 @@ def write_report(
     # The history is small and all else can be made from it, so it is written first. A file that cannot be
     # written ends nothing.
     keep(errors, write_json, path, history.to_json())
+    # Each epoch writes its row, but a resumed run may have had none left to train, and lack the last row.
+    if history.resumed and history.resumed[-1].after_epoch == len(history.epochs):
+        keep(errors, write_whole, table, report.metrics_csv(history).encode())
     compressed = None
     # A stopped run holds the weights of a half-finished epoch: do not test or export those.
     if not history.stopped:
@@ -59,35 +66,45 @@ def write_report(
         compressed = compress(settings, history, model, compression, dataset, live, errors)
     if settings.rehearse and history.compressed:
         live.say("\n--- The Packed File, as experiments.verify Sees It ---")
-        history.rehearsal.append(rehearse_verifying(history, dataset, settings.output_dir, live.say))
+        history.rehearsal.append(rehearse_verifying(history, dataset, folder, live.say))
     from experiments.plots import figures, rendered  # matplotlib takes half a second to import
 
     live.progress("drawing the pictures")
     drawn = figures(history, report.picture_title(history, settings))
     shown = {name: rendered(figure) for name, figure in drawn.items()}
     kind = settings.figure_format
-    pictures = [(settings.output_dir / name).with_suffix(f".{kind}") for name in drawn]
-    for picture, (name, figure) in zip(pictures, drawn.items(), strict=True):
-        keep(errors, write_whole, picture, shown[name] if kind == "png" else rendered(figure, kind))
+    contents = {
+        _picture(folder, name, kind): shown[name] if kind == "png" else rendered(figure, kind)
+        for name, figure in drawn.items()
+    }
+    # A run that was stopped and is resumed with another --figure-format has left pictures of fewer epochs.
+    stale = [_picture(folder, name, other) for name in drawn for other in FORMATS if other != kind]
+    keep(errors, _move_aside, folder, stale, live)
+    for picture, content in contents.items():
+        keep(errors, write_whole, picture, content)
+
+    def write_page(checks: list[Check]) -> None:
+        text = report_page(history, settings, checks, shown)
+        keep(errors, write_whole, page, text.encode(errors="backslashreplace"))  # a path may be no UTF-8
+
     history.verdict = [
-        *verdict(history, compression.count, model, pictures, compressed),
-        *([] if history.stopped else [checkpoint_is_the_runs(settings.output_dir, history, model)]),
+        *verdict(history, compression.count, model, list(contents), compressed),
+        *([] if history.stopped else [checkpoint_is_the_runs(folder, history, model)]),
         *history.rehearsal,
     ]
+    write_page(history.verdict)  # once more below, with the line of the check that reads it
     keep(errors, write_json, path, history.to_json())
-    checks = [*history.verdict, files_are_the_runs(settings.output_dir, history, model)]
+    checks = [*history.verdict, files_are_the_runs(folder, history, model, contents, shown)]
+    write_page(checks)
     colour = live.on_terminal and "NO_COLOR" not in os.environ
-    page, table = settings.output_dir / report.PAGE, settings.output_dir / report.CSV
-    content = report_page(history, settings, checks, shown)
-    keep(errors, write_whole, page, content.encode(errors="backslashreplace"))  # a path may be no UTF-8
     live.say(report.verdict_lines(checks, colour))
-    made = [settings.output_dir / name for name in (PACKED, SLIM)] if history.compressed else []
-    live.say(report.file_lines([p for p in (*pictures, path, table, page, *made) if p.exists()]))
+    made = [folder / name for name in (PACKED, SLIM)] if history.compressed else []
+    live.say(report.file_lines([p for p in (*contents, path, table, page, *made) if p.is_file()]))
     found = [*history.preflight, *checks]
     last = report.run_line(history, settings, checks)
     live.say("\n".join(["", *report.failed_lines(found, colour), last]))
     if errors:
-        raise OutputError("; ".join(map(str, errors)))
+        raise OutputError("; ".join(dict.fromkeys(map(str, errors))))  # some files are written twice
     return EXIT_FAILED if any(check.status == FAIL for check in found) else 0
 
 
@@ -99,27 +116,63 @@ def keep(errors: list[OutputError], write: Callable[..., object], *arguments: An
         errors.append(error)
 
 
-def files_are_the_runs(folder: Path, history: History, model: nn.Module) -> Check:
-    """Whether history.json and metrics.csv hold what was printed, and sizes are the files' and tensors'."""
+def _picture(folder: Path, name: str, kind: str) -> Path:
+    return (folder / name).with_suffix(f".{kind}")
+
+
+def _move_aside(folder: Path, pictures: list[Path], live: LiveLine) -> None:
+    if aside := archive_files(folder, pictures):
+        live.say(f"\nEarlier:   the pictures in another format were moved to {aside}")
+
+
+def files_are_the_runs(
+    folder: Path,
+    history: History,
+    model: nn.Module,
+    pictures: Mapping[Path, bytes],
+    shown: Mapping[str, bytes],
+) -> Check:
+    """Whether the files hold what was printed and drawn, and sizes are the files' and tensors'.
+
+    `pictures` are what was drawn, by the paths of their files, `shown` the pictures of the page, by their
+    names. The line that this check gives is not looked for in the page.
+    """
     name = "files hold the run"
     cause = "one could not be written, is not written at the end, or is another than was measured"
     try:
         kept = History.from_json(json.loads((folder / "history.json").read_text())).to_json()
-        rows = (folder / report.CSV).read_text()
+        rows, page = (folder / report.CSV).read_text(), (folder / report.PAGE).read_bytes()
+        other = [path.name for path, content in pictures.items() if path.read_bytes() != content]
     except (OSError, ValueError) as error:
         return judge(False, name, str(error), cause)
     wrong = [k for k, v in history.to_json().items() if json.dumps(kept[k]) != json.dumps(v)]
     wrong += [report.CSV] if rows != report.metrics_csv(history) else []
+    wrong += other + ([] if _page_shows(page, history.verdict, shown) else [report.PAGE])
     if made := history.compressed:
         sizes = {PACKED: made.packed_bytes, SLIM: made.slim_bytes}
-        found = {path.name: path.stat().st_size for path in folder.iterdir()}
-        wrong += [file for file, size in sizes.items() if found.get(file, 0) != size]
+        wrong += [file for file, size in sizes.items() if _size(folder / file) != size]
         tensors = without_quantizers(model).state_dict().values()
         bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         if not 0 <= made.float32_bytes - sum(bytes_of.values()) <= MOST_BESIDE * (len(tensors) + 1):
             wrong += ["the bytes in float32"]
-    measured = f"{', '.join(wrong)} differ" if wrong else f"{len(kept)} parts of history.json, {report.CSV}"
-    return judge(not wrong, name, measured, cause)
+    files = f"history.json, {report.CSV}, {report.PAGE}, {len(pictures)} pictures"
+    return judge(not wrong, name, f"{', '.join(wrong)} differ" if wrong else files, cause)
+
+
+def _page_shows(page: bytes, checks: list[Check], shown: Mapping[str, bytes]) -> bool:
+    """Whether the page has these checks under its verdict, and each picture under its own name."""
+    verdict = page.partition(b"<h2>Verdict</h2>")[2].partition(b"<h2>")[0]
+    rows = ((check.status, escape(check.name), escape(check.message)) for check in checks)
+    found = re.findall(rb'alt="([^"]*)" src="data:image/png;base64,([^"]*)"', page)
+    pictures = {name.decode(): base64.b64decode(content) for name, content in found}
+    return pictures == shown and all(
+        f">{'</td><td>'.join(row)}</td>".encode(errors="backslashreplace") in verdict for row in rows
+    )
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> Check:

@@ -6,6 +6,7 @@ alone.
 """
 
 import dataclasses
+import os
 import platform
 import subprocess
 import types
@@ -313,10 +314,12 @@ def commit_of_program() -> str | None:
     """The commit of this program, as git says it."""
     if not (ROOT / ".git").exists():  # git would take a repository around it
         return None
+    # Git hooks set GIT_DIR and others, by which git would answer for the hook's repository.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         said = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--match="],
-            capture_output=True, text=True, timeout=10, check=True,
+            capture_output=True, text=True, timeout=10, check=True, env=plain,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):  # no git here, or none that can read it
         return None

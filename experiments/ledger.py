@@ -27,7 +27,7 @@ from experiments.device import float64_device, in_float64, returning_freed_memor
 from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, LayerRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
-from experiments.watch import EpochWatch, Pass, State, Update, fingerprint, numbers, step_counts
+from experiments.watch import Drawn, EpochWatch, Pass, State, Update, fingerprint, numbers, step_counts
 from metrics import LayerCount, count_network
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
@@ -107,8 +107,7 @@ class Ledger:
         self.coefficient = float(self.step.coefficient)
         self.masked = self.settings.keep_dead and self.coefficient != 0
         self.bf16 = self.settings.precision == "bf16"
-        # What takes as long as steps do is looked at in the first three epochs and in every fourth.
-        self.thorough = self.epoch < 3 or self.epoch % 4 == 0
+        self.thorough = is_thorough(self.epoch, self.settings.epochs)
 
     def checks(self) -> list[Check]:
         """All that the epoch was held against, each PASS, FAIL or SKIP; every rank must call it."""
@@ -138,7 +137,7 @@ class Ledger:
     # Rates and the optimizer.
 
     def check_start(self) -> Check:
-        """The epoch begins with what the last one left; nothing is known of it in a process's first epoch."""
+        """The epoch begins with what the last one left; a resumed one with what the checkpoint holds."""
         name, wrong, begun = "begins where the last epoch ended", Wrong(), self.watch.begun()
         for part, then in self.watch.left.items():
             now = begun[part]
@@ -249,6 +248,7 @@ class Ledger:
         wrong.unless(not lost or self.may_skip, f"{step} leaves no gradient at {some(lost)}")
         counts = dict(zip(self.parameters, step_counts(update.steps), strict=True))
         rows = [_split(self.parameters, row) for row in (update.before, update.after, *update.moments)]
+        dead = self._dead_in(update.number)
         # Over what float32 may round, 1 - beta2 too: 1 and less is no difference.
         beta2, rounding = self.settings.beta2, 3e-5 + 1e-7 / (1 - self.settings.beta2)
         for chunk in self._chunks(gradients):
@@ -258,14 +258,15 @@ class Ledger:
             expected, _, second = reference.AdamW(rate, decay, BETA1, beta2).step(w, g, m, v, count)
             moved = (m.abs() + g.abs()) / ((second / (1 - beta2**count)).sqrt() + 1e-8)
             off = (after - expected).abs() / (rounding * rate * (1 + moved) + 5e-7 * w.abs() + 1e-12)
-            off = torch.where(self._may_be_masked(chunk, after), 0, off)
+            off = torch.where(self._may_be_masked(chunk, after, dead), 0, off)
             for n, times in chunk.largest(off).items():
                 wrong.unless(times <= 1, f"{step}: {n} is {times:.3g} times the rounding away")
 
     def check_step(self, failed: Sequence[str]) -> Check:
         """One step of a thorough epoch, on a copy of its network: the gradients that it left, and its logits.
 
-        They are others too where a check that `failed` has named the cause already.
+        Where all of it is this project's own the reference computes them too, which shares no code with the
+        step. They are others too where a check that `failed` has named the cause already.
         """
         name, drawn, wrong = "a step computed anew", self.batches.drawn, Wrong()
         left = {update.number: update.gradients for update in self.batches.updates}
@@ -278,22 +279,19 @@ class Ledger:
         if self.processes.count > 1 or self.may_skip:
             why = "of several ranks each has a part" if self.processes.count > 1 else "layers may be left out"
             return Check(SKIP, name, f"{why}, so that they are not known")
-        model, states, away = drawn.model, random_states(), 0.0
+        states, plain = random_states(), dict[str, Tensor]()
         with returning_freed_memory(self.step.device), kept_draws():
             # Before the step, so that its memory is free again when the step needs as much.
-            expected = self._reference_logits(model, drawn.images) if self.ours else None
-            with parametrize.cached():
-                with torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.bf16):
-                    logits = model(drawn.images)
-                if expected is not None:
-                    away = float((logits.detach() - expected).norm() / expected.norm())
-                loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
-                if self.coefficient:
-                    loss = loss + self.coefficient * self.step.penalty(model)
-            loss.backward()
+            expected = None
+            if self.known:
+                expected, plain = self._plain_step(drawn)
+            elif self.ours:
+                expected = self._plain_logits(drawn.model, drawn.images)
+            logits, copied = self._step_of_the_copy(drawn)
             random = drawn_since(states)
         if random:
             return Check(SKIP, name, "the network draws random numbers, so that they are not known")
+        away = 0.0 if expected is None else float((logits - expected).norm() / expected.norm())
         limit = 0.1 if self.bf16 else 0.001  # rounding in bf16 is the larger for each layer
         wrong.unless(away <= limit, f"the network's logits are {away:.2g} (relative) away in training mode")
         if wrong:
@@ -302,29 +300,70 @@ class Ledger:
                 "images, or in the precision that trains"
             )
             return _judge(wrong, name, "", cause)
-        pairs = [(g, model.get_parameter(n).grad) for n, g in left[drawn.number].items()]
-        pairs = [(found, torch.zeros_like(found) if due is None else due) for found, due in pairs]
-        sizes = numbers([due.norm() for _, due in pairs])
-        off = numbers([(found - due).norm() for found, due in pairs])
-        # Where a sum of large numbers is nearly nothing, rounding is measured by what the others are.
-        least = max(1e-3 * max(sizes, default=0.0), 1e-30)
-        limit = 0.1 if self.bf16 else 0.01
-        shares = [distance / max(size, least) for size, distance in zip(sizes, off, strict=True)]
-        for n, share in zip(left[drawn.number], shares, strict=True):
-            wrong.unless(share <= limit, f"step {drawn.number + 1}: {n} is {share:.2g} (relative) away")
+        found = left[drawn.number]
+        shares = _shares(found, copied)
+        for n, share in shares.items():
+            holds = share <= (0.1 if self.bf16 else 0.01)
+            wrong.unless(holds, f"step {drawn.number + 1}: {n} is {share:.2g} (relative) away")
+        if wrong:
+            cause = (
+                "gradients that are kept from step to step, clipped, scaled or cleared, images that count "
+                "otherwise than the mean, a penalty that is left out of some steps, or stale quantized "
+                "weights, cached across steps"
+            )
+            return _judge(wrong, name, "", cause)
+        for n, share in (_shares(found, plain) if plain else {}).items():
+            # A ReLU at the edge opens or not by rounding, so that gradients agree to few digits.
+            wrong.unless(share <= 0.25, f"step {drawn.number + 1}: {n} is {share:.2g} (relative) away")
         cause = (
-            "gradients that are kept from step to step, clipped, scaled or cleared, images that count "
-            "otherwise than the mean, a penalty that is left out of some steps, or stale quantized weights, "
-            "cached across steps"
+            "a backward pass that is not its formula's, of the quantizer, the penalty or a layer, in the "
+            "precision that trains, for so many images, or after so many steps"
         )
-        held = f"step {drawn.number + 1}: gradients to {max(shares, default=0):.0e}, logits to {away:.0e}"
+        held = f"step {drawn.number + 1}: gradients to {max(shares.values()):.0e}, logits to {away:.0e}"
         return _judge(wrong, name, held, cause)
 
+    @property
+    def known(self) -> bool:
+        """Whether the formulas of all that a step computes are known, and float32 leaves digits enough."""
+        ours = all(type(q) is DeadZoneLDZCompander for q in quantizers(self.model).values())
+        ours = ours and getattr(self.step.penalty, "__module__", "") == "experiments.sparsity"
+        return self.ours and ours and self.settings.precision == "float32"
+
+    def _plain_step(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits and the gradients of a step, by the reference throughout."""
+        model: Any = drawn.model
+        stored = {n: layer.parametrizations.weight.original for n, layer in _quantized(model).items()}
+        weights = {n: layer.weight for n, layer in layers_of(model).items() if n not in stored}
+        for n, quantizer in quantizers(model).items():
+            weights[n] = reference.quantize(stored[n], _learned_bits(quantizer), quantizer.logit_dz)
+        values = dict(model.named_parameters()) | dict(model.named_buffers())
+        logits = reference.Network(values, weights, len(model.layer1), keeps=False)(drawn.images)
+        loss = reference.cross_entropy(logits, drawn.labels)
+        if self.coefficient:
+            of = stored if self.settings.penalty_on == STORED else weights
+            penalised = {n: of[n] for n in stored if re.fullmatch(BLOCK_CONVOLUTION, n)}
+            loss = loss + self.coefficient * self._reference_penalty(penalised)
+        return logits.detach(), _gradients(model, loss)
+
+    def _step_of_the_copy(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits and the gradients of a step, by a copy of its network and by the run's penalty."""
+        with parametrize.cached():
+            with torch.autocast(self.step.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = drawn.model(drawn.images)
+            loss = nn.functional.cross_entropy(logits.float(), drawn.labels)
+            if self.coefficient:
+                loss = loss + self.coefficient * self.step.penalty(drawn.model)
+        return logits.detach(), _gradients(drawn.model, loss)
+
     @torch.no_grad()
-    def _reference_logits(self, model: Any, images: Tensor) -> Tensor:
+    def _plain_logits(self, model: Any, images: Tensor) -> Tensor:
         """The logits of the network written a second time, with the same weights, in training mode."""
         weights = {n: layer.weight for n, layer in layers_of(model).items()}
         return reference.Network(model.state_dict(), weights, len(model.layer1), keeps=False)(images)
+
+    def _reference_penalty(self, weights: dict[str, Tensor]) -> Tensor:
+        blocks = len(self.model.layer1)  # type: ignore[arg-type]
+        return reference.penalty(weights, blocks, self.settings.group_weights == MACS)
 
     def check_weights(self) -> Check:
         """What the layers compute with, in one step and in the test pass, by the quantizer's formula."""
@@ -561,6 +600,10 @@ class Ledger:
             self.processes.count > 1 or not self.ours or seen_images == sizes,
             f"they were of {sum(seen_images):,} images, expected {sum(sizes):,}",
         )
+        if self.our_batches and len(passes) == due:
+            _, shards = self._expected_labels(self._draws[0])
+            places = [place for shard in shards[:due] if shard for place in (shard[0], shard[-1])]
+            self._compare_images(passes, self._expected_images(places), wrong)
         for n, seen in self.watch.seen_by.items():
             if not due or len(seen) != due or self.processes.count > 1:
                 continue
@@ -572,7 +615,8 @@ class Ledger:
             wrong.unless(off <= 1e-2, f"{n} is {off:.3g} (relative) from the mean over these batches")
         cause = (
             "batch norm statistics are not renewed as --batch-norm-batches asks: another number of batches, "
-            "a moving average in place of the mean, a momentum not put back, evaluation mode, no quantization"
+            "other images than the epoch's first, a moving average in place of the mean, a momentum not put "
+            "back, evaluation mode, no quantization"
         )
         return _judge(wrong, name, f"of {due} batches" if due else "running averages", cause)
 
@@ -583,6 +627,11 @@ class Ledger:
             wrong.unless(self._in_mode(p, False), "it ran with modules in training mode")
             wrong.unless(p.quantized, "it ran with quantizers switched off")
             wrong.unless(not p.gradients, "it recorded gradients")
+        if type(batches := self.pipeline.test_batches) is TestBatches and passes:
+            ends = itertools.accumulate((len(p.logits) for p in passes), initial=0)
+            places = [place for a, b in itertools.pairwise(ends) if b > a for place in (a, b - 1)]
+            if max(places, default=-1) < len(batches.labels):
+                self._compare_images(passes, _normalised(batches.images[places].cpu()), wrong)
         if not torch.equal(self.after.values, self.end.values):
             left, found = (_split(self.parameters, state.values) for state in (self.after, self.end))
             moved = [n for n in left if not torch.equal(left[n], found[n])]
@@ -599,13 +648,21 @@ class Ledger:
             limit = 5e-2 if self.bf16 else 1e-2
             wrong.unless(off <= limit, f"the weights as counted give logits {off:.3g} (relative) away")
         cause = (
-            "the test pass in training mode (eval() missing), with quantizers off or with weights other than "
-            "those counted, or code between training and the row that writes into the network"
+            "the test pass in training mode (eval() missing), with quantizers off, on other images than the "
+            "test set's, or with weights other than those counted, or code between training and the row that "
+            "writes into the network"
         )
         return _judge(wrong, name, "evaluation mode, nothing changed", cause)
 
     def check_accuracy(self) -> Check:
         name, wrong, labels = "accuracy", Wrong(), self.pipeline.test_batches.labels
+        if not torch.equal(now := fingerprint(self.pipeline.test_batches), self.watch.test_data):
+            changed = int((now != self.watch.test_data).sum())
+            wrong.append(f"{changed:,} of the stored test images, or their labels, have been changed")
+            cause = (
+                "something writes into the test set: its labels or images are altered where they are tested"
+            )
+            return _judge(wrong, name, "", cause)
         logits = [p.logits for p in self.passes["test"]]
         here = torch.zeros(3, dtype=torch.long)
         here[0], here[1] = len(labels), sum(len(x) for x in logits)
@@ -828,10 +885,16 @@ class Ledger:
         pixels = self.pipeline.train_batches.pixels.view(-1, PADDED, PADDED, 3)
         padded, side = pixels[order.to(pixels.device)].cpu(), torch.arange(reference.SIDE)
         rows, columns = down[:, None, None] + side[:, None], right[:, None, None] + side
-        images = padded[torch.arange(len(places))[:, None, None], rows, columns].float()
-        images = torch.where(flips[:, None, None, None] == 1, images.flip(2), images)
-        images = (images / 255 - torch.tensor(reference.MEAN)) / torch.tensor(reference.STD)
-        return images.permute(0, 3, 1, 2)
+        images = padded[torch.arange(len(places))[:, None, None], rows, columns]
+        return _normalised(torch.where(flips[:, None, None, None] == 1, images.flip(2), images))
+
+    @staticmethod
+    def _compare_images(passes: Sequence[Pass], due: Tensor, wrong: Wrong) -> None:
+        """The first and last image of each pass against what they should be."""
+        seen = [image.cpu().float() for p in passes for image in p.images]
+        if len(seen) == len(due) and seen:
+            off = int(((torch.stack(seen) - due).abs().flatten(1).amax(1) > 1e-3).sum())
+            wrong.unless(not off, f"{off} of {len(seen)} images looked at are not those that were due")
 
     def _other_order(self, labels: Tensor, expected: Tensor) -> str:
         for epoch in (0, self.epoch - 1, self.epoch + 1):
@@ -865,8 +928,7 @@ class Ledger:
         chosen = {
             n: w.detach().cpu().double() for n, w in weights.items() if re.fullmatch(BLOCK_CONVOLUTION, n)
         }
-        blocks = len(self.model.layer1)  # type: ignore[arg-type]
-        return float(reference.penalty(chosen, blocks, self.settings.group_weights == MACS))
+        return float(self._reference_penalty(chosen))
 
     def _chunks(self, names: Iterable[str]) -> Iterator[Chunk]:
         """These trained parameters, some at a time, so that a large network takes no more memory."""
@@ -881,13 +943,27 @@ class Ledger:
         if sizes:
             yield Chunk(sizes, float64_device(self.step.device))
 
-    def _may_be_masked(self, chunk: Chunk, values: Tensor) -> Tensor:
-        """Which values of parameters may have been set to zero, (n,): those in slices of zeros."""
+    def _dead_in(self, step: int) -> dict[str, Tensor]:
+        """Of a step, which quantized weights were zero before it, by layer name; of most it is not known."""
+        drawn = self.batches.drawn
+        weights = self.weights_before if step == 0 else {}
+        if drawn and step == drawn.number:
+            weights = {
+                n: layer.parametrizations.weight().detach() for n, layer in _quantized(drawn.model).items()
+            }
+        return {f"{name}.parametrizations.weight.original": w == 0 for name, w in weights.items()}
+
+    def _may_be_masked(self, chunk: Chunk, values: Tensor, dead: Mapping[str, Tensor] = {}) -> Tensor:
+        """Which values of parameters may have been set to zero, (n,): those in slices of zeros.
+
+        `dead` is where the quantized weights were zero already, of the parameters of which that is known.
+        """
         zero = (values == 0) & self.masked
         for name, part in chunk.split(zero).items() if self.masked else ():
             shape = self.parameters[name].shape
             if len(shape) == 4 and part.numel() == shape.numel():
                 w = part.view(shape)  # of the same memory
+                w &= dead.get(name, w)
                 filters, inputs = w.all((1, 2, 3), keepdim=True), w.all((0, 2, 3), keepdim=True)
                 w.copy_(filters | inputs)
         return zero
@@ -941,6 +1017,11 @@ class Ledger:
         ]
 
 
+def is_thorough(epoch: int, epochs: int) -> bool:
+    """Whether an epoch (from 0) is one of those in which what takes as long as steps do is looked at too."""
+    return epoch < 3 or epoch % 4 == 0 or epoch == epochs - 1
+
+
 def adamw_reach(beta1: float, beta2: float, before: int, steps: int) -> float:
     """How far AdamW can move a number in `steps` steps after `before` others, in learning rates; no decay.
 
@@ -972,6 +1053,52 @@ def _bits(quantizer: Any) -> float:
     if not quantizer.learnable_bit:
         return float(quantizer.fixed_bit_val)
     return 2 + (quantizer.max_bits - 2) * abs(math.tanh(quantizer.logit_bit.item()))
+
+
+def _learned_bits(quantizer: Any) -> Tensor:
+    """The learned bit-width of a quantizer of ours from its logit, (1,), with a gradient to it."""
+    if not quantizer.learnable_bit:
+        return torch.full_like(quantizer.logit_bit, quantizer.fixed_bit_val)
+    return 2 + (quantizer.max_bits - 2) * quantizer.logit_bit.tanh().abs()
+
+
+def _quantized(model: nn.Module) -> dict[str, Any]:
+    return {name: model.get_submodule(name) for name in quantizers(model)}
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    """Images as a network gets them: (N, 32, 32, 3), grey levels from 0 to 255 -> (N, 3, 32, 32)."""
+    images = (pixels.float() / 255 - torch.tensor(reference.MEAN)) / torch.tensor(reference.STD)
+    return images.permute(0, 3, 1, 2)
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradients of a loss at a model's parameters; none is left there."""
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _shares(found: Mapping[str, Tensor], due: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far away each gradient is, relative to its own size.
+
+    That of a single number is a sum in which much cancels: relative to what is usual for its name.
+    """
+    wanted = {n: due[n] if n in due else torch.zeros_like(g) for n, g in found.items()}
+    sizes = numbers([g.norm() for g in wanted.values()])
+    off = numbers([(g - wanted[n]).norm() for n, g in found.items()])
+    # Where a sum of large numbers is nearly nothing, rounding is measured by what the others are.
+    least = max(1e-3 * max(sizes, default=0.0), 1e-30)
+    squares = defaultdict(list)
+    for n, size in zip(found, sizes, strict=True):
+        if found[n].numel() == 1:
+            squares[n.rpartition(".")[2]].append(size**2)
+    usual = {kind: math.sqrt(sum(of_all) / len(of_all)) for kind, of_all in squares.items()}
+    sizes = [
+        max(size, least, usual.get(n.rpartition(".")[2], 0.0)) for n, size in zip(found, sizes, strict=True)
+    ]
+    return {n: distance / size for n, size, distance in zip(found, sizes, off, strict=True)}
 
 
 def _judge(wrong: Wrong, name: str, held: str, cause: str) -> Check:

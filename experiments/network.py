@@ -20,7 +20,9 @@ from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.settings import Settings, check_model
 from experiments.user_code import RAISED, first_line, import_named
 from metrics import NetworkCount
+from src.encoding import PackingError
 from src.graph import only_looks, trace_network
+from src.packing import numbers_of
 from utils_quantization import layers_of
 
 SIZE = (3, 32, 32)  # of an image
@@ -67,6 +69,7 @@ def make_network(name: str, classes: int) -> nn.Module:
             module.register_forward_hook(lambda module, *_: ran.add(module))
     silent = _without_gradient(name, twin, _try(name, twin.train(), classes))
     _copied(name, twin)  # as the checks do, in the middle of training
+    _refuse_unpackable(name, network, twin)
     _try(name, twin.eval(), classes)
     for which in silent:
         if twin.get_submodule(which.rpartition(".")[0]) not in ran:  # no image passes it
@@ -83,6 +86,21 @@ def _copied(name: str, network: nn.Module) -> nn.Module:
         raise ValueError(
             f"--model is {name!r}, and copying it raises {type(error).__name__} ({first_line(error)}); "
             f"expected a network that copy.deepcopy copies, since the checks work on copies"
+        ) from error
+
+
+def _refuse_unpackable(name: str, network: nn.Module, trained: nn.Module) -> None:
+    """Raises: ValueError if the packed file cannot hold the network, or can no more once it was trained."""
+    try:
+        after = numbers_of(trained)
+        for which, before in numbers_of(network).items():
+            # One of them may: numbers that the first images set, and those that images of zeros leave.
+            if before.isnan().any() and after[which].isnan().any():
+                raise PackingError(f"{which} holds NaN")
+    except PackingError as error:
+        raise ValueError(
+            f"--model is {name!r}, which the packed file at the run's end cannot hold ({error}); expected "
+            "buffers of numbers that float32 holds exactly, or persistent=False where they are made anew"
         ) from error
 
 

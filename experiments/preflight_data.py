@@ -5,6 +5,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -164,14 +165,30 @@ def sets_are_disjoint(subject: Subject) -> str:
 
 
 def _stand_in_is_the_same_for_every_seed(subject: Subject) -> None:
+    seed = subject.pipeline.settings.seed
     with kept_draws():
-        torch.manual_seed(1 + subject.pipeline.settings.seed)
+        torch.manual_seed(1 + seed)
         again = next(data.synthetic_chunks())[: len(subject.dataset.train_images)]
+        # All of it takes more than a second, so the later parts are made of a hundredth of their images.
+        sizes = "SYNTHETIC_TRAIN", "SYNTHETIC_TEST", "_SYNTHETIC_CHUNK"
+        small = {name: getattr(data, name) // 100 for name in sizes}
+        made = []
+        for other in (seed, 1 + seed):
+            torch.manual_seed(other)
+            with mock.patch.multiple(data, **small):
+                made.append(torch.cat(list(data.synthetic_chunks())))
     off = (again.int() - subject.dataset.train_images[: len(again)].int()).abs().max().item()
     expect(
         off <= 1,  # rounding may differ with the number of threads
         f"the stand-in made again has other images, by up to {off} of 255 grey levels",
         "the stand-in depends on the seed, or its images were changed after it was made",
+    )
+    others = (made[0] != made[1]).flatten(1).any(1)
+    expect(
+        not others.any(),
+        f"with another seed {int(others.sum())} of {len(others)} images of a small stand-in are others, the "
+        f"first of them number {int(others.int().argmax()) + 1}",
+        "the stand-in depends on the seed",
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ from utils_quantization import quantized_layers, without_quantizers
 FULL_BITS = 32
 CHECKSUM_AT = 20  # in a packed file: behind 8 bytes of magic and three numbers of 4 bytes
 FREE = {"data_dir", "output_dir", "figure_format", "preflight", "rehearse"}  # settings that change no number
+FAR_FUTURE = 4e9  # a time in seconds since 1970
 IMAGES = 16  # in the steps around a checkpoint
 
 
@@ -83,7 +85,8 @@ def counts_are_the_networks(subject: Subject) -> str:
     count, by_torch = compression.count, count_by_torch(model)
     macs = in_layers(by_torch, count)
     for layer in count.layers:
-        if layer.name not in weights:  # a weight that is in no layer, as of torch's attention
+        # A weight that is in no layer, as of torch's attention, or that is used outside its own too.
+        if layer.name not in weights or layer.name in count.elsewhere:
             continue
         w, name = weights[layer.name], layer.name
         bits = int(quantizers[name].get_bitwidth()) if name in quantizers else FULL_BITS
@@ -352,8 +355,11 @@ def _falls_back(folder: Path, history: History, step: TrainingStep) -> None:
     cause = "which checkpoints are kept, their order, or their checksum (experiments/checkpoint.py)"
     kept = dataclasses.replace(history, epochs=[*history.epochs, history.epochs[-1]])
     save_checkpoint(folder, take_checkpoint(kept, step.model, step.optimizer))
-    paths, due = checkpoint_paths(folder), [checkpoint_path(folder, epochs) for epochs in (3, 2)]
-    measured = f"of three checkpoints {some([path.name for path in paths])} are kept, not the last two"
+    due = [checkpoint_path(folder, epochs) for epochs in (3, 2)]
+    if due[1].exists():  # a copy may have been written later than what it is older than
+        os.utime(due[1], (FAR_FUTURE, FAR_FUTURE))
+    paths = checkpoint_paths(folder)
+    measured = f"of three checkpoints {some([path.name for path in paths])} are left in this order"
     expect(paths == due, measured, cause)
     content = bytearray(due[0].read_bytes())
     content[len(content) // 2] ^= 1
@@ -367,16 +373,24 @@ def _refuses_other_settings(saved: dict[str, Any], settings: Settings) -> None:
     """A run does not go on with other settings than it began with, but for those that change no number."""
     taken = []
     for name in saved.keys() - FREE:
-        try:
-            check_settings(saved | {name: "another"}, settings)
-            taken.append(name)
-        except ValueError:
-            pass
+        for other in ("another", _nearest(saved[name])):
+            with contextlib.suppress(ValueError):
+                check_settings(saved | {name: other}, settings)
+                taken.append(name)
     expect(
         not taken,
         f"--resume goes on with another {some(sorted(map(flag, taken)))}",
         "a setting that the numbers depend on may change (MAY_CHANGE of experiments/checkpoint.py)",
     )
+
+
+def _nearest(value: Any) -> Any:
+    """The value of the same type that is nearest to a setting, as JSON has it, and another."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else math.nextafter(value, math.inf)
+    return 1 if value is None else value + type(value)("+")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from experiments.device import in_float64, without
 from experiments.draws import kept_draws, same_draws
 from experiments.expect import (
     EXACT,
+    PROBE_IMAGES,
     BrokenError,
     NotApplicableError,
     Subject,
@@ -38,6 +40,12 @@ MIN_BITS, MAX_BITS = 2, 8
 NORMAL = 3  # the kurtosis of a normal distribution
 REPEATS = 4  # passes that must give the same logits
 FLOAT32 = 3e-4  # of the largest logit: float32 stays closer on any device, TF32 does not
+ROUNDED = 1e-5  # of the largest gradient, where float32 sums nothing or terms of one sign
+ROUNDED_SUMS = 1e-3  # and where terms may cancel
+CANCELLED = 1e-3  # of the largest gradient of all, below which a layer's are of terms that cancel
+MOST_IMAGES = 128  # of a batch whose gradients are computed in float32
+OPEN = 6.0  # standard deviations by which a planted ReLU is open or shut
+SMALL_WEIGHTS = 1e-3  # a factor that makes weights so small that what is added to their squares shows
 # Logits beside the planted ones: 2 bits before and after rounding, 3, and all; dead zones from wide to none.
 FAR_LOGITS = tuple((bit, deadzone) for bit in (0.02, -0.15, 3.0) for deadzone in (0.1, -0.3, 3.0))
 SMALL = 100_000  # weights of a layer
@@ -461,12 +469,14 @@ def _compare_formula(name: str, quantizer: Any, w: Tensor, generator: torch.Gene
         EXACT,
     )
     gradients = _compare_gradients(name, quantizer, w, generator)
-    _compare_precisions(name, quantizer, w, found.detach())
+    _compare_precisions(name, quantizer, w, found.detach(), generator)
     return max(values, gradients)
 
 
-def _compare_precisions(name: str, quantizer: Any, w: Tensor, wanted: Tensor) -> None:
-    """A quantizer in float32, as it trains, with gradients and without, against its values in float64."""
+def _compare_precisions(
+    name: str, quantizer: Any, w: Tensor, wanted: Tensor, generator: torch.Generator
+) -> None:
+    """A quantizer in float32, as it trains, with gradients and without, against its formulas in float64."""
     single, leaf = copy.deepcopy(quantizer).float(), w.float().requires_grad_()
     found = single(leaf)
     with torch.no_grad():
@@ -474,11 +484,38 @@ def _compare_precisions(name: str, quantizer: Any, w: Tensor, wanted: Tensor) ->
     cause = "src/quantizer.py goes another way without gradients, as in the test pass"
     expect(torch.equal(found, again), f"{name}'s weights are others without gradients", cause)
     cause = "src/quantizer.py goes another way in float32"
-    off = int(((found.double() - wanted).abs() > 1e-4 * wanted.abs().max()).sum())
+    other = (found.double() - wanted).abs() > 1e-4 * wanted.abs().max()
+    off = int(other.sum())
     # One between two levels may be rounded to either.
     expect(off <= 2 + 1e-3 * w.numel(), f"{name}: {off} of {w.numel()} weights are others in float32", cause)
-    (gradient,) = torch.autograd.grad(found.sum(), leaf)
-    expect_close(gradient, (leaf != 0).float(), f"{name}'s gradient to its weights in float32", cause, 1e-6)
+    # What is rounded to another level has another derivative too, so no gradient is sent there.
+    g = torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device).float() * ~other
+    names = [n for n in ("logit_bit", "logit_dz") if getattr(single, n).requires_grad]
+    inputs = [leaf, *(getattr(single, n) for n in names)]
+    gradient, *to_logits = torch.autograd.grad(found, inputs, g, materialize_grads=True)
+    cause = "the quantizer's backward pass in float32: the gradient to {} (src/quantizer.py)"
+    alive, to = w != 0, "the stored weights"  # see `_compare_gradients`
+    measured = f"{name}: the gradient to {to} in float32"
+    expect_close(gradient * alive, g * alive, measured, cause.format(to), ROUNDED)
+    if not names:
+        return
+    derivatives = _derivatives(quantizer, w, [getattr(quantizer, n) for n in names])
+    # The finer the levels, the more of a place between two of them is rounded off.
+    tolerance = ROUNDED * (10 + float(quantizer.get_bitwidth().detach().exp2()) / 10)
+    for n, ours, derivative in zip(names, to_logits, derivatives, strict=True):
+        terms, to = g * derivative, f"the {'bit' if n == 'logit_bit' else 'dead-zone'} logit"
+        measured = f"{name}: the gradient to {to} in float32"
+        most = terms.abs().sum().item()  # the sum itself may be of terms that cancel
+        expect_close(ours, terms.sum().reshape(1), measured, cause.format(to), tolerance, most)
+
+
+def _derivatives(quantizer: Any, w: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
+    """The derivative of each quantized weight with respect to each of these logits, by the formula."""
+    # A gradient is linear in what arrives, and the factor of what arrives at a weight is its derivative.
+    arrives = torch.zeros_like(w, requires_grad=True)
+    quantized = reference.quantize(w, _learned_bits(quantizer), quantizer.logit_dz)
+    gradients = torch.autograd.grad(quantized, learned, arrives, create_graph=True)
+    return [torch.autograd.grad(g.sum(), arrives, retain_graph=True)[0] for g in gradients]
 
 
 def _learned_bits(quantizer: Any) -> Tensor:
@@ -563,23 +600,76 @@ def network_is_the_reference(subject: Subject) -> str:
         _compare_network_gradients(subject, model, (found, wanted), leaves, mode)
     if subject.pipeline.settings.precision == "float32":
         _compare_in_float32(subject)
-    return f"logits to {worst:.0e} in both modes, running statistics, gradients"
+    with without("allow_tf32"):
+        count = _compare_gradients_in_float32(subject)
+    return (
+        f"logits to {worst:.0e} in both modes, running statistics, gradients, those of {count} images in "
+        f"float32"
+    )
+
+
+def _as_it_trains(subject: Subject) -> Any:
+    """The model with planted numbers, in float32 and the run's layout, where the run trains."""
+    model = subject.float64_step().model.float().to(subject.step.device)  # MPS has no float64
+    if memory_layout(model, subject.step.device) == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    return model
 
 
 @torch.no_grad()
 def _compare_in_float32(subject: Subject) -> None:
     """The network in its own precision and layout, evaluation mode, against the reference in float64."""
-    model, device = subject.float64_step().model.float().eval(), subject.step.device
+    model, device = _as_it_trains(subject).eval(), subject.step.device
     images, _ = subject.probe
-    values = {n: v.double() for n, v in model.state_dict().items()}
-    wanted = reference.Network(values, {n: w.double() for n, w in used_weights(model).items()},
-                               subject.blocks, False)(images)  # fmt: skip
+    values = {n: in_float64(v) for n, v in model.state_dict().items()}
+    weights = {n: in_float64(w) for n, w in used_weights(model).items()}
+    wanted = reference.Network(values, weights, subject.blocks, False)(images)
     cause = "convolutions in a lower precision than --precision says (TF32, bf16), or another memory layout"
-    model.to(device)  # MPS has no float64, but its float32 is what trains
-    if memory_layout(model, device) == "channels_last":
-        model.to(memory_format=torch.channels_last)
     found = model(images.float().to(device)).to(images.device).double()
     expect_close(found, wanted, "logits in float32", cause, FLOAT32)
+
+
+def _compare_gradients_in_float32(subject: Subject) -> int:
+    """Gradients to the weights that a batch of the run's size computes with, in float32, training mode.
+
+    Returns: how many images; of each a corner, so that all have as many pixels as the few of the probe.
+    """
+    model = _as_it_trains(subject).train()
+    _open_or_shut(model)
+    images = subject.first_batch[0][:MOST_IMAGES]
+    side = next(s for s in (32, 16, 8) if len(images) * s * s <= PROBE_IMAGES * 32 * 32 or s == 8)
+    images = images[..., :side, :side]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    with parametrize.cached():
+        logits = model(images)
+        weights = {n: layer.weight for n, layer in layers.items()}
+    g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+    ours = torch.autograd.grad(logits, list(weights.values()), g.to(logits), materialize_grads=True)
+    values = {n: in_float64(v) for n, v in model.state_dict().items()}
+    leaves = {n: in_float64(w).detach().requires_grad_() for n, w in weights.items()}
+    wanted = reference.Network(values, leaves, subject.blocks)(in_float64(images))
+    due = torch.autograd.grad(wanted, list(leaves.values()), g.to(wanted))
+    largest = max(gradient.abs().max().item() for gradient in due)
+    cause = (
+        "the network's backward pass, in float32 or in a large batch: something detaches or scales a gradient"
+    )
+    for name, found, gradient in zip(weights, ours, due, strict=True):
+        what = f"the gradient to the weights of {name} in float32, in a batch of {len(images)} images,"
+        expect_close(in_float64(found), gradient, what, cause, ROUNDED_SUMS, CANCELLED * largest)
+    return len(images)
+
+
+@torch.no_grad()
+def _open_or_shut(model: nn.Module) -> None:
+    """Let every ReLU pass all positions of a channel or none, in place.
+
+    Near zero rounding would decide whether one passes, and a gradient be another one for no fault.
+    """
+    for number, (name, norm) in enumerate(model.named_modules()):
+        if isinstance(norm, _BatchNorm):
+            norm.bias.copy_(OPEN * norm.weight)
+            if name.endswith(".bn1"):  # of a block, whose shortcut stays open
+                norm.bias[number % 3 :: 3] *= -1
 
 
 def _watch_layers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -778,4 +868,33 @@ def penalty_is_the_group_lasso(subject: Subject) -> str:
     for name, due in zip(trained, expected, strict=True):
         ours = gradients.get(name, torch.zeros_like(due))
         expect_close(ours, due, f"the penalty's gradient to {name}", past, EXACT)
-    return f"{value.item():.4g} and its gradients to {len(gradients)} parameters"
+    _compare_penalty_in_float32(subject, list(leaves))
+    return f"{value.item():.4g} and its gradients to {len(gradients)} parameters, also in float32"
+
+
+def _compare_penalty_in_float32(subject: Subject, names: Sequence[str]) -> None:
+    """The penalty in float32, of weights so small that what is added to their squares shows."""
+    step, settings = subject.float64_step(runs=False), subject.pipeline.settings
+    model = step.model.float().to(subject.step.device)  # MPS has no float64
+    layers: dict[str, Any] = {n: model.get_submodule(n) for n in names}
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.parametrizations.weight.original.mul_(SMALL_WEIGHTS)
+    on_stored = settings.penalty_on == STORED
+    with parametrize.cached():
+        value = step.penalty(model)
+        weights = {
+            n: x.parametrizations.weight.original if on_stored else x.weight for n, x in layers.items()
+        }
+        found = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
+    leaves = {n: in_float64(w).detach().requires_grad_() for n, w in weights.items()}
+    wanted = reference.penalty(leaves, subject.blocks, settings.group_weights == MACS)
+    due = torch.autograd.grad(wanted, list(leaves.values()))
+    cause = (
+        "the penalty in float32 (experiments/sparsity.py): a part of it is detached or left out, or "
+        "something is added to a norm"
+    )
+    expect_close(in_float64(value), wanted.detach(), "the penalty in float32", cause, ROUNDED)
+    for name, ours, gradient in zip(names, found, due, strict=True):
+        what = f"the penalty's gradient to the weights of {name} in float32"
+        expect_close(in_float64(ours), gradient, what, cause, ROUNDED)

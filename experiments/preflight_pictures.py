@@ -1,26 +1,25 @@
 """Preflight check of the pictures: what is drawn of a small history is what that history says."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.expect import Subject, expect, shows
 from experiments.history import CompressedRecord, EpochRecord, FinalCounts, History, LayerRecord
-from metrics import LayerCount
+from metrics import LayerCount, NetworkCount
 from src.channels import ChannelState
 
 EPOCHS = 15, 1000  # at least and at most
 DELAY, RAMP = 1, 2
 COEFFICIENTS = (0.0, 0.0, 0.0005, 0.001, 0.001)  # what the delay and the ramp give, and then the last
 NULL, CONSTANT, ALIVE = ChannelState.NULL, ChannelState.CONSTANT, ChannelState.ALIVE
-# More channels than layers, and in each layer another number of every state.
-STATES = {
-    "layer1.0.conv1": (ALIVE, NULL, CONSTANT, NULL, CONSTANT, CONSTANT),
-    "layer2.0.conv1": (CONSTANT, ALIVE, ALIVE, ALIVE, NULL, NULL, ALIVE),
-    "layer3.0.conv2": (NULL, NULL, ALIVE, NULL, ALIVE, NULL, NULL, CONSTANT),
-}
+STATES = NULL, CONSTANT, ALIVE
+FEWEST_LAYERS = 3  # of a made-up history: fewer could not be mistaken for each other
+# Ratios small and large, of which no two are alike.
+RATIOS = 1.01, 1234.56, 7.89, 98765.43, 100.02, 2.5
 # A word of what the legends call a channel: by its state, and by None where there is no such channel.
 WORDS = {ALIVE: "alive", CONSTANT: "constant", NULL: "nothing", None: "padding"}
 
@@ -49,43 +48,61 @@ def pictures_show_the_history(subject: Subject) -> str:
     """Curves, bars, cells and legends, read off the figures before they are written, against the history."""
     from experiments.plots import figures  # not before it is needed: matplotlib takes half a second
 
-    history = small_history(subject.history)
+    history = small_history(subject.history, subject.pipeline.evaluator.dense)
     drawn = figures(history, "a small history")
     for picture, curves in CURVES.items():
         _compare_curves(picture, drawn[picture], history, curves)
-    layers = [layer for layer in history.final.layers if layer.name in STATES] if history.final else []
+    layers = [layer for layer in history.final.layers if layer.is_convolution] if history.final else []
     _compare_cells(drawn["channel_liveness.png"], layers)
     _compare_bars(drawn["per_layer_channels.png"], layers)
     _compare_times(drawn["channels_over_time.png"], history.epochs)
     return f"{len(drawn)} pictures of {len(history.epochs)} epochs"
 
 
-def small_history(history: History) -> History:
-    """The run's history with a few layers in which no two curves or rows are alike.
+def small_history(history: History, dense: NetworkCount) -> History:
+    """The run's history with made-up numbers, in which no two curves or rows are alike.
 
-    It has as many epochs as the run is to have, within `EPOCHS`: from some on a curve may be smoothed, or a
-    table cut.
+    It has as many epochs as the run is to have, within `EPOCHS`, and its network's convolutions with their
+    channels: from some number on a curve may be smoothed, or a table or picture cut.
     """
     epochs = min(max(EPOCHS[0], history.settings["epochs"]), EPOCHS[1])
+    widths = {layer.name: layer.filters for layer in dense.layers if layer.is_convolution}
+    widths |= {f"made.up.{i}": 6 + i for i in range(FEWEST_LAYERS - len(widths))}
     counts = [
         LayerCount(
-            name, True, bits=3 + i, learned_bits=3.25 + i, weights=90, zero_weights=11 + 7 * i,
-            filters=len(states), zero_filters=1 + i, states=tuple(map(int, states)),
-            dense_macs=9000 + 10 * i, structured_macs=5000 + i, unstructured_macs=3000 + i,
+            name, True, bits=3 + i % 13, learned_bits=3.25 + i % 13, weights=90_000,
+            zero_weights=1100 + 710 * (i % 120), filters=width, zero_filters=(1 + i) % (width + 1),
+            states=_states(i, width), dense_macs=9000 + 10 * i, structured_macs=5000 + i,
+            unstructured_macs=3000 + i,
         )
-        for i, (name, states) in enumerate(STATES.items())
+        for i, (name, width) in enumerate(widths.items())
     ]  # fmt: skip
     linear = LayerCount("linear", False, 32, 32.0, 90, 0, 9, 0, (int(ALIVE),) * 9, 90, 80, 70, False)
-    # Of all ratios no two are alike; some have more digits than others.
     numbers: dict[str, Any] = {f.name: 1.37 + 7.11 * i for i, f in enumerate(dataclasses.fields(FinalCounts))}
+    ratios = dict(zip(ratio_names(), RATIOS, strict=True))
+    layers = [_layers(epoch, widths) for epoch in range(1, len(COEFFICIENTS) + 1)]
     return dataclasses.replace(
         history,
         settings=history.settings
         | {"sparsity_delay": float(DELAY), "sparsity_ramp": float(RAMP), "sparsity_weight": 1e-3},
-        epochs=[_record(epoch) for epoch in range(1, epochs + 1)],
-        final=FinalCounts(**(numbers | {"totals": {"dense_macs": 27_120}, "layers": [*counts, linear]})),
+        epochs=[_record(epoch, layers[(epoch - 1) % len(layers)]) for epoch in range(1, epochs + 1)],
+        final=FinalCounts(
+            **(numbers | ratios | {"totals": {"dense_macs": 27_120}, "layers": [*counts, linear]})
+        ),
         compressed=_compressed(),
     )
+
+
+def ratio_names() -> list[str]:
+    """The ratios among the final counts, and the ceilings of ratios."""
+    return [f.name for f in dataclasses.fields(FinalCounts) if f.name.endswith(("_ratio", "_ceiling"))]
+
+
+def _states(number: int, width: int) -> tuple[int, ...]:
+    """The states of a layer's channels, in an order and with shares of its own."""
+    dice = random.Random(number)
+    living = 1 + number % 5  # as likely as both others together, or up to five times
+    return tuple(int(dice.choices(STATES, (1, 1, living))[0]) for _ in range(width))
 
 
 def _compressed() -> CompressedRecord:
@@ -99,17 +116,23 @@ def _compressed() -> CompressedRecord:
     return CompressedRecord(**numbers, packed_settings={}, packed_metrics={}, latency_seconds=latency)
 
 
-def _record(number: int) -> EpochRecord:
+def _layers(epoch: int, widths: Mapping[str, int]) -> dict[str, LayerRecord]:
+    """A record a layer; in each another share of the channels is alive, and in another epoch as well."""
+    layers = {}
+    for i, (name, width) in enumerate(widths.items()):
+        alive = 1 + (width - 1 - (epoch + i) // 2) % width
+        layers[name] = LayerRecord(
+            parameters={}, gradients={}, learned_bits=7.5 - epoch - i / 4, bits=7 - epoch, weights=90_000,
+            zero_weights=10 * epoch + i, filters=width, zero_filters=epoch // 3,
+            alive_channels=alive, constant_channels=0, null_channels=width - alive,
+        )  # fmt: skip
+    return layers
+
+
+def _record(number: int, layers: dict[str, LayerRecord]) -> EpochRecord:
     """The record of this epoch, from 1; the numbers of a long run come again and again, but for a swing."""
     epoch = (number - 1) % len(COEFFICIENTS) + 1
-    layers, swing = {}, 0.06 * (-1) ** number  # no series only rises or only falls
-    for i, (name, states) in enumerate(STATES.items()):
-        alive = len(states) - (epoch + i) // 2
-        layers[name] = LayerRecord(
-            parameters={}, gradients={}, learned_bits=7.5 - epoch - i / 4, bits=7 - epoch, weights=90,
-            zero_weights=10 * epoch + i, filters=len(states), zero_filters=epoch // 3,
-            alive_channels=alive, constant_channels=0, null_channels=len(states) - alive,
-        )  # fmt: skip
+    swing = 0.06 * (-1) ** number  # no series only rises or only falls
     return EpochRecord(
         epoch=number,
         loss=3.1 - 0.17 * epoch + 4 * swing,
@@ -212,18 +235,18 @@ def _compare_cells(figure: Any, layers: Sequence[LayerCount]) -> None:
 
 def _compare_bars(figure: Any, layers: Sequence[LayerCount]) -> None:
     picture, (axes, *_) = "per_layer_channels.png", figure.axes
+    nothing = (0, 0, 0, 0)
+    bars = [(b.get_x(), b.get_x() + b.get_width(), b.get_y(), b.get_height(), b.get_facecolor())
+            for b in axes.patches]  # fmt: skip
     for place, layer in enumerate(layers):
-        column = [
-            next(
-                (bar.get_facecolor() for bar in reversed(axes.patches)
-                 if bar.get_x() < place < bar.get_x() + bar.get_width()
-                 and bar.get_y() < height + 0.5 < bar.get_y() + bar.get_height()),
-                (0, 0, 0, 0),
-            )
-            for height in range(layer.filters + 1)
-        ]  # fmt: skip
+        column: list[Any] = [nothing] * (layer.filters + 1)
+        for left, right, bottom, height, colour in bars:
+            if left < place < right:
+                for cell in range(len(column)):
+                    if bottom < cell + 0.5 < bottom + height:
+                        column[cell] = colour
         states = sorted(map(ChannelState, layer.states), reverse=True)  # the living at the bottom
-        wanted = [*_colours(figure, [states])[0], (0, 0, 0, 0)]
+        wanted = [*_colours(figure, [states])[0], nothing]
         _expect_equal(column, wanted, f"{picture}: the bar of {layer.name}", "another layer or state")
     _expect_names(picture, axes.xaxis, [layer.name for layer in layers])
     texts = {text.get_position()[0]: text.get_text() for text in axes.texts}
@@ -240,15 +263,15 @@ def _compare_bars(figure: Any, layers: Sequence[LayerCount]) -> None:
 def _compare_times(figure: Any, records: Sequence[EpochRecord]) -> None:
     picture, (axes, *_) = "channels_over_time.png", figure.axes
     (image,) = axes.get_images()
+    last = records[-1].layers
     shares = [
-        [100 * r.layers[name].alive_channels / r.layers[name].filters for r in records] for name in STATES
+        [100 * r.layers[name].alive_channels / r.layers[name].filters for r in records] for name in last
     ]
     _expect_equal(image.get_array(), shares, f"{picture}: the cells", "another column, layer or epoch")
-    extent = [records[0].epoch - 0.5, records[-1].epoch + 0.5, len(STATES) - 0.5, -0.5]
+    extent = [records[0].epoch - 0.5, records[-1].epoch + 0.5, len(last) - 0.5, -0.5]
     _expect_equal(image.get_extent(), extent, f"{picture}: the cells' places", "another epoch or layer")
     _expect_equal(image.get_clim(), [0, 100], f"{picture}: the range of colours", "another unit")
-    last = records[-1].layers
-    names = [f"{n} ({last[n].alive_channels}/{last[n].filters})" for n in STATES]
+    names = [f"{n} ({layer.alive_channels}/{layer.filters})" for n, layer in last.items()]
     _expect_names(picture, axes.yaxis, names)
     began = next(r.epoch for r in records if r.coefficient) - 0.5
     _expect_equal(

@@ -2,14 +2,20 @@
 
 import csv
 import dataclasses
+import importlib
 import io
 import math
+import os
 import re
+import shlex
 import subprocess
+import sys
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,11 +31,12 @@ from experiments.history import (
     EpochRecord,
     FinalCounts,
     History,
+    judge,
     layer_records,
     some,
 )
 from experiments.page import report_page
-from experiments.preflight_pictures import small_history
+from experiments.preflight_pictures import ratio_names, small_history
 from experiments.settings import PRECISIONS, Settings
 from metrics import LayerCount
 from src.channels import ChannelState
@@ -41,16 +48,22 @@ def lines_show_the_history(subject: Subject) -> str:
     _compare_start(subject)
     if subject.own_network:
         _compare_signals(subject)
-    history = small_history(subject.history)
+    history = small_history(subject.history, subject.pipeline.evaluator.dense)
     for record in history.epochs:
         _compare_row(record)
-    _compare_run_line(history, subject.pipeline.settings)
+    _compare_preflight_line()
     _compare_layer_table(history)
     _compare_csv(history)
     _compare_first_lines(history, subject.pipeline.settings)
     assert history.final and history.compressed
-    _compare_metrics_text(history.final)
-    _compare_compressed_text(history.compressed)
+    # Each ratio is once small and once large.
+    ratios = {name: getattr(history.final, name) for name in ratio_names()}
+    turned: Any = dict(zip(ratios, [*ratios.values()][::-1], strict=True))
+    for final in (history.final, dataclasses.replace(history.final, **turned)):
+        _compare_metrics_text(final)
+        _compare_run_line(dataclasses.replace(history, final=final), subject.pipeline.settings)
+    for made in (history.compressed, dataclasses.replace(history.compressed, slim_macs=2, packed_bytes=3)):
+        _compare_compressed_text(made)
     _compare_page(history, subject.pipeline.settings)
     _stand_in_is_named(history, subject.pipeline.settings)
     return "the table, the final metrics, the last line, metrics.csv and report.html"
@@ -68,11 +81,29 @@ def _compare_start(subject: Subject) -> None:
         "full_precision": [name for name in others if name not in quantized],
         "precision": PRECISIONS[subject.pipeline.settings.precision],
         "processes": subject.step.processes.count,
+        "threads": subject.threads,
     }
     for name, value in due.items():
         noted = getattr(history, name)
         measured = f"{noted} is noted for {name}, the run has {value}"
         expect(noted == value, measured, "the record of the run's start (experiments/history.py)")
+    # Not before it is needed: matplotlib takes half a second. It comes with the settings of plots.py.
+    importlib.import_module("experiments.plots")
+    matplotlib: Any = sys.modules["matplotlib"]
+    of_modules = {m.__name__: m.__version__ for m in (torch, np, matplotlib)}
+    versions = {"python": ".".join(map(str, sys.version_info[:3])), **of_modules}
+    # What stands behind a plus names the build, which a module and its package may write differently.
+    odd = [n for n, v in versions.items() if history.versions.get(n, "").split("+")[0] != v.split("+")[0]]
+    expect(
+        not odd,
+        f"{some([f'{n} {history.versions.get(n)}, which is {versions[n]}' for n in odd])} is noted",
+        "the versions in the record of the run's start (experiments/history.py)",
+    )
+    expect(
+        history.origin.command == subject.arguments,
+        f"the command {shlex.join(history.origin.command)!r} is noted for {shlex.join(subject.arguments)!r}",
+        "the command in the record of the run's start (experiments/history.py)",
+    )
     commit, altered = _sources()
     expect(
         commit is None or history.origin.commit == commit + "-dirty" * altered,
@@ -99,10 +130,15 @@ def _sources() -> tuple[str | None, bool]:
     """The commit of these sources, and whether a file differs from it; None where git does not say it."""
     here = Path(__file__).parents[1]
 
+    # What git's own hooks export would name another repository.
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        said = subprocess.run(
+            ["git", "-C", str(here), *words],
+            capture_output=True, text=True, timeout=10, check=True, env=surroundings,
+        )  # fmt: skip
+        return said.stdout.strip()
 
     try:
         if not (here / ".git").exists():
@@ -152,6 +188,21 @@ def _compare_row(record: EpochRecord) -> None:
     due |= {"Unstr": 100 * record.unstructured_sparsity, "Struct": 100 * record.structured_sparsity}
     due |= {"Bits": record.learned_bits, "Time": record.seconds}
     _expect_shown("a row of the table", dict(zip(names, cells, strict=True)), due)
+
+
+def _compare_preflight_line() -> None:
+    """The line that ends the preflight: what holds, what fails, and what was skipped."""
+    cause = "the line that counts the preflight's checks (preflight_line of experiments/report.py)"
+    held, skipped, failed = ([Check(status, f"{status} {i}", "") for i in range(count)]
+                             for status, count in ((PASS, 5), (SKIP, 2), (FAIL, 3)))  # fmt: skip
+    names = f"(skipped: {', '.join(check.name for check in skipped)})"
+    for checks, said in (
+        (held, "5 checks hold"),
+        (held + skipped, f"5 checks hold, 7 s {names}"),
+        (held + skipped + failed, f"3 of 10 checks FAIL, 7 s {names}"),
+    ):
+        line = " ".join(report.preflight_line(checks, 7).split())
+        expect(line.startswith(f"Preflight: {said}"), f"{line!r} is said where {said!r} is so", cause)
 
 
 def _compare_run_line(history: History, settings: Settings) -> None:
@@ -217,7 +268,11 @@ def _compare_layer_table(history: History) -> None:
     said = {"zeros": zeros, "MACs left": left, "MACs": dense, "filters": filters.partition("/")[2]}
     said["alive"] = channels.partition("/")[0]
     _expect_shown("the row of the totals in the layers' table", said, summed)
-    for layer, row in zip(history.final.layers, rows, strict=True):
+    cause = "the layers' table (experiments/report.py)"
+    expect(
+        len(rows) == len(layers), f"the layers' table has {len(rows)} rows, of {len(layers)} layers", cause
+    )
+    for layer, row in zip(layers, rows, strict=True):
         name, bits, zeros, filters, channels, left, dense = row.split()
         said = {"bits": bits, "zeros": zeros, "MACs left": left, "MACs": dense}
         said |= dict(zip(("zero filters", "filters"), filters.split("/"), strict=True))
@@ -230,7 +285,8 @@ def _compare_layer_table(history: History) -> None:
             "MACs left": layer.structured_macs,
             "MACs": layer.dense_macs,
         }
-        expect(name == layer.name, f"{name!r} stands for {layer.name}", "the layers' table")
+        end = name.removeprefix("..")  # of a long name
+        expect(layer.name.endswith(end) and len(end) > 1, f"{name!r} stands for {layer.name}", cause)
         _expect_shown(f"the row of {layer.name} in the layers' table", said, due)
 
 
@@ -311,17 +367,34 @@ def _compare_compressed_text(made: CompressedRecord) -> None:
 
 
 def _compare_page(history: History, settings: Settings) -> None:
-    """report.html has the run's line, the rows of its table and every line of the verdict."""
+    """report.html has the run's line, its command, the rows of its tables and every check, whole."""
     assert history.final
-    checks = [Check(PASS, "one <check>", "holds"), Check(FAIL, "another", "fails. Likely cause: some")]
-    page = report_page(history, settings, checks, {})
+    long = " ".join(f"word{i}" for i in range(60))
+    checks = [
+        Check(PASS, "one <check>", long),
+        judge(False, f"another & {long}", f"less < {long}", f"some cause, {long}"),
+        Check(SKIP, "a third", f"waits for {long}"),
+    ]
+    preflight = [Check(PASS, "a first", "holds"), judge(False, "a second", long, f"another cause, {long}")]
+    page = report_page(dataclasses.replace(history, preflight=preflight), settings, checks, {})
     due = [report.run_line(history, settings, checks), *map(report.table_row, history.epochs)]
     due += report.layer_table(history.final.count).splitlines()
-    due += [text for check in checks for text in (check.name, check.message)]
+    due += [shlex.join(history.origin.command), *map(str, history.settings.values())]
     missing = [text for text in due if escape(text) not in page]
     measured = f"report.html lacks {len(missing)} of {len(due)} parts, {missing[:1]} first"
     expect(not missing, measured, "the page of the run (experiments/page.py)")
-    report.verdict_lines(checks)  # an error in it would come at a run's end
+    rows = re.findall(r"<tr><td class=\"\w+\">(\w+)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    texts = [(c.status, escape(c.name), escape(c.message)) for c in [*checks, *preflight]]
+    odd = [f"{said[:3]!r:.60}" for said, wanted in zip_longest(rows, texts, fillvalue=()) if said != wanted]
+    measured = f"{len(odd)} of {len(texts)} lines of verdict and preflight are others, {some(odd)}"
+    expect(not odd, measured, "the page of the run (experiments/page.py): its checks, or their causes")
+    shown = " ".join(report.verdict_lines(checks).split())
+    for check in (c for c in checks if c.status != PASS):
+        cause = f" Likely cause: {check.cause}" * bool(check.cause)
+        text = " ".join(f"{check.status} {check.name}: {check.measured}{cause}".split())
+        expect(
+            text in shown, f"{shown!r:.200} lacks {text!r:.80}", "the verdict's lines (experiments/report.py)"
+        )
 
 
 def _stand_in_is_named(history: History, settings: Settings) -> None:

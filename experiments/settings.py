@@ -9,7 +9,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments.live import refuse
+from experiments.live import ClosedOutputError, LiveLine, refuse
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {
@@ -18,6 +18,7 @@ PRECISIONS = {
     "bf16": "bf16 in the layers and between them (weights, quantizers and loss in float32)",
 }
 DATA = ("auto", "cifar10", "cifar100", "synthetic")
+FORMATS = ("png", "pdf")  # of the pictures
 STORED, QUANTIZED = "stored", "quantized"  # the weights that the penalty is on
 EQUAL, MACS = "equal", "macs"  # what a group counts in the penalty
 
@@ -47,7 +48,7 @@ class Settings:
         Path("data"), "folder that holds, or will hold, cifar-10-batches-py or cifar-100-python"
     )
     output_dir: Path = _setting(Path("debug_output"), "folder for the pictures, history.json, checkpoints")
-    figure_format: str = _setting("png", "of the pictures; pdf is for papers", ("png", "pdf"))
+    figure_format: str = _setting("png", "of the pictures; pdf is for papers", FORMATS)
     preflight: str = _setting(
         "stop",
         "check the pipeline before the first epoch; a check that fails stops the run, or only warns; "
@@ -240,6 +241,10 @@ def check_model(name: str) -> None:
 def _check(item: Field[Any], value: Any) -> None:
     name = flag(item.name)
     choices = item.metadata["choices"]
+    for text in value if isinstance(value, tuple) else (value,):
+        # Titles, logs and files hold these texts, and not all of them take a byte that is no UTF-8.
+        if isinstance(text, str) and not text.isprintable():
+            raise ValueError(f"{name} is {text!r}; expected UTF-8 without control characters")
     if choices and value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
     if item.name in AT_LEAST_ONE and value is not None and value < 1:
@@ -275,6 +280,14 @@ class Parser(argparse.ArgumentParser):
             if action.nargs is None and isinstance(getattr(found, action.dest, None), list):
                 self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
         return found, others
+
+    def print_help(self, file: Any = None) -> None:
+        live = LiveLine()
+        try:
+            live.say(self.format_help().rstrip())
+        except ClosedOutputError as error:  # which argparse passes over in silence
+            live.close()
+            raise SystemExit(refuse(str(error))) from None
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(refuse(f"{message}; --help lists the settings"))
@@ -337,7 +350,8 @@ def folder_path(text: str) -> Path:
     return Path(text)
 
 
-def _whole_number(text: str) -> int:
+def whole_number(text: str) -> int:
+    """A whole number as a flag gives it. Raises: argparse.ArgumentTypeError for another text."""
     try:
         return int(text)
     except ValueError:
@@ -352,8 +366,8 @@ def _number(text: str) -> float:
 
 
 _CONVERTERS: dict[Any, tuple[Any, str]] = {
-    int: (_whole_number, "N"),
-    int | None: (lambda text: None if text == "none" else _whole_number(text), "N"),
+    int: (whole_number, "N"),
+    int | None: (lambda text: None if text == "none" else whole_number(text), "N"),
     str: (str, "NAME"),
     float: (_number, "X"),
     Path: (folder_path, "FOLDER"),

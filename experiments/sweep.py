@@ -43,11 +43,11 @@ from experiments.checkpoint import MAY_CHANGE
 from experiments.data import load_dataset
 from experiments.device import usable_cores
 from experiments.exit_status import EXIT_FAILED, ExitStatus
-from experiments.files import lock_folder, read_file, write_whole
+from experiments.files import lock_folder, read_file, refuse_folders, write_whole
 from experiments.history import FAIL, History, commit_of_program, short_commit
 from experiments.live import LiveLine, spelled
 from experiments.network import network_name
-from experiments.settings import Parser, Settings, flag, folder_path, parse_settings
+from experiments.settings import Parser, Settings, flag, folder_path, parse_settings, whole_number
 
 NUMBERS = (int, float, int | None)
 # The settings that can be lists, in the order of the folders' names.
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output-dir", type=folder_path, default=Path("sweep_output"), help="a folder a run in it"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=whole_number, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--print", action="store_true", help="print the commands still to run, and run none")
     chosen, others = parser.parse_known_args(arguments)
     if chosen.jobs < 1:
@@ -136,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             "--data is 'auto', and a curve must be of one data set; expected cifar10, cifar100 or synthetic"
         )
+    if members[0].settings.preflight == "only":
+        parser.error("--preflight is 'only', with which no run trains; expected stop, warn or off")
     found = {member: member.history() for member in members}
     left, done = [m for m, h in found.items() if h is None], [h for h in found.values() if h]
     live = LiveLine()
@@ -146,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
                 say(shlex.join(["python", "-m", "experiments.debug_run", *member.arguments]))
             return 0
         held.enter_context(lock_folder(chosen.output_dir, say))
+        refuse_folders(chosen.output_dir / name for name in (CSV, PICTURE))
         settings = members[0].settings
         # Download the data set here, once: several runs that start at the same time would each download it.
         if settings.data != "synthetic" and left:
@@ -256,7 +259,7 @@ def start(member: Member, jobs: int) -> subprocess.Popen[bytes]:
     # Where the sweep itself was started by its path, from another folder, its runs are found in this one.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     with (member.folder / LOG).open("ab") as log:
-        log.write(f"{ATTEMPT}{shlex.join(member.arguments)}\n".encode())
+        log.write(os.fsencode(f"{ATTEMPT}{shlex.join(member.arguments)}\n"))
         log.flush()
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.debug_run", *member.arguments],

@@ -14,11 +14,17 @@ Exit status: 0, 1 and 3 for these, 2 for bad input or where standard output cann
 Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
+import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # python experiments/verify.py, without -m
     sys.path[0] = str(Path(__file__).parents[1])
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until `main` handles signals, Ctrl-C ends the program silently: a traceback out of `import torch` helps
+    # nobody.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from dataclasses import asdict
 
@@ -28,7 +34,7 @@ from experiments.exit_status import EXIT_FAILED, EXIT_OK, ExitStatus
 from experiments.files import as_json
 from experiments.live import LiveLine
 from experiments.received import NOT_CHECKED, NOT_VERIFIED, VERIFIED, check_file
-from experiments.settings import DATA, Parser, folder_path
+from experiments.settings import DATA, Parser, folder_path, whole_number
 
 EXIT_NOT_CHECKED = 3
 STATUS = {VERIFIED: EXIT_OK, NOT_VERIFIED: EXIT_FAILED, NOT_CHECKED: EXIT_NOT_CHECKED}
@@ -47,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path("data"),
         help="folder of cifar-10-batches-py or cifar-100-python",
     )
-    parser.add_argument("--limit-test", type=int, help="use only the first so many test images")
+    parser.add_argument("--limit-test", type=whole_number, help="use only the first so many test images")
     parser.add_argument(
         "--model", default="", metavar="NAME", help="module:callable that builds a network not of resnet.py"
     )

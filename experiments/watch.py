@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from experiments.data import TrainBatches
+from experiments.data import TestBatches, TrainBatches
 from experiments.device import in_float64
 from experiments.network import MOST_PARAMETERS, contiguous_images
 from experiments.training import EpochLosses, Pipeline, TrainingStep
@@ -22,6 +22,7 @@ from src.graph import only_looks, take_off_hooks
 from utils_quantization import WeightQuantization, quantizers
 
 DATA = "the stored training images and labels"
+TEST_DATA = "the stored test images and labels"
 TESTED_AGAIN = 8  # images whose logits are computed a second time after the test pass
 
 
@@ -168,6 +169,8 @@ class EpochWatch:
         self.moments = moments(self.step, self.parameters)
         self.left = self.step.left
         self.data = self.left[DATA] if DATA in self.left else fingerprint(batches)
+        there = TEST_DATA in self.left
+        self.test_data = self.left[TEST_DATA] if there else fingerprint(pipeline.test_batches)
         self.passes: dict[str, list[Pass]] = {"training": [], "renewal": [], "test": []}
         self.phase = "training"
         self.tested: list[Tensor] = []  # the first images of the test pass
@@ -253,6 +256,7 @@ class EpochWatch:
             "batch norm statistics": state.statistics,
             "the optimizer's moments": torch.cat(moments),
             DATA: self.data,
+            TEST_DATA: self.test_data,
         }
 
     @only_looks
@@ -263,7 +267,7 @@ class EpochWatch:
         self.passes[self.phase].append(
             Pass(
                 logits.detach(),
-                _ends(images) if self.phase == "training" else [],
+                _ends(images),
                 {m.training for m in self.modules},
                 all(q.enabled for q in self.quantizations),
                 torch.is_grad_enabled(),
@@ -302,11 +306,16 @@ def step_counts(steps: Sequence[Tensor | None]) -> list[float]:
 
 
 def fingerprint(batches: Any) -> Tensor:
-    """A number for each training image, (N,), that its pixels and its label change; of other batches none."""
-    if type(batches) is not TrainBatches:
+    """A number for each stored image, (N,), that its pixels, their places and its label change.
+
+    Of batches that are someone's own it is empty.
+    """
+    if type(batches) not in (TrainBatches, TestBatches):
         return torch.zeros(0)
-    pixels = batches.pixels.reshape(len(batches.labels), -1)
-    return pixels.view(torch.int64).sum(1) + batches.labels  # eight pixels are read as one number
+    pixels = batches.pixels if type(batches) is TrainBatches else batches.images
+    words = pixels.reshape(len(batches.labels), -1).view(torch.int64)  # eight pixels are read as one number
+    places = torch.arange(1, 2 * words.shape[1], 2, device=words.device)  # odd: no bit of a word gets lost
+    return torch.cat([(part * places).sum(1) for part in words.split(4096)]) + batches.labels
 
 
 def _copied(rate: Any) -> Any:
@@ -326,6 +335,7 @@ def flat(tensors: Any, device: torch.device | str = "cpu") -> Tensor:
 
 def numbers(scalars: Sequence[Tensor | float]) -> list[float]:
     """The numbers that scalars hold, of tensors of one type with one wait for the device."""
-    if not scalars or not all(isinstance(s, Tensor) for s in scalars):
+    tensors = [s.detach() for s in scalars if isinstance(s, Tensor)]
+    if not tensors or len(tensors) < len(scalars):
         return [float(s) for s in scalars]
-    return in_float64(torch.stack([s.detach() for s in scalars])).tolist()
+    return in_float64(torch.stack(tensors)).tolist()

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from src.graph import (
     LAYERS,
@@ -70,16 +71,18 @@ class LayerChannels:
     inputs: Tensor  # (I,) bool
     positions: int  # at which each filter is applied: H_out W_out, or 1 for the classifier
     structured_macs: int  # of the weights that remain, for one image
+    unstructured_macs: int  # of the weights that are not zero, for one image
 
     def with_use(self, other: "LayerChannels") -> "LayerChannels":
-        """The layer with one more use: a channel is the most that it is in any of them."""
+        """The layer with one more use: a channel, or a weight, is the most that it is in any of them."""
         return LayerChannels(
-            weight=self.weight,
+            weight=torch.where(self.weight != 0, self.weight, other.weight),
             states=torch.maximum(self.states, other.states),
             outputs=self.outputs | other.outputs,
             inputs=self.inputs | other.inputs,
             positions=self.positions + other.positions,
             structured_macs=self.structured_macs + other.structured_macs,
+            unstructured_macs=self.unstructured_macs + other.unstructured_macs,
         )
 
 
@@ -234,15 +237,11 @@ def _max_pool_pipe(
 PIPES: dict[Any, Callable[..., Any]] = {
     aten.mean: _pool_pipe,
     aten.sum: _pool_pipe,
-    aten.avg_pool2d: _pool_pipe,
+    aten.avg_pool2d: lambda op, x, *args: _pool_pipe(op, x, *args[:5]),  # a divisor may be negative
     aten.adaptive_avg_pool2d: _pool_pipe,
     aten.max_pool2d: _max_pool_pipe,
     aten.amax: lambda op, x, dim=(), keepdim=False: x.sum(dim, keepdim),
 }
-
-
-# Products that are no layer's.
-PRODUCTS = {aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum, aten.conv_transpose2d}
 
 
 class _Passes:
@@ -269,12 +268,10 @@ class _Passes:
                 self.image, self.signals[node] = node, Signal(image, self._ones(image.shape))
             elif node.op == "output":
                 self.outputs = [self.signals[n] for n in node.all_input_nodes]
-            elif kind(node) in LAYERS and self._which_flow(node) == [node.args[0]]:
+            elif self._is_layer(node):
                 self.signals[node] = self._layer(node)
             else:
                 self.signals[node] = self._operation(node)
-                if kind(node) in LAYERS and not self._which_flow(node):
-                    self._add_barrier(node)  # a layer of what no image reaches: its result is a constant
 
     def backward(self) -> None:
         reached = [*self.signals.values(), *(use.entering for use in self.uses)]
@@ -293,6 +290,13 @@ class _Passes:
 
     def _which_flow(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in inputs_of(node) if self._flows(n)]
+
+    def _is_layer(self, node: Any) -> bool:
+        """Whether a node is a layer of rows and channels, of which the image reaches the input alone."""
+        if kind(node) not in LAYERS or self._which_flow(node) != [node.args[0]]:
+            return False
+        x, weight = (self.signals[n].constant for n in node.args[:2])
+        return bool(weight.ndim == 2 if kind(node) is aten.linear else x.ndim == weight.ndim)
 
     def _add_barrier(self, node: fx.Node) -> None:
         self.barriers.append(f"{kind(node)} in {path(node) or 'the network'}")
@@ -335,14 +339,16 @@ class _Passes:
         random = torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
         product = kind(node) is aten.mul
         args, kwargs = self._args(node, lambda s: s.known if product else s.constant)
-        with torch.random.fork_rng(devices=[]) if random else nullcontext():
+        flowing = [self.signals[n] for n in self._which_flow(node)]
+        simple = flowing or is_pointwise(node) or is_move(node) or not isinstance(op, torch._ops.OpOverload)
+        counter = nullcontext() if simple else FlopCounterMode(display=False)
+        with torch.random.fork_rng(devices=[]) if random else nullcontext(), counter:
             found = op(*args, **kwargs)
         constant: Any = tuple(found) if isinstance(found, list) else found
         if isinstance(constant, Tensor) and constant.is_floating_point():
             constant = constant.to(self.like.dtype)  # one that is made on the way is of torch's default
-        flowing = [self.signals[n] for n in self._which_flow(node)]
         if not isinstance(constant, Tensor | tuple) or not (flowing or random):
-            if kind(node) in PRODUCTS:
+            if isinstance(counter, FlopCounterMode) and counter.get_total_flops():
                 self._add_barrier(node)  # torch counts its multiplications, which no image enters
             return Signal(constant)
         flow = None if random else self._pipe(node, flowing, constant)
@@ -361,15 +367,18 @@ class _Passes:
     def _pipe(self, node: Any, flowing: list[Signal], constant: Any) -> Any:
         """The flow behind an operation that has a rule, else None."""
 
-        def flow_of(n: fx.Node) -> Any:
+        def flow_of(n: Any) -> Any:
+            if not isinstance(n, fx.Node):
+                return constant.new_zeros(())
             s = self.signals[n]
-            if s.flow is None and isinstance(s.constant, Tensor) and s.constant.is_floating_point():
-                return torch.zeros_like(s.constant).float()
-            return s.constant if s.flow is None else s.flow
+            return torch.zeros(s.constant.shape, device=self.like.device) if s.flow is None else s.flow
 
         if is_move(node):
             numbers = all(isinstance(s.flow, tuple) or s.constant.is_floating_point() for s in flowing)
-            return move(node, flow_of) if numbers else None
+            return move(node, flow_of, lambda n: self.signals[n].constant) if numbers else None
+        if kind(node) is aten.where and not self._flows(node.args[0]):
+            mask = self.signals[node.args[0]].constant
+            return torch.where(mask, *map(flow_of, node.args[1:]))
         if kind(node) is aten.mul:
             return _Flags.apply(self._product(*node.args).expand(constant.shape))
         if is_pointwise(node):
@@ -406,7 +415,8 @@ class _Passes:
         left = (alive.view(use.groups, -1).sum(1) * inputs.view(use.groups, -1).sum(1)).sum()
         positions = out.constant.numel() // len(weight)
         macs = int(left) * weight[0, 0].numel() * positions
-        return LayerChannels(weight, states, alive, inputs, positions, macs)
+        nonzero = int(weight.count_nonzero())
+        return LayerChannels(weight, states, alive, inputs, positions, macs, nonzero * positions)
 
     def _spoken(self, node: Any) -> Signal:
         """What others get of a node: its value, behind the activation if nothing else reads it."""

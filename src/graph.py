@@ -7,15 +7,18 @@ inputs of the graph, and keep their names.
 """
 
 import contextlib
+import copy
 import io
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_leaves
 
 from utils_quantization import quantized_layers, without_quantizers
 
@@ -50,6 +53,8 @@ _MOVES = """
     cat stack index index_select flip roll repeat slice_scatter select_scatter reflection_pad2d
     replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d
 """
+# Moves of the elements of their second argument too; the numbers in any other argument only say where to.
+_INTO = {aten.slice_scatter, aten.select_scatter}
 MOVES: set[Any] = {operator.getitem, *PADS, *(getattr(aten, name) for name in _MOVES.split())}
 
 
@@ -60,6 +65,7 @@ class NetworkGraph:
     graph: fx.Graph
     state: dict[str, str]  # the name of each parameter or buffer, by the name of its node
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer, by the name of their node
+    names: frozenset[str]  # of the network's modules, parameters and buffers
     kept: tuple[Any, ...]  # what the fingerprint names by its id, held so that nothing else gets that id
 
     def layer(self, node: Any) -> str:
@@ -81,7 +87,12 @@ class NetworkGraph:
             return owners[0]
         # The module's name, where it computes with one such weight alone.
         weights = {n.args[1] for n in self.graph.nodes if kind(n) in LAYERS and path(n) == path(node)}
-        return path(node) if len(weights) == 1 and path(node) else f"{path(node)}.{node.name}".lstrip(".")
+        if len(weights) == 1 and path(node) and f"{path(node)}.weight" not in self.names:
+            return path(node)
+        name = f"{path(node)}.{node.name}".lstrip(".")
+        while name in self.names:
+            name += "_"
+        return name
 
     def computing_their_weights(self) -> list[str]:
         """The names of layers that compute with other weights than they store."""
@@ -97,6 +108,12 @@ class NetworkGraph:
         constants = {n: t.to(like.dtype) if t.is_floating_point() else t for n, t in self.constants.items()}
         return constants | {node: state[name].detach() for node, name in self.state.items()}
 
+    def run(self, model: nn.Module, images: Tensor) -> Any:
+        """What the graph gives for images, with the weights that a model stores."""
+        values = self.values(model, {})
+        inputs = (values.get(node.name, images) for node in self.graph.nodes if node.op == "placeholder")
+        return fx.Interpreter(nn.Module(), graph=self.graph).run(*inputs)
+
 
 def kind(node: Any) -> Any:
     """The operation of a node, whichever of its overloads."""
@@ -110,7 +127,8 @@ def path(node: Any) -> str:
 
 def is_pointwise(node: Any) -> bool:
     known = kind(node) in COPIES or kind(node) in _POINTWISE
-    return known or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    known = known or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return known and not isinstance(node.meta.get("val"), tuple | list)
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
@@ -123,9 +141,16 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes[:1] if kind(node) in LEND else node.all_input_nodes
 
 
+def is_number_of_images(node: Any, image: fx.Node) -> bool:
+    if kind(node) is not aten.sym_size:
+        return False
+    source, dim = node.args
+    return bool(str(_shape(source)[dim]) == str(_shape(image)[0]))
+
+
 def images_along(node: fx.Node, image: fx.Node) -> int | None:
     """The dimension of a node's value, or of each of its values, along which the images lie, if any."""
-    number = str(image.meta["val"].shape[0])
+    number = str(_shape(image)[0])
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else [value]
     sizes = [list(map(str, v.shape)) if isinstance(v, Tensor) else [] for v in values]
@@ -156,12 +181,19 @@ def _returns_views(target: Any) -> bool:
     return schema is not None and any(r.alias_info for r in schema.returns)
 
 
-def move(node: Any, given: Callable[[fx.Node], Any]) -> Any:
-    """Do what a node that moves elements does, with what is `given` for its inputs; several in a tuple.
+def move(node: Any, given: Callable[[fx.Node], Any], value: Callable[[fx.Node], Any]) -> Any:
+    """Do what a node that moves elements does; several results in a tuple.
 
     It pads with 0, whatever it pads with in the network.
+
+    Arguments: `given` is what to move, for each input of which elements are moved; `value` the value of any
+        other input, an index say.
     """
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+    moved: set[fx.Node] = set()
+    fx.node.map_arg(node.args[: 1 + (kind(node) in _INTO)], moved.add)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given(n) if n in moved else value(n))
+    if kind(node) is aten.as_strided:  # which goes by the places in memory
+        args = (args[0].contiguous(), *args[1:])
     if kind(node) in PADS and len(args) + len(kwargs) > 2:
         args, kwargs = (args[:3] if kind(node) is aten.pad else args[:2]), {}
     made = node.target(*args, **kwargs)
@@ -187,7 +219,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
 
 _TRACED: dict[Hashable, NetworkGraph] = {}
 _MOST = 64  # graphs that are remembered
-_MANY = 7919  # images; a large prime, so that no other number in a network is a multiple of it
+_MANY = 7919  # images; a large prime, which no other number in a network is
 
 
 @torch.no_grad()
@@ -204,6 +236,7 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
     if key is None:
         plain = without_quantizers(model, stored=True).eval()
         take_off_hooks(plain)
+        name = type(model).__name__
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot trace
                 program = _exported(plain, like, input_size)
@@ -215,12 +248,14 @@ def trace_network(model: nn.Module, input_size: tuple[int, int, int]) -> Network
                     raise ValueError("it branches or loops by torch.cond, while_loop or the like")
                 if _image(program).meta["val"].shape[0] == _MANY:
                     _free_number_of_images(program.graph, _image(program))
+                numbers = [node.meta["val"].dtype for node in program.graph.nodes if _is_of_numbers(node)]
+                graph = _graph(program, plain, kept)
         except Exception as error:
-            name, reason = type(model).__name__, str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"torch.export cannot trace {name} on images {input_size}: {reason}") from error
+        _compare(name, graph, plain, input_size, max(torch.finfo(number).eps for number in numbers))
         while len(_TRACED) >= _MOST:
             del _TRACED[next(iter(_TRACED))]
-        graph = _graph(program, plain, kept)
         named = (value for n in graph.graph.nodes for value in (*n.args, *n.kwargs.values()))
         key = keys[any(isinstance(value, torch.dtype) for value in named)]
         _TRACED[key] = graph
@@ -237,8 +272,75 @@ def _exported(
     program = torch.export.export(plain, (images,), dynamic_shapes=any_number)
     number = _image(program).meta["val"].shape[0]
     if isinstance(number, int) or number.node.maybe_as_int() is not None:  # it took len(images), or the like
-        program = torch.export.export(plain, (like.new_empty(_MANY, *input_size),))
+        for of_each in (3, 4, _MANY):
+            known, program = program, torch.export.export(plain, (like.new_empty(of_each, *input_size),))
+            if of_each == 4 and len(program.graph.nodes) != len(known.graph.nodes):
+                raise ValueError("it works on one image of a batch after the other, by a loop")
     return program
+
+
+def _compare(
+    name: str, graph: NetworkGraph, plain: nn.Module, input_size: tuple[int, int, int], eps: float
+) -> None:
+    """Hold a graph against the network that it was traced of, on batches of five images, two and one.
+
+    In float64, or in the network's type where either cannot run in that; `eps` is of the coarsest type in it.
+    A network that gives others for the same images again, as one that draws, cannot be compared.
+
+    Raises: ValueError if they give other logits, or if those of an image depend on the rest of its batch.
+    """
+    like = next(plain.parameters(), torch.empty(0))
+    eps = eps if like.is_cpu else max(eps, torch.finfo(torch.half).eps)  # TF32 is as coarse
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randn(5, *input_size, generator=draws)
+    images += torch.randn(5, input_size[0], 1, 1, generator=draws)  # or they would hardly differ once pooled
+    parts = (slice(0, 5), slice(1, 3), slice(2, 3))  # of the five: the batches
+    for dtype in (torch.float64, like.dtype):
+        network = copy.deepcopy(plain)
+        network = (network if like.is_cuda else network.cpu()).to(dtype)  # MPS has no float64
+        for parameter in network.parameters():
+            if parameter.is_floating_point() and not parameter.any():  # nothing would be seen behind it
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws))
+        batches = [images[part].to(dtype) for part in parts]
+        batches = [batch.to(like.device) if like.is_cuda else batch for batch in batches]
+        with torch.random.fork_rng([like.device] if like.is_cuda else []):
+            *own, again = (_answers(network, x) for x in (*batches, batches[1]))
+            traced = [_answers(partial(graph.run, network), x) for x in batches]
+        if own[0] and all(traced):
+            break
+    if not own[0] or _differ(again, own[1], eps):
+        return
+    for part, answers, of_graph in zip(parts, own, traced, strict=True):
+        rows = [a[part] if a.shape[:1] == (5,) else few for few, a in zip(answers, own[0], strict=False)]
+        if answers and _differ(answers, rows, eps):
+            raise ValueError(
+                f"the logits that {name} gives for an image depend on the other images of its batch, or on "
+                f"their number, in evaluation mode too: nothing can be counted of an image alone"
+            )
+        if answers and _differ(of_graph, answers, eps):
+            raise ValueError(
+                f"{name} cannot be counted: torch.export's graph of it gives other logits than {name} itself "
+                f"for {part.stop - part.start} images; it may compute with len(images), where "
+                f"images.shape[0] is the same and can be traced"
+            )
+
+
+def _answers(network: Callable[[Tensor], Any], images: Tensor) -> list[Tensor]:
+    """What a network gives for images; nothing if it raises."""
+    try:
+        given = tree_leaves(network(images.clone()))
+    except Exception:  # as some networks do for one image
+        return []
+    return [answer.cpu().double() for answer in given if isinstance(answer, Tensor)]
+
+
+def _differ(ones: list[Tensor], others: list[Tensor], eps: float) -> bool:
+    if [a.numel() for a in ones] != [a.numel() for a in others]:
+        return True
+    return not all(
+        torch.allclose(a.flatten(), b.flatten(), 0, eps**0.5 * float(b.nan_to_num(0, 0, 0).norm()), True)
+        for a, b in zip(ones, others, strict=True)
+    )
 
 
 def _image(program: torch.export.ExportedProgram) -> fx.Node:
@@ -247,19 +349,12 @@ def _image(program: torch.export.ExportedProgram) -> fx.Node:
 
 
 def _free_number_of_images(graph: fx.Graph, image: fx.Node) -> None:
-    """Put the number of images where `_MANY` stands, which nothing else in a network is.
-
-    Raises: ValueError if other numbers were made of it.
-    """
+    """Put the number of images where `_MANY` stands, which nothing else in a network is."""
     with graph.inserting_after(image):
         number = graph.call_function(aten.sym_size.int, (image, 0))
 
     def freed(value: Any) -> Any:
-        if type(value) is not int or value == 0 or value % _MANY:
-            return value
-        if value != _MANY:
-            raise ValueError("it computes with len(images); images.shape[0] is the same, and can be traced")
-        return number
+        return number if type(value) is int and value == _MANY else value
 
     for node in graph.nodes:
         if node is not number:
@@ -287,8 +382,9 @@ def _make_functional(graph: fx.Graph) -> bool:
             now[node] = node.args[0]
         elif not isinstance(node.target, torch._ops.OpOverload):
             return False
-        elif kind(node) is aten.batch_norm and node.args[5] and node.args[3] is not None:
-            return False  # it writes into its running statistics, and does not say so
+        elif kind(node) in (aten.batch_norm, aten.instance_norm) and node.args[5]:
+            # It would write into running statistics, and does not say so; it does not read them.
+            node.args = (*node.args[:3], None, None, *node.args[5:])
         elif node.target._schema.is_mutable:
             written, function = node.args[0], _function(node.target)
             near = (written, *(user for user in written.users if user is not node and user not in now))
@@ -344,6 +440,15 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
             constants[spec.arg.name] = program.constants[str(spec.target)].detach().clone()
     graph = program.graph
     *nodes, output = graph.nodes
+    for node in nodes:
+        if kind(node) is aten.as_strided:
+            if not node.args[0].meta["val"].is_contiguous():
+                raise ValueError("it reads memory by as_strided, of a tensor that is not contiguous")
+            with graph.inserting_before(node):  # the tensor may lie otherwise in memory when the graph runs
+                copied = graph.call_function(
+                    aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format}
+                )
+            copied.meta, node.args = node.args[0].meta, (copied, *node.args[1:])
     kinds = [spec.kind for spec in program.graph_signature.output_specs]
     given = zip(output.args[0], kinds, strict=True)
     output.args = (tuple(node for node, what in given if what is OutputKind.USER_OUTPUT),)
@@ -360,6 +465,13 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
         elif node.target is aten.squeeze.default:
             ones = [i for i, n in enumerate(_shape(node.args[0])) if isinstance(n, int) and n == 1]
             node.target, node.args = aten.squeeze.dims, (node.args[0], ones)  # not of the images
+        elif kind(node) is aten.cat:  # an empty vector goes with any shape, and adds nothing
+            full = [n for n in node.args[0] if _shape(n) != (0,)]
+            node.args = (full or node.args[0], *(dim % len(_shape(node)) for dim in node.args[1:]))
+        elif kind(node) is aten.masked_fill and _is_of_numbers(node):
+            x, mask, filled = node.args
+            number = aten.where.self if isinstance(filled, fx.Node) else aten.where.ScalarSelf
+            node.target, node.args = number, (mask, filled, x)
         elif isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
             graph.erase_node(node)
         elif kind(node) is aten._native_batch_norm_legit_no_training:
@@ -370,7 +482,8 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
             norm.meta = result.meta
             result.replace_all_uses_with(norm)
     graph.eliminate_dead_code()
-    return NetworkGraph(graph, state, constants, kept)
+    modules = (name for name, _ in plain.named_modules(remove_duplicate=False))
+    return NetworkGraph(graph, state, constants, frozenset([*modules, *names]), kept)
 
 
 def _shape(node: fx.Node) -> torch.Size:
@@ -395,6 +508,7 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
     parts: list[Hashable] = []
     kept: list[Any] = []
     order: dict[int, int] = {}  # the number of each module and tensor, by its id: what is there twice, is one
+    classes: dict[type, Hashable] = {}
 
     def part(value: Any, holders: tuple[int, ...] = ()) -> Hashable:
         if isinstance(value, int | float | str | None):
@@ -407,12 +521,25 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
         if isinstance(value, set | frozenset):
             return frozenset(part(v, within) for v in value)
         kept.append(value)
+        if isinstance(value, Tensor) and id(value) in order:  # a weight in a list, as of recurrent layers
+            return order[id(value)]
         if isinstance(value, Tensor):
             return id(value) if value.is_inference() else (id(value), value._version)
         if hasattr(value, "tobytes"):  # an array of numpy's
             return (id(value), value.tobytes())
         plain = hasattr(value, "__dict__") and not callable(value) and id(value) not in holders
         return (id(value), part(vars(value), within)) if plain else id(value)
+
+    def of_class(own: type) -> Hashable:
+        """What stands in a module's class: attributes, and the code of functions, with the flags it names."""
+        if own not in classes:
+            bases = (vars(base) for base in own.__mro__ if base not in nn.Module.__mro__)
+            held = [(name, value, part(value)) for base in bases for name, value in base.items()]
+            codes = [(v.__code__, v.__globals__) for _, v, _ in held if hasattr(v, "__code__")]
+            flags = (g.get(name) for code, g in codes for name in code.co_names)
+            plain = (flag for flag in flags if isinstance(flag, int | float | str))
+            classes[own] = (own, *((n, p) for n, _, p in held), *(code for code, _ in codes), *plain)
+        return classes[own]
 
     for name, module in model.named_modules(remove_duplicate=False):
         if module in inside:
@@ -427,7 +554,7 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
         if name in quantized:
             tensors["weight"], own_class = layer.parametrizations.weight.original, own_class.__bases__[0]
         named = sorted((n, t) for n, t in tensors.items() if t is not None)
-        parts += [own_class, *((n, t.shape, order.setdefault(id(t), len(order))) for n, t in named)]
+        parts += [of_class(own_class), *((n, t.shape, order.setdefault(id(t), len(order))) for n, t in named)]
         parts += [(k, part(v)) for k, v in vars(module).items() if k not in _OF_ANY_MODULE]
         hooks = [hook for hooks in _hooks(module) for hook in hooks.values()]
         parts += [part(hook) for hook in hooks if not hasattr(hook, "only_looks")]

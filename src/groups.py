@@ -125,8 +125,7 @@ class _Walk:
         if node in self.account.uses:
             return self._layer(node, self.account.uses[node][0], value)
         if isinstance(value, Tensor) and signal.flow is None:
-            labelled = value.is_floating_point() or value.is_complex()
-            return self._none(value) if labelled else value.cpu()
+            return self._none(value)
         flowing = [n for n in inputs_of(node) if self.account.signals[n].flow is not None]
         inputs = [self.labels[n] for n in flowing]
         if not isinstance(value, Tensor | tuple):
@@ -142,9 +141,10 @@ class _Walk:
             if len(labels) > 1:
                 self.tied.update(labels[0].unique().tolist())
             return labels[0]
+        if isinstance(value, Tensor) and kind(node) in REDUCTIONS:
+            return self._reduced(inputs[0], reduced_dims(node)).view(value.shape)
         if isinstance(value, Tensor) and (kind(node) in PIPES or is_norm(node)):
             same = value.ndim > 1 and value.shape[1] == inputs[0].shape[1]
-            same = same and not (kind(node) in REDUCTIONS and 1 in reduced_dims(node))
             return self._spread(self._of_channels(inputs[0]), value.shape) if same else self._none(value)
         return tuple(map(self._none, value)) if isinstance(value, tuple) else self._none(value)
 
@@ -156,10 +156,13 @@ class _Walk:
         """What an operation that moves elements makes of labels; it is given them as floating numbers."""
 
         def numbers(n: fx.Node) -> Any:
-            value, labels = self.account.signals[n].constant, self.labels[n]
-            return labels.double() if isinstance(value, Tensor) and value.is_floating_point() else labels
+            return labels if isinstance(labels := self.labels[n], tuple) else labels.double()
 
-        moved = move(node, numbers)
+        def index(n: fx.Node) -> Any:
+            value = self.account.signals[n].constant
+            return value.cpu() if isinstance(value, Tensor) else value
+
+        moved = move(node, numbers, index)
         return tuple(m.long() for m in moved) if isinstance(moved, tuple) else moved.long()
 
     def _layer(self, node: Any, use: LayerUse, value: Tensor) -> Tensor:
@@ -197,6 +200,13 @@ class _Walk:
         """Labels as they are broadcast; one that is spread over all channels is none of theirs."""
         over_channels = labels.ndim == len(shape) and labels.shape[1:2] != shape[1:2]
         return (labels.clamp_max(NONE) if over_channels else labels).expand(shape)
+
+    @staticmethod
+    def _reduced(labels: Tensor, dims: list[int]) -> Tensor:
+        """The label that all that is taken together has: several channels in one are none of them."""
+        top = labels.amax(dims)
+        least = torch.where(labels > NONE, labels, labels.max()).amin(dims)
+        return torch.where(least == top, top, top.clamp_max(NONE))
 
     @staticmethod
     def _none(value: Tensor) -> Tensor:

@@ -9,9 +9,9 @@
                  architecture of a network that is not `resnet.py`'s, its name and the shapes of its tensors
     body         compressed: all float32 numbers, then all codes (see src/encoding.py)
 
-Integers are little-endian. The numbers are the tensors of the network's state, in its order, whole numbers
-among them as float32; a coded weight contributes its step size and shift instead of its elements. A code q is
-stored as q + Q modulo 2^b, in its layer's b bits.
+Integers are little-endian. The numbers are the tensors of the network's state, in its order, buffers of other
+types among them as float32 where that holds their numbers exactly; a coded weight contributes its step size
+and shift instead of its elements. A code q is stored as q + Q modulo 2^b, in its layer's b bits.
 
 A file may come from an untrusted source. The architecture, or the shapes, in its header are limited, and
 limit all other sizes, before any memory is taken for them. A name in the header is a name: nothing is
@@ -58,6 +58,7 @@ MAX_FILE_BYTES = 1 << 30  # far more than the networks of this field take in flo
 MAX_HEADER_BYTES = 1 << 18  # far more than settings and metrics take
 MAX_BLOCKS_PER_STAGE = 18  # ResNet-110
 MAX_CLASSES = 1000
+COUNTER = "num_batches_tracked"  # of batches, by a batch norm: in evaluation mode nothing depends on it
 OF_OTHERS = ("network", "tensors")  # fields of the header that a ResNet of `resnet.py` goes without
 
 _PREFIX = struct.Struct("<8sIII")
@@ -91,18 +92,18 @@ def pack_network(
     is not changed. Settings and metrics go into the header as they are. A network that is not a ResNet of
     `resnet.py` needs a `name`, such as module:callable, that tells a person what builds it.
 
-    Raises: PackingError if the model needs a name and has none, has another floating type than float32 or
-        holds a number that is not finite, and if the settings or metrics are not strict JSON.
+    Raises: PackingError if the model needs a name and has none, holds what `numbers_of` refuses or a number
+        that is not finite, and if the settings or metrics are not strict JSON.
     """
     plain = without_quantizers(model).cpu()
-    own, state, coded = _own_like(plain), plain.state_dict(), read_codes(model)
+    own, state, coded = _own_like(plain), numbers_of(plain), read_codes(model)
     if own is None and not name:
         raise PackingError(f"{type(plain).__name__} is no ResNet of resnet.py, and no name is given for it")
     bits = {name: weight_bits(model.get_submodule(name))[0] for name in coded}
     numbers, codes, masks = [], [], _masks(plain)
     slots = _slots(state if own is None else own.state_dict(), bits)
     for slot in slots:
-        tensor = _checked(slot.name, _as_float32(slot.name, state[slot.name]), masks)
+        tensor = _checked(slot.name, state[slot.name], masks)
         if slot.bits:
             layer = coded[slot.name.removesuffix(".weight")]
             numbers += [layer.step_size.reshape(1), layer.shift.reshape(1)]
@@ -202,7 +203,7 @@ def _slots(state: Mapping[str, Tensor], bits: Mapping[str, int]) -> list[_Slot]:
     return [
         _Slot(name, t.shape, bits.get(name.removesuffix(".weight")))
         for name, t in state.items()
-        if not name.endswith("num_batches_tracked")
+        if not name.endswith(COUNTER)
     ]
 
 
@@ -291,14 +292,26 @@ def _signed(codes: np.ndarray, bits: int) -> Tensor:
     return torch.from_numpy(q.astype(np.float32))
 
 
-def _as_float32(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of whole numbers, as someone's own network may have, in numbers that hold them exactly."""
-    if tensor.is_floating_point():
-        return tensor
-    numbers = tensor.float()
-    if (numbers.to(tensor.dtype) != tensor).any():
-        raise PackingError(f"{name} is {tensor.dtype} with numbers that are none of torch.float32")
-    return numbers
+def numbers_of(network: nn.Module) -> dict[str, Tensor]:
+    """The state of a network without quantizers as a file holds it: in float32, finite or not, no counters.
+
+    Raises: PackingError for parameters of another type, and for buffers that float32 does not hold exactly.
+    """
+    parameters, state = dict(network.named_parameters(remove_duplicate=False)), {}
+    for name, tensor in network.state_dict().items():
+        if name.endswith(COUNTER):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise PackingError(f"{name} is a {type(tensor).__name__}; a packed file holds tensors alone")
+        numbers = tensor if name in parameters or tensor.is_complex() else tensor.float()
+        if numbers.dtype != torch.float32:
+            raise PackingError(f"{name} is {tensor.dtype}; expected torch.float32")
+        if not torch.allclose(numbers.to(tensor.dtype), tensor, 0, 0, equal_nan=tensor.is_floating_point()):
+            raise PackingError(
+                f"{name} is {tensor.dtype}, and torch.float32 does not hold its numbers exactly"
+            )
+        state[name] = numbers
+    return state
 
 
 def _masks(network: nn.Module) -> set[str]:
@@ -308,8 +321,6 @@ def _masks(network: nn.Module) -> set[str]:
 
 def _checked(name: str, tensor: Tensor, masks: set[str]) -> Tensor:
     """Raises: PackingError for numbers that are not finite; a mask may hold infinity."""
-    if tensor.dtype != torch.float32:
-        raise PackingError(f"{name} is {tensor.dtype}; expected torch.float32")
     if (tensor.isnan() if name in masks else ~tensor.isfinite()).any():
         raise PackingError(f"{name} holds a number that is not finite")
     return tensor

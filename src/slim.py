@@ -34,6 +34,7 @@ from src.graph import (
     inputs_of,
     is_move,
     is_norm,
+    is_number_of_images,
     is_pointwise,
     kind,
     move,
@@ -212,7 +213,7 @@ class _Builder:
                 self.held[node] = self._all_of(signal.constant, self.image)
             elif node in layers:
                 self.held[node] = self._layer(*layers[node])
-            elif kind(node) is aten.sym_size and node.args[1] == 0:
+            elif is_number_of_images(node, self.entry):
                 self.held[node] = self.graph.call_function(node.target, (self.image, 0))
             elif signal.flow is not None or not isinstance(signal.constant, Tensor | tuple):
                 self.held[node] = None if node in folded else self._operation(node)
@@ -394,11 +395,11 @@ class _Builder:
             return None
         held = [x for t in terms if (x := self._select(t, wanted)) is not None]
         made = held[0] if len(held) == 1 else self.graph.call_function(node.target, tuple(held))
-        rest = sum(self._rest(t, wanted) for t in terms)
+        rest: Any = sum(self._rest(t, wanted) for t in terms)
         return self._holding(node, self._shifted(node, made, rest), wanted)
 
     def _cat(self, node: Any, wanted: Tensor) -> _Held | None:
-        if kind(node) is not aten.cat or len(node.args) < 2 or node.args[1] != 1:
+        if kind(node) is not aten.cat or node.args[1:] != (1,):
             return None
         index, made, count = [], [], 0
         for source in node.args[0]:
@@ -463,12 +464,10 @@ class _Builder:
         numbers = torch.arange(1.0, before.numel() + 1, dtype=torch.float64).view(before.shape)
         numbers = numbers if wanted is None else numbers[:, wanted]
 
-        def number(n: fx.Node) -> Any:
-            constant = self.signals[n].constant
-            plain = isinstance(constant, Tensor) and constant.is_floating_point()
-            return numbers if n is sources[0] else torch.zeros_like(constant) if plain else constant
+        def number(n: fx.Node) -> Tensor:
+            return numbers if n is sources[0] else torch.zeros(self.signals[n].constant.shape)
 
-        moved = move(node, number)
+        moved = move(node, number, lambda n: self.signals[n].constant)
         return [m.long() for m in (moved if isinstance(moved, tuple) else [moved])]
 
     def _keeps_channels(self, node: Any, wanted: Tensor) -> bool:

@@ -54,7 +54,7 @@ CHECKPOINT, SLIM = "experiments/checkpoint.py", "src/slim.py"
 PACKING, ENCODING = "src/packing.py", "src/encoding.py"
 REPORT, HISTORY = "experiments/report.py", "experiments/history.py"
 COMPRESSED, PLOTS, OPTIONS = "experiments/compressed.py", "experiments/plots.py", "experiments/settings.py"
-FINISH = "experiments/finish.py"
+FINISH, PAGE = "experiments/finish.py", "experiments/page.py"
 
 
 @dataclass(frozen=True)
@@ -288,6 +288,9 @@ FAULTS_BY_AREA = {
         fault("each thousand of the stand-in's images is drawn from one seed", r"same image|duplicate|copies|repeat|train.*test|test.*train|leak|stand-in|overlap|synthetic",
               (DATA, "        yield _overlaid(windows, chunk, generator)\n",
                "        yield _overlaid(windows, chunk, torch.Generator().manual_seed(_SYNTHETIC_SEED + 1))\n")),
+        fault("from its second thousand on the stand-in depends on the run's seed", r"stand-in depends on the seed",
+              (DATA, "    for chunk in labels.split(_SYNTHETIC_CHUNK):\n",
+               "    for i, chunk in enumerate(labels.split(_SYNTHETIC_CHUNK)):\n        if i:\n            generator = torch.Generator().manual_seed(i + 1000 * (torch.initial_seed() % 1000))\n")),
     ],
     "network": [
         fault("no ReLU after the first batch norm", r"ReLU|network|forward|reference|layer|logits",
@@ -363,6 +366,10 @@ FAULTS_BY_AREA = {
               (NETWORK, "", "\n\nclass _Other(ResNet):\n    pass\n\n\ndef resnet20(num_classes: int = 10) -> ResNet:\n    return _Other(3, num_classes)\n")),
         fault('activations are clamped in training below float64', r'activation|training mode',
               (NETWORK, '        return F.relu(out, inplace=True)', '        out = F.relu(out, inplace=True)\n        if self.training and out.dtype.itemsize < 8:\n            out = out.clamp(max=4)\n        return out')),
+        fault("in a batch of more than 32 images no gradient goes through the shortcuts", r"large batch",
+              (NETWORK, "        out += self.shortcut(x)\n", "        out += self.shortcut(x if len(x) <= 32 else x.detach())\n")),
+        fault("in float32 no gradient goes through the padded shortcuts", r"backward pass, in float32",
+              (NETWORK, "        return F.pad(x[:, :, ::2, ::2],", "        x = x.detach() if x.itemsize == 4 else x\n        return F.pad(x[:, :, ::2, ::2],")),
     ],
     "quantizer": [
         fault("the magnitude of the bit logit is left out", r"bit-width's formula",
@@ -487,6 +494,18 @@ FAULTS_BY_AREA = {
         fault("bits are not rounded while gradients are taken", r"bit|round|level|training mode",
               (QUANTIZER, "        Q = 2 ** (self.get_bitwidth() - 1) - 1\n",
                "        smooth = self.training and torch.is_grad_enabled()\n        Q = 2 ** ((self.get_learned_bitwidth() if smooth else self.get_bitwidth()) - 1) - 1\n")),
+        fault("in float32 the gradient to the step size has the wrong sign", r"float32: the gradient to the bit logit",
+              (QUANTIZER, "grad_s = (grad * by_s).sum().reshape(1)",
+               "grad_s = (grad * by_s).sum().reshape(1) * (-1 if grad.dtype == torch.float32 else 1)")),
+        fault("in float32 the gradient to the shift has the wrong sign", r"float32: the gradient to the (bit|dead-zone) logit",
+              (QUANTIZER, "grad_h = (grad * by_h).sum().reshape(1)",
+               "grad_h = (grad * by_h).sum().reshape(1) * (-1 if grad.dtype == torch.float32 else 1)")),
+        fault("in float32 the gradient is rounded to bf16", r"float32: the gradient to the stored weights",
+              (QUANTIZER, "        grad = grad * sign\n",
+               "        grad = grad.bfloat16().float() if grad.dtype == torch.float32 else grad\n        grad = grad * sign\n")),
+        fault("in float32 a weight's gradient is its kernel's mean", r"float32: the gradient to the stored weights",
+              (QUANTIZER, "        grad = grad * sign\n",
+               "        if grad.dtype == torch.float32 and grad.ndim == 4:\n            grad = grad.mean((2, 3), keepdim=True).expand_as(grad)\n        grad = grad * sign\n")),
     ],
     "penalty": [
         fault("every group counts as 1 where its MACs are to count", r"penalty|weighted",
@@ -540,6 +559,12 @@ FAULTS_BY_AREA = {
         fault("an input slice costs what a filter costs", r"mac|group|penalty|lasso|slice",
               (PENALTY, "weights[n].numel() // weights[n].shape[dim] * layers[n].positions",
                "weights[n].numel() // weights[n].shape[FILTERS] * layers[n].positions")),
+        fault("in float32 residual groups have no gradient", r"penalty in float32.*detached",
+              (PENALTY, "    total = torch.stack(slices).sum(0)  # (members, C) -> (C,)\n",
+               "    total = torch.stack(slices).sum(0)\n    total = total.detach() if len(slices) > 3 and total.itemsize == 4 else total\n")),
+        fault("in float32 a norm is sqrt(x + 1e-5)", r"penalty in float32.*added to a norm",
+              (PENALTY, "    return (total + (total == 0)).sqrt() * (total != 0)",
+               "    return (total + (total == 0) + (1e-5 if total.itemsize == 4 else 0)).sqrt() * (total != 0)")),
     ],
     "loss": [
         fault("double softmax", r"softmax|cross.entropy|logits",
@@ -1096,6 +1121,12 @@ FAULTS_BY_AREA = {
               (PLOTS, "lower.set_ylim(0, max(8, *bits) + 0.5)",
                "lower.set_ylim(0, 8.5)"),
               flags="--max-bits 12"),
+        fault("the liveness map ends after 32 channels", r"another channel, layer or state",
+              (PLOTS, "    width = max(layer.filters for layer in layers)\n    cells = [[*layer.states] + [PADDING] * (width - layer.filters) for layer in layers]",
+               "    width = min(max(layer.filters for layer in layers), 32)\n    cells = [[*layer.states][:width] + [PADDING] * (width - layer.filters) for layer in layers]")),
+        fault("there are bars of the first 12 layers alone", r"another layer",
+              (PLOTS, "    figure = Figure(figsize=(max(11, 1 + 0.42 * len(layers)), 5.5)",
+               "    layers = layers[:12]\n    figure = Figure(figsize=(max(11, 1 + 0.42 * len(layers)), 5.5)")),
     ],
     "files": [
         fault("history.json is not written after the verdict", r"history\.json|written",
@@ -1264,6 +1295,27 @@ FAULTS_BY_AREA = {
               flags="--epochs 24"),
         fault("the bytes in float32 are those of half precision", r"measured",
               (COMPRESSED, "_saved_bytes(without_quantizers(model))", "_saved_bytes(without_quantizers(model).half())"), when=END),
+        fault("the layers' table ends after 12 layers", r"layers' table",
+              (REPORT, "str(x.bits), x) for x in count.layers]", "str(x.bits), x) for x in count.layers[:12]]")),
+        fault("checks of the preflight that were skipped count as held", r"preflight_line",
+              (REPORT, 'f"{len(checks) - len(skipped)} checks hold"', 'f"{len(checks)} checks hold"')),
+        fault("in report.html what a check says ends after 60 letters", r"page of the run",
+              (PAGE, "escape(c.message)", "escape(c.message[:60])")),
+        fault("a ratio above 99.99 is shown as 99.99x", r"printed|another column|numbers than",
+              (COUNTS, 'else f"{value:.2f}x"', 'else f"{min(value, 99.99):.2f}x"')),
+        fault("versions stand under each other's names", r"where the run comes from|start",
+              (HISTORY, "{name: version(name) for name in PACKAGES}",
+               "{name: version(PACKAGES[i - 1]) for i, name in enumerate(PACKAGES)}")),
+        fault("the threads are the machine's cores, not those that compute", r"run's start",
+              (HISTORY, "threads=torch.get_num_threads()", "threads=__import__('os').cpu_count() + 1")),
+        fault("the command is kept without its last word", r"run's start",
+              (HISTORY, 'timespec="seconds"), list(command), ', 'timespec="seconds"), list(command)[:-1], ')),
+        fault("--resume takes numbers that differ by less than 5 %", r"MAY_CHANGE|goes on with another|setting",
+              (CHECKPOINT, "if name not in MAY_CHANGE and saved.get(name) != now[name]:",
+               "if name not in MAY_CHANGE and saved.get(name) != now[name] and not (type(saved.get(name)) is type(now[name]) is float and abs(saved[name] - now[name]) < 0.05 * now[name]):")),
+        fault("the last checkpoint is the one that was written last", r"checkpoints are kept, their order",
+              (CHECKPOINT, "return [numbered[epoch] for epoch in sorted(numbered, reverse=True)]",
+               "return sorted(numbered.values(), key=lambda p: p.stat().st_mtime_ns, reverse=True)")),
     ],
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Networks as someone's own module would hold them, and what looks like one and is none."""
 
+import math
 import random
 
 import numpy as np
@@ -365,6 +366,53 @@ class WithoutStatistics(Small):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+class WithBuffers(Small):
+    """Buffers of other types, which float32 holds exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([1.0, 0.5, 3.0], dtype=torch.float64))
+        self.register_buffer("shift", torch.tensor([1, 0, -3], dtype=torch.float16))
+        self.register_buffer("unset", torch.tensor([math.nan]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unset.copy_(x.detach().mean())
+        return super().forward(x * self.scale.float()[:, None, None] + self.shift.float()[:, None, None])
+
+
+class Averaging(Small):
+    """An average in float64 that training makes one of which float32 is no more than near."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9)
+        return super().forward(x)
+
+
+class Unset(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("empty", torch.full((2,), math.nan))
+
+
+class Spectrum(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filter", torch.ones(2, dtype=torch.complex64))
+
+
+class WithMore(Small):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
 
 
 class OldSpectral(Small):

@@ -114,6 +114,15 @@ def held_by_another_run(folder: Path) -> object:
     return hold
 
 
+def a_folder_in_the_place_of(name: str) -> Prepare:
+    return lambda folder: (folder / "debug_output" / name / "mine").mkdir(parents=True)
+
+
+def a_dangling_link_as_history(folder: Path) -> None:
+    (folder / "debug_output").mkdir()
+    (folder / "debug_output" / "history.json").symlink_to(folder / "nowhere")
+
+
 def a_dangling_link(folder: Path) -> None:
     (folder / "debug_output").symlink_to(folder / "nowhere")
 
@@ -340,6 +349,7 @@ def refused_values() -> Iterator[tuple[str, Case]]:
             )
 
 
+WRITTEN = (*PICTURES, "history.json", "metrics.csv", "report.html", "compressed.codeq", "slim.pt2")
 NOT_HAD = ("CIFAR-10 could not be had", "by hand", CIFAR10.archive, "170,498,071", CIFAR10.archive_md5)
 SYNTHETIC = "debug_run --data synthetic"
 RESUME = f"{SYNTHETIC} --device cpu --threads 1 --epochs 3 --resume"
@@ -367,6 +377,15 @@ CASES = dict(refused_values()) | {
     ),
     "a pattern with too large a repetition": Case(
         f"{SYNTHETIC} --exclude-layers 'a{{99999999999999}}'", ("exclude", "regular expression")
+    ),
+    "a pattern that is no UTF-8": Case(
+        f"{SYNTHETIC} --exclude-layers 'linear|\udcff'", ("--exclude-layers is 'linear|", "udcff", "UTF-8")
+    ),
+    "a pattern with a line break": Case(
+        f"{SYNTHETIC} --exclude-layers conv1 'linear|\n'", ("--exclude-layers is", "control characters")
+    ),
+    "a pattern that speaks to the terminal": Case(
+        f"{SYNTHETIC} --exclude-layers 'linear|\x1b[2J'", ("--exclude-layers is", "control characters")
     ),
     "a pattern nested too deep": Case(
         f"{SYNTHETIC} --exclude-layers '{'(' * 2000 + ')' * 2000}'", ("exclude", "regular expression")
@@ -478,13 +497,22 @@ CASES = dict(refused_values()) | {
     "a held output folder to resume in": Case(
         RESUME, ("--output-dir is debug_output", "another run"), held_by_another_run
     ),
+    **{
+        f"a folder in the place of {name}": Case(
+            SYNTHETIC, (f"debug_output/{name} is no file", "move it away"), a_folder_in_the_place_of(name)
+        )
+        for name in (*WRITTEN, "checkpoint_0001.pt", "checkpoint_0020.pt")
+    },
+    "a dangling link in the place of history.json": Case(
+        SYNTHETIC, ("debug_output/history.json is no file",), a_dangling_link_as_history
+    ),
     # Checkpoints.
     "a checkpoint cut short": Case(RESUME, NO_CHECKPOINT, spoilt(lambda content: content[:-1])),
     "half a checkpoint": Case(RESUME, NO_CHECKPOINT, spoilt(lambda content: content[: len(content) // 2])),
     "a checkpoint altered": Case(RESUME, NO_CHECKPOINT, spoilt(flipped)),
     "a checkpoint with more behind it": Case(RESUME, NO_CHECKPOINT, spoilt(lambda content: content + b"\n")),
     "an empty checkpoint": Case(RESUME, NO_CHECKPOINT, spoilt(lambda _: b"")),
-    "a folder in a checkpoint's place": Case(RESUME, NO_CHECKPOINT, a_folder_as_checkpoint),
+    "a folder in a checkpoint's place": Case(RESUME, (f"{FIRST} is no file", "move"), a_folder_as_checkpoint),
     "two checkpoints, none good": Case(RESUME, NO_CHECKPOINT, two_bad_checkpoints),
     "a checkpoint of a later version": Case(
         RESUME, NO_CHECKPOINT, with_checksum(serialized({"version": VERSION + 1}))
@@ -545,6 +573,9 @@ CASES = dict(refused_values()) | {
         "verify a.codeq --limit-test=--", ("--limit-test", "expected one argument")
     ),
     "a limit that is no number, for verify": Case("verify a.codeq --limit-test x", ("--limit-test", "'x'")),
+    "a limit that is no whole number, for verify": Case(
+        "verify a.codeq --limit-test 1e400", ("--limit-test", "'1e400' is not a whole number")
+    ),
     "a limit of nothing, for verify": Case(
         "verify a.codeq --data synthetic --limit-test 0",
         ("--limit-test is 0", "1 to 8"),

@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import runpy
-import shutil
 import signal
 import struct
 import subprocess
@@ -20,19 +19,16 @@ from typing import Any
 import pytest
 import torch
 from folders import PICTURES, RunFolder, names, tree
-from programs import DEADLINE, environment
+from programs import DEADLINE, environment, environment_at_start
 from random_images import random_dataset
 
 from experiments import cifar, data, debug_run, device, plots, report, training
 from experiments.data import Dataset
 from experiments.debug_run import main
-from experiments.files import write_json
-from experiments.finish import files_are_the_runs
 from experiments.history import Check, History
 from experiments.live import Stopped
 from experiments.report import check_lines
 from experiments.settings import Settings
-from resnet import resnet20
 
 PROOFS = ["compressed.codeq", "slim.pt2"]
 SMALL = ["--data", "synthetic", "--limit-train", "256", "--limit-test", "128", "--threads", "1",
@@ -268,34 +264,9 @@ def test_the_verdict_is_printed_as_the_history_has_it(log):
     printed = log.out.partition("--- Verdict ---\n")[2].partition("\n\n")[0].splitlines()
     checks = [Check(**c) for c in log.history["verdict"]]
     kept = printed.pop()  # of the file itself, which cannot have this line
-    assert re.fullmatch(r"PASS  files hold the run: \d+ parts of history\.json, metrics\.csv", kept)
+    assert kept == "PASS  files hold the run: history.json, metrics.csv, report.html, 5 pictures"
     assert printed == [line for check in checks for line in check_lines(check)]
     assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 23
-
-
-def test_a_file_that_does_not_hold_what_was_printed_is_told(tmp_path, log):
-    history = History.from_json(log.history)
-    path, table = tmp_path / "history.json", tmp_path / "metrics.csv"
-    assert history.compressed
-    for name, size in (("compressed.codeq", "packed_bytes"), ("slim.pt2", "slim_bytes")):
-        (tmp_path / name).write_bytes(bytes(getattr(history.compressed, size)))
-    write_json(path, history.to_json())
-    shutil.copy(log.folder / "debug_output" / table.name, table)
-    model = resnet20()
-    assert files_are_the_runs(tmp_path, history, model).status == "PASS"
-    wrong = replace(history.compressed, float32_bytes=history.compressed.float32_bytes // 2)
-    check = files_are_the_runs(tmp_path, replace(history, compressed=wrong), model)
-    assert check.status == "FAIL" and "the bytes in float32 differ" in check.message
-    write_json(path, history.to_json() | {"verdict": [], "device": "another"})
-    table.write_text(table.read_text()[:-5])
-    (tmp_path / "slim.pt2").write_bytes(b"")
-    check = files_are_the_runs(tmp_path, history, model)
-    assert check.status == "FAIL"
-    assert check.message.startswith("device, verdict, metrics.csv, slim.pt2 differ. Likely cause: ")
-    table.unlink()
-    assert files_are_the_runs(tmp_path, history, model).status == "FAIL"
-    path.write_text("{")
-    assert files_are_the_runs(tmp_path, history, model).status == "FAIL"
 
 
 def test_at_the_end_stand_the_files_where_they_are_and_the_run_in_one_line(log):
@@ -782,9 +753,81 @@ for path in sys.argv[1:]:
 """
 
 
+COMMANDS = ("debug_run", "sweep", "verify", "benchmark")
+
+
 def test_every_command_runs_as_a_file_too_from_any_folder(tmp_path):
-    names = ("debug_run", "sweep", "verify", "benchmark")
-    paths = [Path(debug_run.__file__).with_name(f"{name}.py").as_posix() for name in names]
+    paths = [Path(debug_run.__file__).with_name(f"{name}.py").as_posix() for name in COMMANDS]
     command = [sys.executable, "-c", AS_FILES, *paths]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("usage") == len(names)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("usage") == len(COMMANDS)
+
+
+# Each command's help, on a full disk, in one process.
+HELP_ON_A_FULL_DISK = """
+import os, runpy, sys
+for name in sys.argv[1:]:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(f"experiments.{name}", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 2, name
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_help_that_cannot_be_written_is_told_by_status_2(tmp_path):
+    command = [sys.executable, "-c", HELP_ON_A_FULL_DISK, *COMMANDS]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=DEADLINE
+    )
+    said = "error: standard output takes no more (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (0, len(COMMANDS) * said)
+
+
+# Ctrl-C as soon as torch is looked for.
+CTRL_C_AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(tmp_path, name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}"],
+        env=environment_at_start(CTRL_C_AT_IMPORT, tmp_path / "start"),
+        capture_output=True, text=True, timeout=DEADLINE,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+# The benchmark as a file, whose first child only looks for the command that it was to be.
+FIRST_CHILD = """
+import runpy, subprocess, sys
+Popen = subprocess.Popen
+
+class First(Popen):
+    def __init__(self, command, *rest, **how):
+        if "-m" in command:  # what torch starts is none of its children
+            find = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({command[2]!r}))"
+            sys.exit(Popen([command[0], "-c", find], **how).wait())
+        super().__init__(command, *rest, **how)
+
+subprocess.Popen = First
+sys.path[0], sys.argv = sys.argv[1].rpartition("/")[0], sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_benchmark_as_a_file_finds_the_commands_that_it_starts_from_any_folder(tmp_path):
+    path = Path(debug_run.__file__).with_name("benchmark.py").as_posix()
+    alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", FIRST_CHILD, path]
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (0, "")

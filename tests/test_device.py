@@ -120,8 +120,24 @@ def test_torchrun_says_how_many_processes_this_machine_has(monkeypatch):
         monkeypatch.setattr(distributed.dist, name, lambda *_, answer=answer: answer)
     for name in distributed.TORCHRUNS:
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert join_processes() == Processes(rank=3, count=6, local_rank=1, local_count=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "-1"), ("RANK", "2"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "1.5"),
+     ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", ""), ("MASTER_PORT", "65536")],
+)  # fmt: skip
+def test_a_variable_of_torchruns_that_is_no_number_is_named(monkeypatch, name, value):
+    good = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
+    for variable, word in (good | {name: value}).items():
+        monkeypatch.setenv(variable, word)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(ValueError, match=rf"^{name} is '{value}'; expected a whole number from [01] to \d+"):
+        join_processes()
 
 
 def test_the_device_is_described_with_its_threads():

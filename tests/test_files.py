@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from programs import DEADLINE, ROOT
 
 from experiments import files
-from experiments.files import OutputError, archive_files, lock_folder, write_json, write_whole
+from experiments.files import OutputError, archive_files, lock_folder, refuse_folders, write_json, write_whole
 from experiments.live import Stopped
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -349,6 +349,17 @@ def test_where_nothing_can_be_locked_that_is_said_and_the_run_goes_on(tmp_path, 
 
 
 # An earlier run's files
+
+
+def test_only_files_and_free_places_are_not_refused(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "lost").symlink_to("nobody@host.123")
+    refuse_folders(tmp_path / name for name in ("file", "link", "free"))
+    for name in ("folder", "lost"):
+        with pytest.raises(OutputError, match=f"{tmp_path / name} is no file"):
+            refuse_folders([tmp_path / "file", tmp_path / name])
 
 
 def test_what_is_there_is_moved_into_the_next_free_folder_byte_for_byte_and_the_rest_stays(tmp_path):

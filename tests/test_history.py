@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from random_images import random_dataset
 from torch import Tensor, nn
 
+from experiments import history
 from experiments.distributed import Processes
 from experiments.evaluator import Evaluator
 from experiments.files import write_json
@@ -26,6 +28,7 @@ from experiments.history import (
     History,
     LayerStart,
     Resumption,
+    commit_of_program,
     epoch_record,
     final_counts,
     layer_records,
@@ -295,6 +298,22 @@ def test_a_new_history_says_what_runs_on_what_with_which_data():
     assert (data.train_images, data.test_images) == (12, 5)
     assert history.epochs == history.resumed == history.verdict == []
     assert history.stopped is history.final is history.compressed is None and not history.not_finite
+
+
+def test_the_commit_is_this_programs_whatever_repository_the_environment_names(tmp_path, monkeypatch):
+    here = commit_of_program()
+    for folder in (tmp_path / "program", tmp_path / "other"):
+        subprocess.run(["git", "init", "-q", folder], check=True)
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        message = ["commit", "-q", "--allow-empty", "-m", folder.name]
+        subprocess.run(["git", "-C", folder, *who, *message], check=True)
+    monkeypatch.setattr(history, "ROOT", tmp_path / "program")
+    own = commit_of_program()
+    # As git exports them to its hooks.
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
+    head = tmp_path / "program" / ".git" / (tmp_path / "program" / ".git" / "HEAD").read_text()[5:].strip()
+    assert own == commit_of_program() == head.read_text().strip() != here
 
 
 def test_several_processes_are_said_beside_the_device():

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import src.channels
 import src.quantizer
-from experiments import device, expect
+from experiments import device, expect, ledger
 from experiments.debug_run import main
 
 HOST = torch.device("cpu")  # this object; the run's own device is an equal one
@@ -92,9 +92,12 @@ def host_and_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostAndDevice]:
     """The mode, entered; what torch does to modules and in functions of our own keeps the marks."""
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        sides = [on_host(tensor) for tensor in (*module.parameters(), *module.buffers())]
         moved = unwatched(torch_to)(module, *args, **kwargs)
-        for tensor in (*module.parameters(), *module.buffers()) if args else ():
-            mark(tensor, args[0] is HOST)
+        if args and isinstance(args[0], torch.device):
+            sides = [args[0] is HOST] * len(sides)
+        for tensor, host in zip((*module.parameters(), *module.buffers()), sides, strict=True):
+            mark(tensor, host)
         return moved
 
     def cpu(module: nn.Module) -> nn.Module:
@@ -115,7 +118,7 @@ def host_and_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostAndDevice]:
             return mark(made, all(map(on_host, tensors(args))))
 
         monkeypatch.setattr(function, "apply", apply)
-    for module in (device, expect):
+    for module in (device, expect, ledger):
         monkeypatch.setattr(module, "float64_device", lambda _: HOST)
     with HostAndDevice() as mode:
         yield mode

@@ -11,7 +11,7 @@ import numpy as np
 import own_networks
 import pytest
 import torch
-from own_networks import Pointwise, Small, WithTable
+from own_networks import Pointwise, Small, WithBuffers, WithTable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,6 +110,11 @@ def test_what_no_pattern_names_leaves_the_first_and_the_last_layer_in_full_preci
         (f"{HERE}:Bits", ["reads the bytes of numbers as another type"]),
         (f"{HERE}:Double", ["deep.weight is of torch.float64", "expected torch.float32"]),
         (f"{HERE}:WithoutLayers", ["no image passes a convolution or linear layer"]),
+        (f"{HERE}:WithoutStatistics", ["WithoutStatistics", "depend on the other images of its batch"]),
+        (f"{HERE}:Averaging", ["packed file", "mean is torch.float64", "does not hold its numbers exactly"]),
+        (f"{HERE}:Unset", ["packed file", "empty holds NaN"]),
+        (f"{HERE}:Spectrum", ["packed file", "filter is torch.complex64"]),
+        (f"{HERE}:WithMore", ["packed file", "_extra_state is a dict"]),
     ],
 )
 def test_what_cannot_be_a_network_is_refused_in_one_sentence_before_the_data(
@@ -305,11 +310,14 @@ def test_a_run_that_skips_layers_by_draws_resumes_exactly_and_says_that_it_may(r
     assert [r.loss for r in again.epochs] == [r.loss for r in first.epochs] and again.may_skip
 
 
-def test_a_norm_without_statistics_is_named_and_breaks_nothing(run):
-    history, status, _ = run(f"{HERE}:WithoutStatistics", "--epochs", "1", "--preflight", "warn")
-    failed = [check for check in history.preflight if check.status == "FAIL"]
-    assert [check.name for check in failed] == ["network: images apart"] and status == 1
-    assert "batch norm" in failed[0].message
+def test_buffers_of_other_types_are_packed_and_come_back_in_theirs():
+    network = make_network(f"{HERE}:WithBuffers", 10).eval()
+    x = torch.randn(5, 3, 32, 32)
+    expected = network(x)
+    again = unpack_network(pack_network(network, {}, name="theirs:WithBuffers"), WithBuffers)
+    assert torch.equal(again(x), expected)
+    for name, buffer in network.named_buffers():
+        assert again.get_buffer(name).dtype == buffer.dtype, name
 
 
 def test_the_noise_of_dropout_does_not_pass_for_a_network_that_cannot_learn(run):

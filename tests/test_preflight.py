@@ -18,20 +18,22 @@ from runs import good_run
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from experiments import debug_run, report
+from experiments import debug_run, report, sparsity
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from experiments.data import synthetic_dataset
 from experiments.distributed import Processes
+from experiments.evaluator import Evaluator
 from experiments.expect import BrokenError, NotApplicableError, Subject, expect_close, shows
 from experiments.history import Check, History
 from experiments.preflight import CHECKS, preflight
 from experiments.preflight_epoch import _is_stale
 from experiments.preflight_files import ranks_agree
-from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, STATES, small_history
+from experiments.preflight_pictures import COEFFICIENTS, CURVES, DELAY, RAMP, small_history
 from experiments.preflight_settings import read_flags
 from experiments.schedules import linear_warmup
 from experiments.settings import Settings, parse_settings
 from experiments.training import TrainingStep, make_optimizer
+from resnet import PadShortcut, resnet20
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import WeightQuantization, attach_weight_quantizers
 
@@ -191,6 +193,46 @@ def test_a_quantizer_that_differs_somewhere_alone_is_named(monkeypatch, tmp_path
     assert status == 1 and words in failed(checks)[0]
 
 
+def rounded_gradient(x: Tensor) -> Tensor:
+    if x.requires_grad and x.dtype == torch.float32:
+        x.register_hook(lambda gradient: gradient.bfloat16().float())
+    return x
+
+
+def test_a_quantizer_whose_gradient_differs_in_float32_alone_is_named(monkeypatch, tmp_path):
+    real = DeadZoneLDZCompander.forward
+    monkeypatch.setattr(
+        DeadZoneLDZCompander, "forward", lambda self, w: rounded_gradient(real(self, w.clone()))
+    )
+    only(monkeypatch, "quantizer: formula")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "the gradient to the stored weights in float32" in failed(checks)[0]
+
+
+@pytest.mark.parametrize("cut", [lambda x: len(x) > 8, lambda x: x.dtype == torch.float32])
+def test_a_shortcut_that_is_detached_in_large_batches_or_in_float32_alone_is_named(
+    monkeypatch, tmp_path, cut
+):
+    real = PadShortcut.forward
+    monkeypatch.setattr(PadShortcut, "forward", lambda self, x: real(self, x.detach() if cut(x) else x))
+    only(monkeypatch, "network: reference")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "in float32, in a batch of 32 images" in failed(checks)[0]
+
+
+def test_a_penalty_with_something_within_its_root_in_float32_alone_is_named(monkeypatch, tmp_path):
+    real = sparsity.group_norms
+
+    def softened(*arguments) -> Tensor:
+        norms = real(*arguments)
+        return norms if norms.dtype == torch.float64 else (norms.square() + 1e-5).sqrt()
+
+    monkeypatch.setattr(sparsity, "group_norms", softened)
+    only(monkeypatch, "penalty")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "the penalty in float32 is off" in failed(checks)[0]
+
+
 def last_ten(history: History) -> History:
     return replace(history, epochs=history.epochs[-10:])
 
@@ -208,8 +250,19 @@ def exchanged(history: History) -> History:
         ("format_ratio", lambda _: lambda x: f"{x if x < 10 else math.ceil(x):.2f}x", "where the ratio is"),
         ("first_lines", lambda lines: lambda history, *rest: lines(exchanged(history), *rest), "images 765"),
         ("picture_title", lambda title: lambda history, _: title(history, Settings()), "says nothing"),
+        ("format_ratio", lambda shown: lambda x: shown(min(x, 99.99)), "where the ratio is 1234.56"),
+        (
+            "preflight_line",
+            lambda _: lambda checks, s: f"Preflight: {len(checks)} checks hold",
+            "is said where",
+        ),
+        (
+            "layer_table",
+            lambda t: lambda c: "\n".join(t(c).splitlines()[:14] + t(c).splitlines()[-1:]),
+            "12 rows",
+        ),
     ],
-    ids=["rows", "ratios", "sizes", "flags"],
+    ids=["rows", "ratios", "sizes", "flags", "large ratios", "skipped", "layers"],
 )
 def test_what_is_said_of_long_runs_and_other_settings_alone_is_named(
     monkeypatch, tmp_path, what, change, words
@@ -507,12 +560,17 @@ def test_an_error_in_the_runs_own_code_is_a_fail_that_names_the_place(monkeypatc
 
 
 def test_no_two_curves_or_layers_of_the_small_history_are_alike():
-    history = small_history(good_run())
+    dense = Evaluator(resnet20()).dense
+    history = small_history(good_run(), dense)
     columns = [tuple(f(r) for r in history.epochs) for c in CURVES.values() for f, _ in c.values()]
     others = [tuple(getattr(r, n) for r in history.epochs) for n in ("loss", "penalty", "bits", "seconds")]
     assert len({*columns, *others}) == len(columns) + len(others)
-    layers = [tuple(r.layers[name].alive_channels for r in history.epochs) for name in STATES]
-    assert len(set(layers)) == len(layers) == len({tuple(map(s.count, s)) for s in STATES.values()})
+    assert history.final
+    convolutions = [layer for layer in dense.layers if layer.is_convolution]
+    counts = [layer for layer in history.final.layers if layer.is_convolution]
+    assert [(x.name, x.filters) for x in counts] == [(x.name, x.filters) for x in convolutions]
+    layers = [tuple(r.layers[x.name].alive_channels for r in history.epochs) for x in counts]
+    assert len(set(layers)) == len(layers) == len({x.states for x in counts}) == 19
     assert [linear_warmup(DELAY, RAMP)(e, 5) * 1e-3 for e in range(5)] == list(COEFFICIENTS)
 
 

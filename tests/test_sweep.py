@@ -172,6 +172,9 @@ def test_a_run_that_was_stopped_is_not_done(working_folder):
     [
         (["--jobs", "0"], ["--jobs", "0", "1 or more"]),
         (["--jobs", "x"], ["--jobs", "x"]),
+        (["--jobs", "1.5"], ["--jobs", "'1.5' is not a whole number"]),
+        (["--preflight", "only"], ["--preflight is 'only'", "expected stop, warn or off"]),
+        (["--preflight=only", "--print"], ["--preflight is 'only'"]),
         (["--sparsity-weight", "-1"], ["--sparsity-weight", "-1"]),
         (["--sparsity-weight"], ["--sparsity-weight"]),
         (["--seed", "0", "x"], ["--seed", "x"]),
@@ -190,6 +193,24 @@ def test_bad_input_is_one_sentence_with_status_2_and_starts_nothing(working_fold
     assert len(error.splitlines()) == 1
     assert all(word in error for word in words)
     assert not list(working_folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sweep.csv", "accuracy_over_bops.png"])
+def test_a_folder_in_the_place_of_table_or_picture_is_refused_before_a_member_is_started(
+    working_folder, monkeypatch, name, capsys
+):
+    monkeypatch.setattr(sweep, "start", lambda *_: pytest.fail("a member was started"))
+    (working_folder / "sweep_output" / name).mkdir(parents=True)
+    assert main(ONE_POINT) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: sweep_output/{name} is no file") and said.count("\n") == 1
+
+
+def test_the_log_takes_a_folder_whose_name_is_no_utf8(working_folder):
+    folder = Path(os.fsdecode(b"sweep_\xff"))
+    member = next(plan(folder, one_point(), ["--quantizer", "no_such:Q"]))
+    assert sweep.start(member, 1).wait(DEADLINE) == 2
+    assert b"--output-dir 'sweep_\xff/" in (member.folder / "log.txt").read_bytes()
 
 
 # How it runs them. Small programs replace `start`, so that a member can end in any way at once.

@@ -12,7 +12,7 @@ from planted import images
 from test_any_network import SMALL, assert_nothing_claimed_is_wrong, assert_smaller_is_the_same
 from torch import Tensor, nn
 
-from metrics import count_by_torch, count_network, of_layers
+from metrics import count_by_torch, count_network, in_layers, of_layers
 from src.channels import trace_channels
 from src.groups import FILTERS, INPUT_SLICES, channel_groups
 from src.slim import slim_network
@@ -209,6 +209,47 @@ def rolled(net: Net, x: Tensor) -> Tensor:
     return pooled(net, net.conv(x).roll(1, 1) + net.conv(x).roll(1, 3))
 
 
+def strided(net: Net, x: Tensor) -> Tensor:
+    """A view by places in memory, of a copy that lies in memory as (N, H, W, C)."""
+    y = net.conv(x).permute(0, 2, 3, 1).contiguous()
+    return pooled(net, y.as_strided((x.shape[0], WIDTH, 11, 11), (WIDTH * 144, 1, WIDTH * 12, WIDTH)))
+
+
+def beside_whole_numbers(net: Net, x: Tensor) -> Tensor:
+    """Coordinates and flags of other types than the channels that they go with."""
+    rows = torch.arange(12).expand(x.shape[0], 1, 12, 12)
+    y = torch.cat([x, rows, torch.ones(x.shape[0], 1, 12, 12, dtype=torch.bool)], -3)
+    return pooled(net, net.wide(torch.cat([y, net.places.expand(x.shape[0], -1, -1, -1)], 1)))
+
+
+def beside_nothing(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(torch.cat([torch.tensor([], dtype=x.dtype), x], 1)))
+
+
+def exponents(net: Net, x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(net.conv(x))
+    return pooled(net, x + mantissa * exponent)
+
+
+def one_row(net: Net, x: Tensor) -> Tensor:
+    return net.last(x.mean((2, 3)) + F.linear(x.mean((2, 3)), net.row)[:, None])
+
+
+def of_a_negative_divisor(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(F.avg_pool2d(x, 2, divisor_override=-4)))
+
+
+def as_many_as_are_bright(net: Net, x: Tensor) -> Tensor:
+    """A number of pixels is no number of images."""
+    bright = x[x > 0.5]
+    ones = torch.ones(bright.shape[0], dtype=x.dtype)
+    return pooled(net, torch.zeros_like(x).masked_scatter(x > 0.5, bright * ones))
+
+
+def chosen_by_a_mask(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(torch.where(net.mask, x, net.other)))
+
+
 # What is between the layers, and what it needs.
 WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     folded_groups: lambda: {"mix": nn.Conv2d(4, 4, 3, padding=1)},
@@ -249,10 +290,28 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     counted_places: dict,
     overwritten: lambda: {"conv": conv()},
     rolled: lambda: {"conv": conv()},
+    strided: lambda: {"conv": conv()},
+    beside_whole_numbers: lambda: {
+        "wide": nn.Conv2d(WIDTH + 3, WIDTH, 3, padding=1),
+        "places": torch.arange(144).view(1, 1, 12, 12),
+    },
+    beside_nothing: lambda: {"conv": conv()},
+    exponents: lambda: {"conv": conv()},
+    one_row: lambda: {"row": nn.Parameter(torch.randn(WIDTH))},
+    of_a_negative_divisor: lambda: {"conv": conv()},
+    as_many_as_are_bright: dict,
+    chosen_by_a_mask: lambda: {
+        "conv": conv(),
+        "mask": torch.arange(WIDTH)[:, None, None] < 5,
+        "other": torch.randn(WIDTH, 12, 12),
+    },
 }
 
 
-SEVERAL_ROWS = (folded_groups, by_windows, by_columns, by_dead_windows, by_dead_groups, by_sequence)
+SEVERAL_ROWS = (
+    *(folded_groups, by_windows, by_columns, by_dead_windows, by_dead_groups, by_sequence),
+    as_many_as_are_bright,
+)
 
 
 def dead(layer: nn.Module) -> nn.Module:
@@ -289,7 +348,8 @@ def test_it_is_counted_grouped_and_made_smaller(way):
 
 NO_BARRIERS = (
     padded_pools, added_to_itself, expanded_as, zeros_beside, elementwise, concatenated, with_prelu,
-    viewed_as, overwritten, rolled,
+    viewed_as, overwritten, rolled, strided, beside_whole_numbers, beside_nothing, of_a_negative_divisor,
+    chosen_by_a_mask,
 )  # fmt: skip
 
 
@@ -309,7 +369,61 @@ def test_its_channels_stay_apart(way):
     assert [(g.channels, g.members) for g in groups] == [(WIDTH, (("between", FILTERS),))]
 
 
-def test_a_product_of_parameters_is_counted_as_torch_counts_the_layers():
+def test_a_convolution_of_what_has_no_batch_is_a_barrier():
+    def way(net: Net, x: Tensor) -> Tensor:
+        """All images as the depth of one."""
+        return pooled(net, net.depth(x.transpose(0, 1)).transpose(0, 1))
+
+    model = plant(Net(way, {"depth": nn.Conv3d(WIDTH, WIDTH, (1, 3, 3), padding=(0, 1, 1))}), 0, 0.3)
+    count, x = count_network(model, SMALL), images(3, SMALL)
+    assert count.barriers == ("aten.conv3d in depth",) and len(count.layers) == 2
+    assert of_layers(count_by_torch(model, SMALL), count) == count.total("dense_macs")
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-9, atol=1e-9)
+    channel_groups(model, ["first"], SMALL)
+
+
+def over_channels_last(net: Net, x: Tensor) -> Tensor:
+    y = x.permute(0, 2, 3, 1)
+    return pooled(net, net.conv((y - y.mean(3, keepdim=True)).permute(0, 3, 1, 2)))
+
+
+def over_tokens(net: Net, x: Tensor) -> Tensor:
+    y = x.flatten(2).transpose(1, 2)
+    return net.last((y * y.amax(-1, keepdim=True).sigmoid()).mean(1))
+
+
+@pytest.mark.parametrize("way", [over_channels_last, over_tokens], ids=lambda way: way.__name__)
+def test_channels_that_lie_last_stay_apart_where_they_are_reduced(way):
+    model = Net(lambda net, x: way(net, F.relu(net.between(x))), {"between": conv(), "conv": conv()})
+    groups = channel_groups(model, ["between"], SMALL)
+    assert [(g.channels, g.members) for g in groups] == [(WIDTH, (("between", FILTERS),))]
+
+
+def test_what_a_mask_chooses_is_what_its_product_lets_through():
+    def macs(way: Way) -> int:
+        model = planted(chosen_by_a_mask, 0)
+        model.way, model.other = way, torch.zeros_like(model.other)
+        return count_network(model, SMALL).total("structured_macs")
+
+    chosen = macs(chosen_by_a_mask)
+    assert chosen == macs(lambda net, x: pooled(net, net.conv(x * net.mask)))
+    assert chosen == macs(lambda net, x: pooled(net, net.conv(x.masked_fill(~net.mask, 0.0))))
+    assert chosen < macs(lambda net, x: pooled(net, net.conv(x)))
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": torch.matmul,
+    "tensordot": lambda u, v: torch.tensordot(u, v, 1),
+    "inner": lambda u, v: torch.inner(u, v.T),
+    "linalg_matmul": torch.linalg.matmul,
+    "linalg_multi_dot": lambda u, v: torch.linalg.multi_dot([u, v]),
+    "chain_matmul": lambda u, v: torch.chain_matmul(u, v),
+    "matrix_power": lambda u, v: torch.matrix_power(u[:, :1] * v[:1], 3),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_of_parameters_is_counted_as_torch_counts_the_layers(name):
     class Factors(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -317,12 +431,79 @@ def test_a_product_of_parameters_is_counted_as_torch_counts_the_layers():
             self.left, self.right = nn.Parameter(torch.randn(WIDTH, 2)), nn.Parameter(torch.randn(2, WIDTH))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(F.linear(self.first(x).mean((2, 3)), self.left @ self.right))
+            return self.last(F.linear(self.first(x).mean((2, 3)), PRODUCTS[name](self.left, self.right)))
 
     model = Factors().eval()
     count = count_network(model, SMALL)
-    assert count.barriers == ("aten.matmul in the network",)
+    assert count.barriers == (f"aten.{name} in the network",)
     assert of_layers(count_by_torch(model, SMALL), count) == count.total("dense_macs")
+
+
+def test_a_layer_that_is_no_module_takes_no_modules_name():
+    class Factors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.linear, self.last = (
+                nn.Conv2d(3, WIDTH, 3),
+                nn.Linear(6, WIDTH),
+                nn.Linear(WIDTH, 9),
+            )
+            self.left, self.right = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.linear(self.first(x).mean((2, 3)), self.left @ self.right)
+            return self.last(self.linear(F.relu(x)))
+
+    model = plant(Factors(), 0, 0.2)
+    layers = {layer.name: layer.dense_macs for layer in count_network(model, SMALL).layers}
+    assert list(layers.values()) == [27 * 100 * WIDTH, 6 * WIDTH, 6 * WIDTH, 9 * WIDTH]
+    assert len(layers) == 4 and list(layers)[2] == "linear"
+    assert_smaller_is_the_same(model, SMALL)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_that_is_used_once_more_behind_a_mask_counts_what_each_use_has(first):
+    def way(net: Net, x: Tensor) -> Tensor:
+        uses = [lambda: net.conv(x), lambda: F.conv2d(x, net.conv.weight * net.mask, padding=1)]
+        one, other = uses if first else uses[::-1]
+        return pooled(net, one() + other())
+
+    model = plant(Net(way, {"conv": conv(), "mask": torch.tril(torch.ones(3, 3))}), 0, 0.2)
+    count = count_network(model, SMALL)
+    (found,) = [layer for layer in count.layers if layer.name == "conv"]
+    weight = model.conv.weight
+    uses = [int((w != 0).sum()) for w in (weight, weight * model.mask)]
+    assert found.unstructured_macs == sum(uses) * 144 and found.zero_weights == weight.numel() - uses[0]
+    assert in_layers(count_by_torch(model, SMALL), count)["conv"] == found.dense_macs
+
+
+OF_THE_BATCH: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "1 / len": (lambda x: x + 1 / len(x), "gives other logits than Net itself for 5 images"),
+    "float(len)": (lambda x: x * float(len(x)), "gives other logits"),
+    "a branch by len": (lambda x: x * (2.0 if len(x) > 4 else 1.0), "on their number"),
+    "a branch by shape": (lambda x: x * (2.0 if x.shape[0] > 1 else 1.0), "on their number"),
+    "a roll": (lambda x: x + 0.5 * x.roll(1, 0), "depend on the other images"),
+    "halves": (lambda x: torch.cat([x[x.shape[0] // 2 :], x[: x.shape[0] // 2]]), "other images"),
+    "places": (lambda x: x + torch.arange(x.shape[0]).view(-1, 1, 1, 1), "other images"),
+    "statistics": (lambda x: F.batch_norm(x, None, None, training=True), "other images"),
+    "those before": (lambda x: x.cumsum(0), "other images"),
+    "a loop": (lambda x: torch.stack([i * 2 for i in x]), "one image of a batch after the other, by a loop"),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_a_network_of_no_single_images_is_refused_in_a_sentence(name):
+    mixes, words = OF_THE_BATCH[name]
+    model = plant(Net(lambda net, x: pooled(net, mixes(x)), {}), 0, 0.2)
+    with pytest.raises(ValueError, match=words):
+        count_network(model, SMALL)
+
+
+def test_a_network_that_draws_in_evaluation_mode_is_counted():
+    model = Net(lambda net, x: pooled(net, F.dropout(x, 0.3, training=True)), {}).eval()
+    state = torch.get_rng_state()
+    assert count_network(model, SMALL).barriers == ("aten.dropout in the network",)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_constant_in_float32_meets_weights_in_float64():
@@ -414,6 +595,54 @@ def test_what_a_forward_looks_at_makes_another_network():
     found.append(layers())
     model.which[1], model.config.gate = 1, False
     assert [*found, layers()] == [3, 2, 2, 1]
+
+
+def test_a_recurrent_layer_that_has_learned_is_traced_no_second_time(monkeypatch):
+    model = Net(
+        lambda net, x: net.last(net.rows(x.flatten(2))[0][:, -1]), {"rows": nn.GRU(144, WIDTH)}
+    ).eval()
+    before = count_network(model.eval(), SMALL)
+    with torch.no_grad():
+        model.rows.weight_hh_l0.mul_(2)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("it was traced again"))
+    assert count_network(model, SMALL) == before
+
+
+FLAG = True
+
+
+def test_a_class_that_is_changed_is_another_network(monkeypatch):
+    class Gated(nn.Module):
+        takes = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x) if FLAG else x
+            return self.two(x) if self.takes else x
+
+    def of_the_first(self: Gated, x: Tensor) -> Tensor:
+        return self.one(x)
+
+    def layers() -> list[str]:
+        return [layer.name for layer in count_network(model, SMALL).layers]
+
+    model = Gated()
+    assert layers() == ["one", "two"]
+    monkeypatch.setattr(Gated, "takes", False)
+    assert layers() == ["one"]
+    monkeypatch.undo()
+    monkeypatch.setitem(globals(), "FLAG", False)
+    assert layers() == ["two"]
+    monkeypatch.undo()
+    before = Gated.forward.__code__
+    Gated.forward.__code__ = of_the_first.__code__
+    assert layers() == ["one"]
+    Gated.forward.__code__ = before
+    Gated.forward = of_the_first
+    assert layers() == ["one"]
 
 
 def test_a_network_that_branches_by_cond_is_refused_in_a_sentence():
