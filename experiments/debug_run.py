@@ -62,8 +62,8 @@ from experiments.exit_status import EXIT_FAILED, ExitStatus
 from experiments.expect import Subject
 from experiments.files import OutputError, archive_files, lock_folder, refuse_folders, write_whole
 from experiments.finish import write_report
-from experiments.history import FAIL, Check, EpochRecord, History, epoch_record, new_history
-from experiments.ledger import Ledger
+from experiments.history import FAIL, Check, EpochRecord, History, as_text, epoch_record, new_history
+from experiments.ledger import Ledger, checkpoint_is_the_state, is_thorough
 from experiments.live import (
     ClosedOutputError,
     EpochProgress,
@@ -96,7 +96,7 @@ from experiments.training import (
     train_epoch,
 )
 from experiments.verdict import new_warnings
-from experiments.watch import EpochWatch
+from experiments.watch import EpochWatch, left_in
 from utils_quantization import attach_weight_quantizers
 
 PICTURES = [name.replace(".png", end) for name in report.PICTURES for end in (".png", ".pdf")]
@@ -164,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         history = new_history(
             settings, dataset, device, processes, model, evaluator.dense, arguments, step.host
         )
+        left = left_in(checkpoint, step) if checkpoint else {}  # before it is restored, from the file alone
         if checkpoint:
             resume(checkpoint, history, model, optimizer)
             end.advice = HOW_TO_GO_ON
@@ -185,8 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
             ended = [settings.output_dir / name for name in RESULTS if name != report.CSV]
             aside = archive_files(settings.output_dir, ended)
             live.say(f"Earlier:   the files of the {checkpoint.epochs} epochs were moved to {aside}")
+        step.left = left
         compression = evaluator.evaluate(model)
         live.say(report.table_header(history.data))
+        written = [as_text(record) for record in history.epochs]
         warned: set[str] = set()
         for done in range(1, len(history.epochs) + 1):
             show_epoch(live, history, done, warned)
@@ -210,12 +213,13 @@ def main(arguments: list[str] | None = None) -> int:
                     if processes.first:
                         save(history, pipeline, live)
                         end.advice = HOW_TO_GO_ON
+                    written.append(as_text(record))
                     show_epoch(live, history, epoch + 1, warned)
         except (Stopped, NotFiniteError, LostProcessError, ClosedOutputError) as reason:
             end.status = stop(history, reason, live)
         if processes.first:
             live.endures = True  # the files are worth more than the lines
-            status = write_report(settings, history, pipeline.model, compression, dataset, live)
+            status = write_report(settings, history, written, pipeline.model, compression, dataset, live)
             if live.broken:
                 status = refuse(f"{live.broken}; the files are in {settings.output_dir}")
             end.status = end.status or status
@@ -315,6 +319,9 @@ def save(history: History, pipeline: Pipeline, live: LiveLine) -> None:
     folder, epoch = pipeline.settings.output_dir, len(history.epochs)
     try:
         save_checkpoint(folder, take_checkpoint(history, pipeline.model, pipeline.step.optimizer))
+        if is_thorough(epoch - 1, pipeline.settings.epochs):
+            check = checkpoint_is_the_state(checkpoint_path(folder, epoch), pipeline.step)
+            history.epochs[-1].ledger.extend([check] if check.status == FAIL else [])
     except OutputError as error:
         live.say(f"      ! no checkpoint of epoch {epoch}: {error}")
     try:

@@ -21,7 +21,7 @@ from experiments.distributed import use_local_batch_norms
 from experiments.evaluator import Compression
 from experiments.exit_status import EXIT_FAILED
 from experiments.files import OutputError, archive_files, write_json, write_whole
-from experiments.history import FAIL, Check, CompressedRecord, History, final_counts, judge
+from experiments.history import FAIL, Check, CompressedRecord, History, as_text, final_counts, judge, some
 from experiments.live import LiveLine
 from experiments.page import report_page
 from experiments.rehearsal import rehearse_verifying
@@ -31,18 +31,23 @@ from experiments.verdict import verdict
 from src.encoding import PackingError
 from utils_quantization import without_quantizers
 
+ROW = re.compile(r" *\d+ \|")  # how a row of the table begins
 MOST_BESIDE = 2048  # bytes that torch.save writes beside the numbers of a tensor
 
 
 def write_report(
     settings: Settings,
     history: History,
+    written: list[str],
     model: nn.Module,
     compression: Compression,
     dataset: Dataset,
     live: LiveLine,
 ) -> int:
-    """The final metrics, the pictures, the compressed network, the verdict, history.json; the exit status."""
+    """The final metrics, the pictures, the compressed network, the verdict, history.json; the exit status.
+
+    `written` are the records as they were when their epochs were over.
+    """
     folder, errors = settings.output_dir, list[OutputError]()
     path, table, page = (folder / name for name in ("history.json", report.CSV, report.PAGE))
     if not history.epochs:
@@ -89,6 +94,7 @@ def write_report(
 
     history.verdict = [
         *verdict(history, compression.count, model, list(contents), compressed),
+        table_is_the_records(history, written, live.said),
         *([] if history.stopped else [checkpoint_is_the_runs(folder, history, model)]),
         *history.rehearsal,
     ]
@@ -173,6 +179,19 @@ def _page_shows(page: bytes, checks: list[Check], shown: Mapping[str, bytes]) ->
 def _size(path: Path) -> int:
     """The bytes of a file; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0
+
+
+def table_is_the_records(history: History, written: list[str], said: list[str]) -> Check:
+    """Whether the rows that were printed are the records', in their order, and these are as they were."""
+    name = "table holds the records"
+    rows = [line for line in said if ROW.match(line)]
+    due = [report.table_row(record) for record in history.epochs]
+    if rows != due:
+        measured = f"{len(rows)} rows were printed, {sum(row not in due for row in rows)} are of no record"
+        return judge(False, name, measured, "a row is of another epoch, or its record was changed later")
+    changed = [str(r.epoch) for r, then in zip(history.epochs, written, strict=True) if as_text(r) != then]
+    measured = f"records of epochs {some(changed)} were changed later" if changed else f"{len(rows)} rows"
+    return judge(not changed, name, measured, "something writes into the records of earlier epochs")
 
 
 def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> Check:

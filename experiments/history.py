@@ -6,6 +6,7 @@ alone.
 """
 
 import dataclasses
+import json
 import os
 import platform
 import subprocess
@@ -392,6 +393,11 @@ def _signals(model: nn.Module) -> dict[str, float]:
             found[convolution] = (module.running_var / (module.running_var + module.eps)).max().item()
             convolution = None
     return found
+
+
+def as_text(record: EpochRecord) -> str:
+    """All of a record, to see whether it stays as it is."""
+    return json.dumps(record, default=vars)
 
 
 def final_counts(compression: Compression) -> FinalCounts:

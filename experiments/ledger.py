@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from experiments import reference
+from experiments.checkpoint import load_checkpoint
 from experiments.data import TestBatches, TrainBatches
 from experiments.device import float64_device, in_float64, returning_freed_memory
 from experiments.draws import drawn_since, kept_draws, random_states
 from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, LayerRecord, judge, some
 from experiments.settings import MACS, STORED, Settings
-from experiments.watch import Drawn, EpochWatch, Pass, State, Update, fingerprint, numbers, step_counts
+from experiments.training import TrainingStep
+from experiments.watch import (
+    Drawn,
+    EpochWatch,
+    Pass,
+    State,
+    Update,
+    fingerprint,
+    left_in,
+    numbers,
+    step_counts,
+)
 from metrics import LayerCount, count_network
 from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
@@ -601,9 +614,7 @@ class Ledger:
             f"they were of {sum(seen_images):,} images, expected {sum(sizes):,}",
         )
         if self.our_batches and len(passes) == due:
-            _, shards = self._expected_labels(self._draws[0])
-            places = [place for shard in shards[:due] if shard for place in (shard[0], shard[-1])]
-            self._compare_images(passes, self._expected_images(places), wrong)
+            self._compare_images(passes, self.batches.images, wrong)  # those that were trained on first
         for n, seen in self.watch.seen_by.items():
             if not due or len(seen) != due or self.processes.count > 1:
                 continue
@@ -631,7 +642,7 @@ class Ledger:
             ends = itertools.accumulate((len(p.logits) for p in passes), initial=0)
             places = [place for a, b in itertools.pairwise(ends) if b > a for place in (a, b - 1)]
             if max(places, default=-1) < len(batches.labels):
-                self._compare_images(passes, _normalised(batches.images[places].cpu()), wrong)
+                self._compare_images(passes, [*_normalised(batches.images[places].cpu())], wrong)
         if not torch.equal(self.after.values, self.end.values):
             left, found = (_split(self.parameters, state.values) for state in (self.after, self.end))
             moved = [n for n in left if not torch.equal(left[n], found[n])]
@@ -889,11 +900,12 @@ class Ledger:
         return _normalised(torch.where(flips[:, None, None, None] == 1, images.flip(2), images))
 
     @staticmethod
-    def _compare_images(passes: Sequence[Pass], due: Tensor, wrong: Wrong) -> None:
-        """The first and last image of each pass against what they should be."""
-        seen = [image.cpu().float() for p in passes for image in p.images]
-        if len(seen) == len(due) and seen:
-            off = int(((torch.stack(seen) - due).abs().flatten(1).amax(1) > 1e-3).sum())
+    def _compare_images(passes: Sequence[Pass], due: Sequence[Tensor], wrong: Wrong) -> None:
+        """The first and last image of each pass against those that were due, the first ones of `due`."""
+        seen = [image for p in passes for image in p.images]
+        if seen and len(due) >= len(seen):
+            away = torch.stack(seen).cpu().float() - torch.stack([*due[: len(seen)]]).cpu()
+            off = int((away.abs().flatten(1).amax(1) > 1e-3).sum())
             wrong.unless(not off, f"{off} of {len(seen)} images looked at are not those that were due")
 
     def _other_order(self, labels: Tensor, expected: Tensor) -> str:
@@ -1017,6 +1029,17 @@ class Ledger:
         ]
 
 
+def checkpoint_is_the_state(path: Path, step: TrainingStep) -> Check:
+    """Whether a checkpoint, read back, holds what the epoch left: `--resume` would go on from that."""
+    name, cause = "checkpoint", "--resume would go on from another state (experiments/checkpoint.py)"
+    try:
+        held = left_in(load_checkpoint(path), step)
+    except (ValueError, KeyError) as error:
+        return judge(False, name, f"{path.name} cannot be read back: {error}", cause)
+    other = [part for part, row in held.items() if not torch.equal(row, step.left[part])]
+    return judge(not other, name, f"{path.name} holds other {some(other)} than the epoch left", cause)
+
+
 def is_thorough(epoch: int, epochs: int) -> bool:
     """Whether an epoch (from 0) is one of those in which what takes as long as steps do is looked at too."""
     return epoch < 3 or epoch % 4 == 0 or epoch == epochs - 1
@@ -1089,15 +1112,14 @@ def _shares(found: Mapping[str, Tensor], due: Mapping[str, Tensor]) -> dict[str,
     sizes = numbers([g.norm() for g in wanted.values()])
     off = numbers([(g - wanted[n]).norm() for n, g in found.items()])
     # Where a sum of large numbers is nearly nothing, rounding is measured by what the others are.
-    least = max(1e-3 * max(sizes, default=0.0), 1e-30)
+    least = 1e-3 * max(sizes, default=0.0)
     squares = defaultdict(list)
     for n, size in zip(found, sizes, strict=True):
         if found[n].numel() == 1:
             squares[n.rpartition(".")[2]].append(size**2)
     usual = {kind: math.sqrt(sum(of_all) / len(of_all)) for kind, of_all in squares.items()}
-    sizes = [
-        max(size, least, usual.get(n.rpartition(".")[2], 0.0)) for n, size in zip(found, sizes, strict=True)
-    ]
+    floors = [usual[n.rpartition(".")[2]] if g.numel() == 1 else least for n, g in found.items()]
+    sizes = [max(size, floor, 1e-30) for size, floor in zip(sizes, floors, strict=True)]
     return {n: distance / size for n, size, distance in zip(found, sizes, off, strict=True)}
 
 

@@ -113,6 +113,7 @@ class LiveLine:
             sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         self.on_terminal = sys.stdout.isatty()
         self.silent = False  # True on every rank but 0
+        self.said: list[str] = []  # every line, for the end of the run to look back on
         self.endures = False  # whether a standard output that breaks ends nothing, and is remembered
         self.broken: ClosedOutputError | None = None
         self.shown = False  # whether the live line is on the screen now
@@ -127,6 +128,7 @@ class LiveLine:
 
     def say(self, text: str) -> None:
         """Print a whole line, above the live line. Raises: ClosedOutputError, as every method that prints."""
+        self.said += text.split("\n")
         if not self.silent:
             self.clear()
             self._print(text + "\n")

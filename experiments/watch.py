@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from experiments.checkpoint import Checkpoint
 from experiments.data import TestBatches, TrainBatches
 from experiments.device import in_float64
 from experiments.network import MOST_PARAMETERS, contiguous_images
@@ -282,6 +283,27 @@ class EpochWatch:
                 self.seen_by[name].append((mean, var))
 
         return note
+
+
+def left_in(checkpoint: Checkpoint, step: TrainingStep) -> dict[str, Tensor]:
+    """What a checkpoint hands to the epoch behind it, as `EpochWatch.leave` notes it; copied."""
+    saved, model = checkpoint.model, step.model
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    order = [p for group in step.optimizer.param_groups for p in group["params"]]
+    states = {id(p): checkpoint.optimizer.get(i, {}) for i, p in enumerate(order)}
+    rows = {
+        "parameters": [saved[n] for n in parameters],
+        "batch norm statistics": [
+            saved[f"{n}.{what}"] for what in ("running_mean", "running_var") for n in norms
+        ],
+        "the optimizer's moments": [
+            states.get(id(p), {}).get(what, torch.zeros_like(p))
+            for what in ("exp_avg", "exp_avg_sq")
+            for p in parameters.values()
+        ],
+    }
+    return {part: flat([t.to(step.device) for t in tensors], step.device) for part, tensors in rows.items()}
 
 
 def moments(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor]:

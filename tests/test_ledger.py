@@ -7,24 +7,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import runs
 import torch
 from random_images import random_dataset
 from torch import Tensor, nn
 
 from experiments import debug_run, training
+from experiments.checkpoint import save_checkpoint, take_checkpoint
 from experiments.data import TestBatches, TrainBatches
 from experiments.debug_run import one_epoch
 from experiments.evaluator import Evaluator
 from experiments.history import Check, EpochRecord
-from experiments.ledger import FAIL, PASS, SKIP, Chunk, adamw_reach
+from experiments.ledger import FAIL, PASS, SKIP, Chunk, adamw_reach, checkpoint_is_the_state, is_thorough
 from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import QUANTIZED, STORED, Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
-from experiments.watch import EpochWatch
+from experiments.watch import EpochWatch, left_in
 from metrics import count_network
-from resnet import ResNet
-from src.quantizer import DeadZoneLDZCompander
+from resnet import PadShortcut, ResNet
+from src.quantizer import DeadZoneLDZCompander, _DeadZoneRound
 from utils_quantization import attach_weight_quantizers, quantized_layers, quantizers, toggle_quantization
 
 SETTINGS = Settings(epochs=4, batch_size=8, sparsity_delay=0.0, sparsity_ramp=2.0, batch_norm_batches=2)
@@ -90,7 +92,11 @@ def test_epochs_as_they_should_be_pass_every_check(precision, batch_norm_batches
     records = [one_epoch(whole, epoch)[0] for epoch in range(settings.epochs)]
     skipped = [(r.epoch, c.name) for r in records for c in r.ledger if c.status == SKIP]
     assert [str(c) for r in records for c in r.ledger if c.status == FAIL] == []
-    assert skipped == [(4, "a step computed anew")]
+    assert skipped == []
+
+
+def test_what_takes_long_is_looked_at_in_the_first_epochs_in_every_fourth_and_in_the_last():
+    assert [epoch for epoch in range(20) if is_thorough(epoch, 20)] == [0, 1, 2, 4, 8, 12, 16, 19]
 
 
 # Rates, the optimizer and the penalty's coefficient.
@@ -322,7 +328,7 @@ def test_channels_are_counted_anew_in_the_epochs_that_are_looked_at_longer(monke
     monkeypatch.setattr(
         "experiments.ledger.count_network", lambda model: counted.append(1) or count_network(model)
     )
-    whole = pipeline()
+    whole = pipeline(dataclasses.replace(SETTINGS, epochs=8))
     seen = []
     for epoch in range(6):
         checks = {check.name: check for check in one_epoch(whole, epoch)[0].ledger}
@@ -351,6 +357,33 @@ def test_gradients_that_are_doubled_before_the_optimizer_sees_them_are_named():
 
     whole.step.optimizer.register_step_pre_hook(double)
     assert_only(found(whole), "a step computed anew", "conv1.weight is 1 (relative) away", "scaled")
+
+
+@pytest.mark.parametrize("of", ["the quantizer", "the penalty", "the network"])
+def test_a_backward_pass_that_is_wrong_wherever_it_is_taken_is_named(monkeypatch, of):
+    """A copy of the network agrees with it, and so does the run's own penalty."""
+    whole = pipeline(dataclasses.replace(SETTINGS, sparsity_weight=0.05))
+    if of == "the quantizer":
+        backward = _DeadZoneRound.backward
+        turned = lambda ctx, g: [-x if i == 1 else x for i, x in enumerate(backward(ctx, g))]  # noqa: E731
+        monkeypatch.setattr(_DeadZoneRound, "backward", lambda ctx, g: tuple(turned(ctx, g)))
+    elif of == "the penalty":
+        penalty = whole.step.penalty
+        detached = lambda model: penalty(model).detach()  # noqa: E731
+        detached.__module__ = penalty.__module__
+        whole.step.penalty = detached
+    else:
+        forward = PadShortcut.forward
+        monkeypatch.setattr(PadShortcut, "forward", lambda self, x: forward(self, x.detach()))
+    assert_only(found(whole), "a step computed anew", "is not its formula's")
+
+
+def test_live_filters_that_are_set_to_zero_are_named_while_the_masks_act(monkeypatch):
+    def prune(step: TrainingStep) -> None:
+        step.model.layer3[0].conv2.parametrizations.weight.original[5] = 0
+
+    the_second_of(3, prune, monkeypatch)
+    assert "step 2: layer3.0.conv2" in found(pipeline())["updates are AdamW's"].message
 
 
 def test_an_activation_that_is_another_in_training_mode_is_named():
@@ -483,6 +516,17 @@ def test_stored_images_that_an_epoch_writes_into_are_named(monkeypatch):
     assert "1 of the stored training images" in found(whole, 1)["images and their order"].message
 
 
+def test_stored_images_whose_rows_an_epoch_turns_round_are_named(monkeypatch):
+    whole = pipeline()
+
+    def turn(step: TrainingStep) -> None:
+        images = whole.train_batches.pixels.view(-1, 40, 40, 3)
+        images[2] = images[2].flip(0)
+
+    the_second_of(3, turn, monkeypatch)
+    assert "1 of the stored training images" in found(whole, 1)["images and their order"].message
+
+
 def test_a_batch_left_out_is_named(monkeypatch):
     def train(step: TrainingStep, batches: Any, epoch: int, *rest: Any) -> Any:
         real = batches.epoch
@@ -539,7 +583,11 @@ def test_training_in_evaluation_mode_is_named(monkeypatch):
 
 
 def test_testing_in_training_mode_is_named(monkeypatch):
-    monkeypatch.setattr(ResNet, "eval", lambda self: nn.Module.train(self, True))
+    def measure(model: nn.Module, batches: TestBatches, *_: Any) -> float:
+        logits, labels = training.predict(model.train(), batches)
+        return (logits.argmax(1) == labels).double().mean().item()
+
+    monkeypatch.setattr(debug_run, "measure_accuracy", measure)
     assert "test pass" in failures(found(pipeline()))
 
 
@@ -579,6 +627,14 @@ def test_a_renewal_on_a_part_of_each_batch_is_named(monkeypatch):
     assert_only(found(pipeline()), "batch norm statistics", "of 12 images, expected 16")
 
 
+def test_a_renewal_on_another_epochs_images_is_named(monkeypatch):
+    def renew(model: ResNet, batches: TrainBatches, epoch: int, *rest: Any) -> None:
+        training.renew_batch_norms(model, batches, 0, *rest)
+
+    monkeypatch.setattr(debug_run, "renew_batch_norms", renew)
+    assert_only(found(pipeline()), "batch norm statistics", "4 of 4 images", "other images")
+
+
 def test_batch_norms_of_another_momentum_are_named():
     whole = pipeline(dataclasses.replace(SETTINGS, batch_norm_batches=0))
     for norm in (m for m in whole.model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -605,6 +661,26 @@ def test_a_weight_changed_by_the_test_pass_is_named(monkeypatch):
 
     monkeypatch.setattr(debug_run, "measure_accuracy", measure)
     assert_only(found(pipeline()), "test pass", "linear.bias")
+
+
+def test_test_images_that_are_mirrored_on_their_way_are_named(monkeypatch):
+    def mirrored(batches: TestBatches) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images.flip(3), labels) for images, labels in through(batches))
+
+    through = TestBatches.__iter__
+    monkeypatch.setattr(TestBatches, "__iter__", mirrored)
+    assert_only(found(pipeline()), "test pass", "2 of 2 images", "other images")
+
+
+def test_test_labels_that_the_test_writes_into_are_named(monkeypatch):
+    def measure(model: nn.Module, batches: TestBatches, *rest: Any) -> float:
+        batches.labels.copy_(training.predict(model.eval(), batches)[0].argmax(1))
+        return training.measure_accuracy(model, batches, *rest)
+
+    monkeypatch.setattr(debug_run, "measure_accuracy", measure)
+    whole = pipeline()
+    whole.test_batches.labels = whole.test_batches.labels.clone()
+    assert_only(found(whole, 1), "accuracy", "of the stored test images, or their labels, have been changed")
 
 
 @pytest.mark.parametrize("change", [lambda a: a + 0.1, lambda a: a + 0.03, lambda a: 100 * a + 1])
@@ -638,6 +714,30 @@ def test_what_writes_into_the_run_between_two_epochs_is_named(part):
         record, _ = one_epoch(whole, 1)
     checks = {check.name: check for check in record.ledger}
     assert_only(checks, "begins where the last epoch ended", part, "1 of ")
+
+
+@pytest.mark.parametrize("part", ["parameters", "batch norm statistics", "the optimizer's moments"])
+def test_a_checkpoint_that_holds_another_state_than_the_epoch_left_is_named(tmp_path, part):
+    whole = pipeline()
+    with torch.enable_grad():
+        record, _ = one_epoch(whole, 0)
+    history = runs.good_run(1)
+    history.epochs[0] = record
+    taken = take_checkpoint(history, whole.model, whole.step.optimizer)
+    save_checkpoint(tmp_path, taken)
+    path = tmp_path / "checkpoint_0001.pt"
+    assert checkpoint_is_the_state(path, whole.step).status == PASS
+    assert all(torch.equal(row, whole.step.left[p]) for p, row in left_in(taken, whole.step).items())
+    written = {
+        "parameters": taken.model["linear.bias"],
+        "batch norm statistics": taken.model["bn1.running_var"],
+    }
+    written.get(part, taken.optimizer[0]["exp_avg_sq"]).view(-1)[0] += 1
+    save_checkpoint(tmp_path, taken)
+    found = checkpoint_is_the_state(path, whole.step)
+    assert found.status == FAIL and part in found.message
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "truncated" in checkpoint_is_the_state(path, whole.step).message
 
 
 def after_deaths(whole: Pipeline) -> dict[str, Check]:
