@@ -4,18 +4,20 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from folders import PICTURES
 from random_images import random_dataset
 
-from experiments import data, debug_run, device, finish
+from experiments import data, debug_run, device, finish, report
 from experiments.files import write_whole
-from experiments.history import History
+from experiments.history import History, as_text
 from experiments.page import report_page
 
 COMMAND = ["--data", "synthetic", "--device", "cpu", "--threads", "1", "--preflight", "off", "--epochs", "2",
@@ -193,3 +195,27 @@ def test_the_page_has_every_line_of_the_verdict_and_every_picture(run):
     assert rows[-1] == ("PASS", KEPT, check_of(out).partition(": ")[2])
     for name in PICTURES:
         assert base64.b64encode((OUT / name).read_bytes()).decode() in page
+
+
+def test_rows_and_records_that_are_not_those_of_their_epochs_are_told():
+    history = runs.good_run(3)
+    written = [as_text(record) for record in history.epochs]
+    rows = [report.table_row(record) for record in history.epochs]
+    said = [
+        "Preflight: off",
+        "Epoch | Loss",
+        rows[0],
+        "      ! a warning",
+        rows[1],
+        rows[2],
+        "",
+        "linear  32",
+    ]
+    assert finish.table_is_the_records(history, written, said).status == "PASS"
+    twice = [said[2], *said[:6]]
+    assert finish.table_is_the_records(history, written, twice).status == "FAIL"
+    assert finish.table_is_the_records(history, written, [*said[:4], rows[0], rows[2]]).status == "FAIL"
+    layer = next(iter(history.epochs[1].layers))
+    history.epochs[1].layers[layer] = replace(history.epochs[1].layers[layer], bits=3)
+    changed = finish.table_is_the_records(history, written, said)
+    assert changed.status == "FAIL" and "epochs 2 were changed" in changed.message

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import runs
@@ -11,8 +12,9 @@ from own_quantizers import LSQ
 from random_images import random_dataset
 from torch import Tensor
 
-from experiments import rehearsal
+from experiments import received, rehearsal, training
 from experiments.checkpoint import save_checkpoint, take_checkpoint
+from experiments.compressed import PACKED
 from experiments.data import TestBatches, TrainBatches
 from experiments.debug_run import main, one_epoch
 from experiments.evaluator import Evaluator
@@ -25,6 +27,7 @@ from experiments.settings import PRESETS, Settings, parse_settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
 from resnet import ResNet
+from src.packing import pack_network
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
@@ -131,6 +134,7 @@ def test_the_packed_files_check_compares_what_its_receiver_finds(tmp_path, monke
     made = runs.compressed()
     found = {"claims": {}, "found": {"accuracy": made.packed_accuracy}, "macs": made.dense_macs} | changes
     monkeypatch.setattr(rehearsal, "check_file", lambda *_: Received(**found))
+    monkeypatch.setattr(rehearsal, "_overlooked", lambda *_: [])
     history = runs.good_run()
     history.compressed = made
     history.retest = runs.retest()
@@ -146,24 +150,34 @@ def test_a_receiver_that_raises_an_error_is_a_line_of_the_verdict(tmp_path, monk
 
 
 def test_a_receiver_that_takes_another_claim_is_named(tmp_path, monkeypatch):
-    made = runs.compressed()
-    said = {"data": "CIFAR-10", "test_images": 10_000, "accuracy": made.packed_accuracy, "mean_bits": 2.5}
-    received = Received(said, dict(said), macs=made.dense_macs)
-    monkeypatch.setattr(rehearsal, "check_file", lambda *_: received)
-    history = runs.good_run()
-    history.compressed, history.retest = made, runs.retest()
-    assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == "PASS"
+    """Whether it compares wrongly, or takes what the file says for what it found."""
+    history, images = runs.good_run(), random_dataset(16)
+    history.compressed, history.retest = runs.compressed(), runs.retest()
+    model = ResNet(1).eval()
+    right = training.measure_accuracy(model, TestBatches(images, "cpu"))
+    said = {"data": images.name, "test_images": len(images.test_labels), "accuracy": right, "zero_weights": 0}
+    (tmp_path / PACKED).write_bytes(pack_network(model, {}, said))
+    history.compressed = replace(history.compressed, packed_accuracy=right, dense_macs=12_239_488)
+    check = rehearse_verifying(history, images, tmp_path, print)
+    assert check.status == "PASS", check.message
     holds = Received._holds
     for name in said:
-        monkeypatch.setattr(Received, "_holds", lambda self, n, name=name: n == name or holds(self, n))
-        check = rehearse_verifying(history, random_dataset(16), tmp_path, print)
+        with monkeypatch.context() as patch:
+            patch.setattr(Received, "_holds", lambda self, n, name=name: n == name or holds(self, n))
+            check = rehearse_verifying(history, images, tmp_path, print)
         assert check.status == "FAIL" and f"another {name} would be verified" in check.message
+    copied: list[dict[str, Any]] = []
+    monkeypatch.setattr(received, "_say_claims", lambda claims, say: copied.append(claims))
+    monkeypatch.setattr(received, "_accuracy", lambda *_: copied[-1]["accuracy"])
+    check = rehearse_verifying(history, images, tmp_path, print)
+    assert check.status == "FAIL" and "another accuracy would be verified" in check.message
 
 
 def test_behind_a_barrier_torch_may_count_otherwise(tmp_path, monkeypatch):
     made = runs.compressed()
     received = Received({}, {"accuracy": made.packed_accuracy}, macs=made.dense_macs + 1)
     monkeypatch.setattr(rehearsal, "check_file", lambda *_: received)
+    monkeypatch.setattr(rehearsal, "_overlooked", lambda *_: [])
     history = runs.good_run()
     history.compressed, history.retest = made, runs.retest()
     for barriers, status in (([], "FAIL"), (["aten.matmul in the network"], "PASS")):

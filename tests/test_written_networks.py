@@ -599,7 +599,8 @@ def test_what_a_forward_looks_at_makes_another_network():
 
 def test_a_recurrent_layer_that_has_learned_is_traced_no_second_time(monkeypatch):
     model = Net(
-        lambda net, x: net.last(net.rows(x.flatten(2))[0][:, -1]), {"rows": nn.GRU(144, WIDTH)}
+        lambda net, x: net.last(net.rows(x.flatten(2))[0][:, -1]),
+        {"rows": nn.GRU(144, WIDTH, batch_first=True)},
     ).eval()
     before = count_network(model.eval(), SMALL)
     with torch.no_grad():
