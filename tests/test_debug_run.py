@@ -266,7 +266,7 @@ def test_the_verdict_is_printed_as_the_history_has_it(log):
     kept = printed.pop()  # of the file itself, which cannot have this line
     assert kept == "PASS  files hold the run: history.json, metrics.csv, report.html, 5 pictures"
     assert printed == [line for check in checks for line in check_lines(check)]
-    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 23
+    assert {check.status for check in checks} <= {"PASS", "SKIP"} and len(checks) == 24
 
 
 def test_at_the_end_stand_the_files_where_they_are_and_the_run_in_one_line(log):
