@@ -134,12 +134,15 @@ def synthetic_dataset(source: str) -> Dataset:
     return Dataset(STAND_IN, source, True, STAND_IN_CLASSES, train, train_labels, test, test_labels)
 
 
-def synthetic_chunks() -> Iterator[Tensor]:
-    """Make the stand-in's images, those for training first, a thousand at a time: (1000, 3, 32, 32) uint8."""
+def synthetic_chunks(share: int = 1) -> Iterator[Tensor]:
+    """Make the stand-in's images, those for training first, a thousand at a time: (1000, 3, 32, 32) uint8.
+
+    With `share` it is a stand-in of one in so many images, in as many parts.
+    """
     generator = torch.Generator().manual_seed(_SYNTHETIC_SEED)
     windows = _pattern_windows(generator)
-    labels = torch.arange(SYNTHETIC_TRAIN + SYNTHETIC_TEST) % STAND_IN_CLASSES
-    for chunk in labels.split(_SYNTHETIC_CHUNK):
+    labels = torch.arange((SYNTHETIC_TRAIN + SYNTHETIC_TEST) // share) % STAND_IN_CLASSES
+    for chunk in labels.split(_SYNTHETIC_CHUNK // share):
         yield _overlaid(windows, chunk, generator)
 
 

@@ -164,9 +164,12 @@ def main(arguments: list[str] | None = None) -> int:
         history = new_history(
             settings, dataset, device, processes, model, evaluator.dense, arguments, step.host
         )
-        left = left_in(checkpoint, step) if checkpoint else {}  # before it is restored, from the file alone
+        left: dict[str, torch.Tensor] = {}
         if checkpoint:
+            # Copied first: the optimizer may take the tensors themselves, and write into them.
+            as_saved = replace(checkpoint, optimizer=copy.deepcopy(checkpoint.optimizer))
             resume(checkpoint, history, model, optimizer)
+            left = left_in(as_saved, step)
             end.advice = HOW_TO_GO_ON
         end.inputs_are_good()
         live.say(report.first_lines(history, settings, evaluator.dense))

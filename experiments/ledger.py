@@ -36,6 +36,7 @@ from experiments.watch import (
     Pass,
     State,
     Update,
+    computed_weights,
     fingerprint,
     left_in,
     numbers,
@@ -104,7 +105,7 @@ class Ledger:
         self.batches, self.losses, self.passes = watch.batches, watch.losses, watch.passes
         self.parameters, self.norms = watch.parameters, watch.norms
         self.before, self.after, self.ready, self.end = watch.before, watch.after, watch.ready, watch.state()
-        self.weights_before, self.weights = watch.weights_before, watch.weights()
+        self.weights_before, self.weights = watch.weights_before, computed_weights(self.model)
         groups = self.step.optimizer.param_groups
         self.places = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         # Every learning rate that each group of the optimizer was given in the epoch.
@@ -114,6 +115,7 @@ class Ledger:
         for place, rate in zip(places, rates, strict=True):
             self.rates[place].add(rate)
         self.ours, self.may_skip = type(self.model) is ResNet, self.step.host.decides
+        self.ours_quantize = all(type(q) is DeadZoneLDZCompander for q in quantizers(self.model).values())
         self.our_batches = type(self.pipeline.train_batches) is TrainBatches
         # Two checks hold rates and coefficient against the settings. The others take those that were used, so
         # that one fault is not said twice, under two names.
@@ -296,7 +298,7 @@ class Ledger:
         with returning_freed_memory(self.step.device), kept_draws():
             # Before the step, so that its memory is free again when the step needs as much.
             expected = None
-            if self.known:
+            if self._is_known:
                 expected, plain = self._plain_step(drawn)
             elif self.ours:
                 expected = self._plain_logits(drawn.model, drawn.images)
@@ -336,11 +338,10 @@ class Ledger:
         return _judge(wrong, name, held, cause)
 
     @property
-    def known(self) -> bool:
+    def _is_known(self) -> bool:
         """Whether the formulas of all that a step computes are known, and float32 leaves digits enough."""
-        ours = all(type(q) is DeadZoneLDZCompander for q in quantizers(self.model).values())
-        ours = ours and getattr(self.step.penalty, "__module__", "") == "experiments.sparsity"
-        return self.ours and ours and self.settings.precision == "float32"
+        ours = getattr(self.step.penalty, "__module__", "") == "experiments.sparsity"
+        return self.ours and self.ours_quantize and ours and self.settings.precision == "float32"
 
     def _plain_step(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits and the gradients of a step, by the reference throughout."""
@@ -381,24 +382,24 @@ class Ledger:
     def check_weights(self) -> Check:
         """What the layers compute with, in one step and in the test pass, by the quantizer's formula."""
         name, wrong, looked_at = "weights are the quantizer's", Wrong(), 0
-        if any(type(q) is not DeadZoneLDZCompander for q in quantizers(self.model).values()):
+        if not self.ours_quantize:
             return Check(SKIP, name, "the formula of another quantizer is not known")
-        models = {"in the test pass": self.model}
-        if self.batches.drawn:
-            models[f"in step {self.batches.drawn.number + 1}"] = self.batches.drawn.model
-        for when, model in models.items():
+        models = {"in the test pass": (self.model, self.weights)}
+        if drawn := self.batches.drawn:
+            models[f"in step {drawn.number + 1}"] = (drawn.model, self._drawn_weights)
+        for when, (model, weights) in models.items():
             flags: dict[str, Tensor] = {}
             for layer, quantizer in quantizers(model).items():
                 weight: Any = model.get_submodule(layer).parametrizations.weight  # type: ignore[union-attr]
                 stored = weight.original.detach()
                 if stored.numel() <= LOOKED_AT:
-                    used = self.weights[layer] if model is self.model else weight().detach()
                     exact, deadzone = in_float64(stored), in_float64(quantizer.logit_dz.detach())
                     off = []
                     # A bit-width, or a weight, that lies between two levels may be rounded to either.
                     for bits in {round(_bits(quantizer) + rounding) for rounding in (-1e-5, 1e-5)}:
                         wanted = reference.quantize(exact, torch.full_like(deadzone, bits), deadzone)
-                        off.append(((in_float64(used) - wanted).abs() > 1e-4 * wanted.abs().max()).sum())
+                        away = (in_float64(weights[layer]) - wanted).abs()
+                        off.append((away > 1e-4 * wanted.abs().max()).sum())
                     flags[layer] = torch.stack(off).min() > 2 + 1e-3 * stored.numel()
             looked_at += len(flags)
             odd = [n for n, flag in zip(flags, numbers(list(flags.values())), strict=True) if flag]
@@ -955,14 +956,20 @@ class Ledger:
         if sizes:
             yield Chunk(sizes, float64_device(self.step.device))
 
+    @cached_property
+    def _drawn_weights(self) -> dict[str, Tensor]:
+        """The weights that the quantized layers computed with in the drawn step, by layer name."""
+        drawn = self.batches.drawn
+        return computed_weights(drawn.model) if drawn else {}
+
     def _dead_in(self, step: int) -> dict[str, Tensor]:
-        """Of a step, which quantized weights were zero before it, by layer name; of most it is not known."""
+        """Which weights a step quantized to zero, by the parameter's name; of most steps it is not known."""
+        if not self.ours_quantize:  # another one may give other weights in evaluation mode, or at each call
+            return {}
         drawn = self.batches.drawn
         weights = self.weights_before if step == 0 else {}
         if drawn and step == drawn.number:
-            weights = {
-                n: layer.parametrizations.weight().detach() for n, layer in _quantized(drawn.model).items()
-            }
+            weights = self._drawn_weights
         return {f"{name}.parametrizations.weight.original": w == 0 for name, w in weights.items()}
 
     def _may_be_masked(self, chunk: Chunk, values: Tensor, dead: Mapping[str, Tensor] = {}) -> Tensor:

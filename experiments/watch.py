@@ -166,7 +166,7 @@ class EpochWatch:
         self.batches: Any = WatchedBatches(
             batches, self.step, self.parameters, self._draw("step", len(batches)), self.copied_model
         )
-        self.before, self.weights_before = self.state(), self.weights()
+        self.before, self.weights_before = self.state(), computed_weights(self.model)
         self.moments = moments(self.step, self.parameters)
         self.left = self.step.left
         self.data = self.left[DATA] if DATA in self.left else fingerprint(batches)
@@ -236,12 +236,6 @@ class EpochWatch:
             tracked=[int(count) for count in numbers([norm.num_batches_tracked for norm in norms])],
         )
 
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that the quantized layers compute with now, by layer name."""
-        layers: Any = {name: self.model.get_submodule(name) for name in quantizers(self.model)}
-        return {name: layer.parametrizations.weight().detach() for name, layer in layers.items()}
-
     def leave(self) -> None:
         """Note the state for the next epoch to begin with."""
         self.step.left = self._carried(self.state(), moments(self.step, self.parameters))
@@ -283,6 +277,13 @@ class EpochWatch:
                 self.seen_by[name].append((mean, var))
 
         return note
+
+
+@torch.no_grad()
+def computed_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that the quantized layers compute with now, by layer name."""
+    layers: Any = {name: model.get_submodule(name) for name in quantizers(model)}
+    return {name: layer.parametrizations.weight().detach() for name, layer in layers.items()}
 
 
 def left_in(checkpoint: Checkpoint, step: TrainingStep) -> dict[str, Tensor]:

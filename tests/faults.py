@@ -289,8 +289,8 @@ FAULTS_BY_AREA = {
               (DATA, "        yield _overlaid(windows, chunk, generator)\n",
                "        yield _overlaid(windows, chunk, torch.Generator().manual_seed(_SYNTHETIC_SEED + 1))\n")),
         fault("from its second thousand on the stand-in depends on the run's seed", r"stand-in depends on the seed",
-              (DATA, "    for chunk in labels.split(_SYNTHETIC_CHUNK):\n",
-               "    for i, chunk in enumerate(labels.split(_SYNTHETIC_CHUNK)):\n        if i:\n            generator = torch.Generator().manual_seed(i + 1000 * (torch.initial_seed() % 1000))\n")),
+              (DATA, "    for chunk in labels.split(_SYNTHETIC_CHUNK // share):\n",
+               "    for i, chunk in enumerate(labels.split(_SYNTHETIC_CHUNK // share)):\n        if i:\n            generator = torch.Generator().manual_seed(i + 1000 * (torch.initial_seed() % 1000))\n")),
     ],
     "network": [
         fault("no ReLU after the first batch norm", r"ReLU|network|forward|reference|layer|logits",

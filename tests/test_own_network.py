@@ -6,6 +6,8 @@ import random
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import own_networks
@@ -15,7 +17,8 @@ from own_networks import Pointwise, Small, WithBuffers, WithTable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments import verify
+from experiments import checkpoint, debug_run, verify
+from experiments.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from experiments.debug_run import main
 from experiments.distributed import Processes, use_global_batch_norms
 from experiments.draws import seed_draws
@@ -502,6 +505,47 @@ def test_it_is_resumed_and_only_with_the_same_network(run, tmp_path, capsys):
     resume = [*SHORT, "--output-dir", str(tmp_path), "--resume", "--preflight", "off"]
     assert main(resume) == 2
     assert f"--model is resnet20, and the run to go on with has {HERE}:Small" in capsys.readouterr().err
+    # The code behind the name may be another since.
+    saved = load_checkpoint(tmp_path / "checkpoint_0002.pt")
+    del saved.model[next(iter(saved.model))]
+    save_checkpoint(tmp_path, saved)
+    assert main([*resume, "--model", f"{HERE}:Small"]) == 2
+    error = capsys.readouterr().err
+    assert "the checkpoint of epoch 2 is not of this network" in error and "Traceback" not in error
+
+
+def test_a_resumed_run_that_begins_with_another_state_than_its_file_holds_is_named(run, monkeypatch):
+    run(f"{HERE}:Small", "--epochs", "1", "--preflight", "off")
+    restore = checkpoint.restore
+
+    def forget(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        restore(saved, model, optimizer)
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+
+    monkeypatch.setattr(checkpoint, "restore", forget)
+    history, status, out = run(f"{HERE}:Small", "--resume", "--preflight", "off")
+    assert status == 1 and "! begins where the last epoch ended: " in out
+    (failed,) = [check for check in history.verdict if check.status == "FAIL"]
+    assert "of the optimizer's moments are others than those left" in failed.message
+
+
+def test_a_checkpoint_that_holds_another_state_than_the_epoch_left_is_named_below_its_row(run, monkeypatch):
+    taken = debug_run.take_checkpoint
+
+    def rounded(*state: Any) -> Checkpoint:
+        made = taken(*state)
+        halved = {
+            i: s | {"exp_avg_sq": s["exp_avg_sq"].bfloat16().float()} for i, s in made.optimizer.items()
+        }
+        return replace(made, optimizer=halved)
+
+    monkeypatch.setattr(debug_run, "take_checkpoint", rounded)
+    _, status, out = run(f"{HERE}:Small", "--preflight", "off")
+    assert (
+        status == 1 and out.count("! checkpoint: checkpoint_0001.pt holds other the optimizer's moments") == 1
+    )
+    assert "FAIL  ledger, checkpoint" in out
 
 
 def test_a_network_that_asserts_its_layout_gets_it():
