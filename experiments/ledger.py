@@ -1125,7 +1125,8 @@ def _shares(found: Mapping[str, Tensor], due: Mapping[str, Tensor]) -> dict[str,
         if found[n].numel() == 1:
             squares[n.rpartition(".")[2]].append(size**2)
     usual = {kind: math.sqrt(sum(of_all) / len(of_all)) for kind, of_all in squares.items()}
-    floors = [usual[n.rpartition(".")[2]] if g.numel() == 1 else least for n, g in found.items()]
+    tiny = 1e-3 * least
+    floors = [max(usual[n.rpartition(".")[2]], tiny) if g.numel() == 1 else least for n, g in found.items()]
     sizes = [max(size, floor, 1e-30) for size, floor in zip(sizes, floors, strict=True)]
     return {n: distance / size for n, size, distance in zip(found, sizes, off, strict=True)}
 

@@ -18,7 +18,16 @@ from experiments.data import TestBatches, TrainBatches
 from experiments.debug_run import one_epoch
 from experiments.evaluator import Evaluator
 from experiments.history import Check, EpochRecord
-from experiments.ledger import FAIL, PASS, SKIP, Chunk, adamw_reach, checkpoint_is_the_state, is_thorough
+from experiments.ledger import (
+    FAIL,
+    PASS,
+    SKIP,
+    Chunk,
+    _shares,
+    adamw_reach,
+    checkpoint_is_the_state,
+    is_thorough,
+)
 from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import QUANTIZED, STORED, Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
@@ -357,6 +366,19 @@ def test_gradients_that_are_doubled_before_the_optimizer_sees_them_are_named():
 
     whole.step.optimizer.register_step_pre_hook(double)
     assert_only(found(whole), "a step computed anew", "conv1.weight is 1 (relative) away", "scaled")
+
+
+def test_a_gradient_of_one_number_is_measured_by_what_is_usual_for_its_name():
+    one = torch.ones(1)
+    due = {"a.weight": torch.full((4,), 1e6), "a.logit_bit": one, "b.logit_bit": 7 * one}
+    assert _shares(due, due) == dict.fromkeys(due, 0)
+    # The usual size of the two is 5; the weight's is a million times as large.
+    assert _shares(due | {"a.logit_bit": -one}, due)["a.logit_bit"] == pytest.approx(2 / 5)
+    assert _shares(due | {"b.logit_bit": -7 * one}, due)["b.logit_bit"] == pytest.approx(2)
+    assert _shares(due | {"a.weight": torch.zeros(4)}, due)["a.weight"] == pytest.approx(1)
+    # What should be nothing is measured by the largest there is.
+    none = due | {"a.weight": torch.ones(4), "a.logit_bit": 0 * one, "b.logit_bit": 0 * one}
+    assert _shares(none | {"b.logit_bit": 1e-9 * one}, none)["b.logit_bit"] < 1e-3
 
 
 @pytest.mark.parametrize("of", ["the quantizer", "the penalty", "the network"])
