@@ -42,8 +42,8 @@ REPEATS = 4  # passes that must give the same logits
 FLOAT32 = 3e-4  # of the largest logit: float32 stays closer on any device, TF32 does not
 ROUNDED = 1e-5  # of the largest gradient, where float32 sums nothing or terms of one sign
 ROUNDED_SUMS = 1e-3  # and where terms may cancel
-# Of the largest gradient of all, below which a layer's are of terms that cancel: before a batch norm that sees
-# a few images rounding leaves up to 2e-5 of the largest.
+# Of the largest gradient of all, below which a layer's are of terms that cancel: before a batch norm that
+# sees a few images rounding leaves up to 2e-5 of the largest.
 CANCELLED = 5e-2
 MOST_IMAGES = 128  # of a batch whose gradients are computed in float32
 OPEN = 6.0  # standard deviations by which a planted ReLU is open or shut
