@@ -31,6 +31,7 @@ from experiments.history import FAIL, PASS, SKIP, Check, EpochRecord, LayerRecor
 from experiments.settings import MACS, STORED, Settings
 from experiments.training import TrainingStep
 from experiments.watch import (
+    BETA1,
     Drawn,
     EpochWatch,
     Pass,
@@ -39,6 +40,7 @@ from experiments.watch import (
     computed_weights,
     fingerprint,
     left_in,
+    moments,
     numbers,
     step_counts,
 )
@@ -47,7 +49,6 @@ from resnet import ResNet
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import layers_of, quantizers
 
-BETA1 = 0.9
 MOMENTUM = 0.1  # of running statistics, between two renewals
 BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
 PADDED = reference.SIDE + 2 * reference.PADDING  # pixels
@@ -240,19 +241,11 @@ class Ledger:
             return Check(SKIP, name, "no training step was seen")
         for update in self.batches.updates:
             self._compare_update(update, wrong)
-        for then, now in itertools.pairwise(self.batches.updates):
-            least = self.settings.beta2 ** (now.number - then.number) * then.moments[1]
-            # Squares so small that float32 keeps few digits of them tell nothing.
-            fallen = int((now.moments[1] < 0.99 * least).logical_and(least > 1e-30).sum())
-            wrong.unless(
-                not fallen,
-                f"{fallen:,} second moments fell from step {then.number + 1} to {now.number + 1} faster than "
-                f"beta2 lets them",
-            )
+        self._compare_with_the_second(wrong)
         steps = ", ".join(str(update.number + 1) for update in self.batches.updates)
         cause = (
             "another optimizer, rate, decay or beta than the settings', an update outside the optimizer, "
-            "moments that are cleared, or gradients changed or cleared after it"
+            "moments that are cleared or replaced, or gradients changed or cleared after it"
         )
         return _judge(wrong, name, f"{len(self.parameters)} parameters in steps {steps}", cause)
 
@@ -276,6 +269,26 @@ class Ledger:
             off = torch.where(self._may_be_masked(chunk, after, dead), 0, off)
             for n, times in chunk.largest(off).items():
                 wrong.unless(times <= 1, f"{step}: {n} is {times:.3g} times the rounding away")
+
+    def _compare_with_the_second(self, wrong: Wrong) -> None:
+        """All updates of the epoch, as a second optimizer made them beside the run's own."""
+        second = self.batches.second
+        if second is None:
+            return
+        again, after = second.copies, _split(self.parameters, self.after.values)
+        for chunk in self._chunks(self.parameters):
+            w, found = chunk.joined(again), chunk.joined(after)
+            rate = chunk.spread([self._used(n)[0] for n in chunk.sizes])
+            # What rounding leaves of each step may add up.
+            off = (found - w).abs() / (1e-3 * rate + 2e-7 * len(self.batches) * w.abs() + 1e-12)
+            for n, times in chunk.largest(torch.where(self._may_be_masked(chunk, found), 0, off)).items():
+                wrong.unless(times <= 1, f"after all steps {n} is {times:.3g} times the rounding away")
+        mean, square = moments(self.step.optimizer, self.parameters)
+        mean_again, square_again = moments(second.optimizer, again)
+        others = (mean - mean_again).abs() > 1e-4 * square_again.sqrt() + 1e-12
+        others |= (square - square_again).abs() > 1e-4 * square_again + 1e-24
+        count = int(others.sum())
+        wrong.unless(not count, f"{count:,} of {len(others):,} moments are others than all gradients give")
 
     def check_step(self, failed: Sequence[str]) -> Check:
         """One step of a thorough epoch, on a copy of its network: the gradients that it left, and its logits.

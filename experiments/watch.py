@@ -6,7 +6,7 @@ computed changes, and the host never waits for an accelerator while steps are ta
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from utils_quantization import WeightQuantization, quantizers
 
 DATA = "the stored training images and labels"
 TEST_DATA = "the stored test images and labels"
+BETA1 = 0.9  # AdamW's
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch names them
 TESTED_AGAIN = 8  # images whose logits are computed a second time after the test pass
 
 
@@ -60,11 +62,45 @@ class Drawn:
     model: nn.Module  # a copy, as it was before the step
 
 
+class SecondOptimizer:
+    """AdamW on copies of the parameters: every step of an epoch once more, with the gradients that it left.
+
+    Rates and decays are those of the run's own groups. What the copies hold when the epoch is over the
+    parameters hold too, unless something else wrote into them in any of the steps, or into the moments.
+    """
+
+    def __init__(self, step: TrainingStep, parameters: dict[str, nn.Parameter], beta2: float) -> None:
+        self.parameters, self.own_groups = parameters, step.optimizer.param_groups
+        self.copies = {n: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
+        copy_of = {id(p): self.copies[n] for n, p in parameters.items()}
+        groups = [
+            # One that is held twice is taken once.
+            {"params": [copy_of.pop(id(p)) for p in group["params"] if id(p) in copy_of]}
+            for group in self.own_groups
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(BETA1, beta2), fused=True, capturable=step.device.type == "cuda"
+        )
+        for name, p in parameters.items():
+            state = step.optimizer.state.get(p, {})
+            if state.keys() == {"step", *MOMENTS}:
+                self.optimizer.state[self.copies[name]] = {k: v.clone() for k, v in state.items()}
+
+    def step(self) -> None:
+        """To be called when the run's own step is over."""
+        for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=False):
+            group["lr"], group["weight_decay"] = own["lr"], own["weight_decay"]
+        for name, copied in self.copies.items():
+            copied.grad = self.parameters[name].grad
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # the gradients are the run's own
+
+
 class WatchedBatches:
     """The training batches as they are, noted as they are handed out. Nothing here waits for the device.
 
-    Looked at are the first update, the last, and that of the `drawn` step; of a very large network, of which
-    each look takes copies, the last alone.
+    Looked at are the first update, the last, and that of the `drawn` step, and each update is made a second
+    time; of a very large network, of which each look takes copies, the last is looked at, and no more.
     """
 
     def __init__(
@@ -73,10 +109,12 @@ class WatchedBatches:
         step: TrainingStep,
         parameters: dict[str, nn.Parameter],
         drawn: int,
+        beta2: float,
         copied_model: Callable[[], nn.Module],
     ) -> None:
         self.batches, self.step, self.parameters = batches, step, parameters
         few = sum(p.numel() for p in parameters.values()) <= MOST_PARAMETERS
+        self.second = SecondOptimizer(step, parameters, beta2) if few and parameters else None
         self.number, self.copied_model = drawn if few else None, copied_model
         self.looked_at = {0, drawn, len(batches) - 1} if few else {len(batches) - 1}
         self.sizes = batches.sizes
@@ -101,7 +139,7 @@ class WatchedBatches:
             self.rates.append([_copied(g["lr"]) for g in self.step.optimizer.param_groups])
             if number in self.looked_at:
                 steps, values = optimizer_steps(self.step, self.parameters), self.parameters.values()
-                self.begun = (number, steps, flat(values), moments(self.step, self.parameters))
+                self.begun = (number, steps, flat(values), moments(self.step.optimizer, self.parameters))
             if number == self.number:
                 self.drawn = Drawn(number, images.clone(), labels.clone(), self.copied_model())
             yield images, labels
@@ -110,10 +148,12 @@ class WatchedBatches:
                 same = (graph.labels == labels).all() & (graph.images == images).all()
                 self.replayed_others.append(~same)
             if number < len(self) - 1:  # of the last step the watch says when it is over
-                self.end_update()
+                self.end_step()
 
-    def end_update(self) -> None:
-        """Note what a step that is looked at has left."""
+    def end_step(self) -> None:
+        """Note what a step has left, if it is looked at, and take it a second time."""
+        if self.second:
+            self.second.step()
         if self.begun:
             left = {n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None}
             self.updates.append(Update(*self.begun, flat(self.parameters.values()), left))
@@ -163,11 +203,12 @@ class EpochWatch:
         self.modules = [m for n, m in self.model.named_modules() if "parametrizations" not in n]
         self.quantizations = [m for m in self.model.modules() if isinstance(m, WeightQuantization)]
         batches = pipeline.train_batches
+        drawn, beta2 = self._looked_at_step(len(batches)), self.settings.beta2
         self.batches: Any = WatchedBatches(
-            batches, self.step, self.parameters, self._draw("step", len(batches)), self.copied_model
+            batches, self.step, self.parameters, drawn, beta2, self.copied_model
         )
         self.before, self.weights_before = self.state(), computed_weights(self.model)
-        self.moments = moments(self.step, self.parameters)
+        self.moments = moments(self.step.optimizer, self.parameters)
         self.left = self.step.left
         self.data = self.left[DATA] if DATA in self.left else fingerprint(batches)
         there = TEST_DATA in self.left
@@ -201,7 +242,7 @@ class EpochWatch:
         for name in self.seen_by:
             self.hooks.append(self.norms[name].register_forward_pre_hook(self._note_norm(name)))
         self.after = self.state()
-        self.batches.end_update()
+        self.batches.end_step()
 
     def renewed(self) -> None:
         """To be called before the test pass, whether batch norms were renewed or not."""
@@ -211,6 +252,18 @@ class EpochWatch:
             name: [in_float64(x).clone() for x in (norm.running_mean, norm.running_var)]
             for name, norm in norms.items()
         }
+
+    def _looked_at_step(self, steps: int) -> int:
+        """The step that is looked at as a whole.
+
+        In most epochs it is drawn; but the first has the gradients of the epoch before behind it, and the
+        last may be of fewer images.
+        """
+        if self.epoch == 1:
+            return 0
+        if self.epoch in (2, self.settings.epochs - 1) or self.epoch % 8 == 0 < self.epoch:
+            return steps - 1
+        return self._draw("step", steps)
 
     def _draw(self, what: str, count: int) -> int:
         """A number below `count`, another in each epoch and the same in every run of the seed."""
@@ -238,7 +291,7 @@ class EpochWatch:
 
     def leave(self) -> None:
         """Note the state for the next epoch to begin with."""
-        self.step.left = self._carried(self.state(), moments(self.step, self.parameters))
+        self.step.left = self._carried(self.state(), moments(self.step.optimizer, self.parameters))
 
     def begun(self) -> dict[str, Tensor]:
         """The state that this epoch began with."""
@@ -300,21 +353,23 @@ def left_in(checkpoint: Checkpoint, step: TrainingStep) -> dict[str, Tensor]:
         ],
         "the optimizer's moments": [
             states.get(id(p), {}).get(what, torch.zeros_like(p))
-            for what in ("exp_avg", "exp_avg_sq")
+            for what in MOMENTS
             for p in parameters.values()
         ],
     }
     return {part: flat([t.to(step.device) for t in tensors], step.device) for part, tensors in rows.items()}
 
 
-def moments(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """AdamW's first and second moments of all trained parameters, (P,) each."""
-    states = {p: step.optimizer.state.get(p, {}) for p in parameters.values()}
+def moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    """AdamW's first and second moments of these parameters, (P,) each."""
+    states = {p: optimizer.state.get(p, {}) for p in parameters.values()}
     first, second = (
         [state[name] if name in state else torch.zeros_like(p) for p, state in states.items()]
-        for name in ("exp_avg", "exp_avg_sq")
+        for name in MOMENTS
     )
-    return flat(first, step.device), flat(second, step.device)
+    return flat(first), flat(second)
 
 
 def optimizer_steps(step: TrainingStep, parameters: dict[str, nn.Parameter]) -> list[Any]:

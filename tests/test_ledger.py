@@ -278,7 +278,7 @@ def the_second_of(steps: int, act: Callable[[TrainingStep], None], monkeypatch: 
         return losses
 
     monkeypatch.setattr(TrainingStep, "__call__", acted)
-    monkeypatch.setattr(EpochWatch, "_draw", lambda self, what, count: 1)
+    monkeypatch.setattr(EpochWatch, "_looked_at_step", lambda self, steps: 1)
 
 
 def test_a_weight_that_is_written_in_the_middle_of_an_epoch_alone_is_named(monkeypatch):
@@ -288,14 +288,58 @@ def test_a_weight_that_is_written_in_the_middle_of_an_epoch_alone_is_named(monke
     assert "step 2: linear.weight is" in checks["updates are AdamW's"].message
 
 
-def test_second_moments_that_are_cleared_in_the_middle_of_an_epoch_are_named(monkeypatch):
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_moments_that_are_cleared_between_two_steps_are_named(moment, monkeypatch):
     def clear(step: TrainingStep) -> None:
-        step.optimizer.state[step.model.linear.weight]["exp_avg_sq"].zero_()
+        step.optimizer.state[step.model.linear.weight][moment].zero_()
 
     the_second_of(3, clear, monkeypatch)
     checks = found(pipeline())
     assert failures(checks)[0] == "updates are AdamW's"
-    assert "640 second moments fell from step 2 to 3" in checks["updates are AdamW's"].message
+    assert "640 of 75,302 moments are others" in checks["updates are AdamW's"].message
+
+
+def test_a_step_that_is_not_looked_at_but_has_another_decay_or_rate_is_named(monkeypatch):
+    step, taken = TrainingStep.__call__, 0
+
+    def taken_otherwise(self: TrainingStep, *rest: Any) -> Tensor:
+        nonlocal taken
+        group = self.optimizer.param_groups[0]
+        kept = group["weight_decay"]
+        group["weight_decay"] = 0.0 if taken % 3 == 1 else kept
+        losses = step(self, *rest)
+        group["weight_decay"] = kept
+        taken += 1
+        return losses
+
+    monkeypatch.setattr(TrainingStep, "__call__", taken_otherwise)
+    monkeypatch.setattr(EpochWatch, "_looked_at_step", lambda self, steps: 0)
+    checks = found(pipeline())
+    assert failures(checks)[0] == "updates are AdamW's"
+    assert "after all steps conv1.weight is" in checks["updates are AdamW's"].message
+
+
+def test_the_step_that_is_looked_at_is_now_and_then_the_first_or_the_last():
+    settings = dataclasses.replace(SETTINGS, epochs=20)
+    whole = pipeline(settings)
+    steps = [EpochWatch(whole, epoch)._looked_at_step(1000) for epoch in range(20)]
+    assert steps[1] == 0 and [i for i, step in enumerate(steps) if step == 999] == [2, 8, 16, 19]
+    assert len(set(steps)) == 17  # the others are drawn
+
+
+def test_gradients_that_an_epoch_begins_with_are_named(monkeypatch):
+    step, taken = TrainingStep._run, 0
+
+    def kept(self: TrainingStep, *rest: Any) -> Tensor:
+        nonlocal taken
+        taken += 1
+        with monkeypatch.context() as patch:
+            if taken % 3 == 1:
+                patch.setattr(self.optimizer, "zero_grad", lambda set_to_none=True: None)
+            return step(self, *rest)
+
+    monkeypatch.setattr(TrainingStep, "_run", kept)
+    assert_only(found(pipeline()), "a step computed anew", "step 1: ", "kept from step to step")
 
 
 def test_of_a_very_large_network_the_last_update_alone_is_looked_at(monkeypatch):
