@@ -744,6 +744,28 @@ FAULTS_BY_AREA = {
               (TRAINING, '            progress(i + 1, len(batches), time.perf_counter() - started)', '            progress(i + 1, len(batches), time.perf_counter() - started)\n        if i % 6 == 5:\n            with torch.no_grad():\n                for p, s in zip(step.optimizer.param_groups[0]["params"], slow, strict=True):\n                    p.copy_(s.lerp_(p, 0.5))'), when=EPOCH),
         fault('both moments are cleared in the middle of every epoch', r'second moments|moments that are cleared',
               (TRAINING, '            progress(i + 1, len(batches), time.perf_counter() - started)', '            progress(i + 1, len(batches), time.perf_counter() - started)\n        if i == len(batches) // 2:\n            for state in step.optimizer.state.values():\n                state["exp_avg"].zero_()\n                state["exp_avg_sq"].zero_()'), when=EPOCH),
+        fault("the first moments are cleared once an epoch", r"moments",
+              (TRAINING, "    losses = torch.zeros(len(batches), 3, device=step.device)",
+               "    for state in step.optimizer.state.values():\n        state[\"exp_avg\"].zero_()\n"
+               "    losses = torch.zeros(len(batches), 3, device=step.device)")),
+        fault("the second batch of every epoch is trained on with ten times the rate", r"rate",
+              (TRAINING, "            progress(i + 1, len(batches), time.perf_counter() - started)",
+               "            progress(i + 1, len(batches), time.perf_counter() - started)\n"
+               "        for group in step.optimizer.param_groups:\n"
+               "            group[\"lr\"] = group[\"lr\"] * (10 if i == 0 else 0.1 if i == 1 else 1)")),
+        fault("the first step of an epoch adds its gradients to those of the last", r"kept from step to step|zero_grad|gradients",
+              (TRAINING, "        self.optimizer.zero_grad(set_to_none=not self.graphs)\n",
+               "        if not self.begins:\n            self.optimizer.zero_grad(set_to_none=not self.graphs)\n"
+               "        self.begins = False\n"),
+              (TRAINING, "    losses = torch.zeros(len(batches), 3, device=step.device)",
+               "    step.begins = True\n    losses = torch.zeros(len(batches), 3, device=step.device)"),
+              (TRAINING, "        self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision\n",
+               "        self.begins = False\n        self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision\n")),
+        fault("the penalty of a smaller batch gives no gradient", r"penalty",
+              (TRAINING, "            penalty = self.penalty(self.model) if penalised else torch.zeros_like(cross_entropy)\n",
+               "            penalty = self.penalty(self.model) if penalised else torch.zeros_like(cross_entropy)\n"
+               "            self.most = max(getattr(self, \"most\", 0), len(labels))\n"
+               "            penalty = penalty if len(labels) == self.most else penalty.detach()\n")),
         fault("with fixed bits the dead-zone parameter is in the bits' group", r"group|decay|rate|optimi[sz]er|dead.?zone",
               (ATTACH, "    return {n: own.get(n, \"weights\") for n, p in quantizer.named_parameters() if p.requires_grad}\n",
                "    trained = [n for n, p in quantizer.named_parameters() if p.requires_grad]\n    return dict(zip(trained, own.values(), strict=False))\n"),
