@@ -42,6 +42,7 @@ REPEATS = 4  # passes that must give the same logits
 FLOAT32 = 3e-4  # of the largest logit: float32 stays closer on any device, TF32 does not
 ROUNDED = 1e-5  # of the largest gradient, where float32 sums nothing or terms of one sign
 ROUNDED_SUMS = 1e-3  # and where terms may cancel
+LEFT_IN_BF16 = 0.5  # how far a stage's gradient may be from all of itself; of ResNet-110 0.73 was left
 # Of the largest gradient of all, below which a layer's are of terms that cancel: before a batch norm that
 # sees a few images rounding leaves up to 2e-5 of the largest.
 CANCELLED = 5e-2
@@ -429,7 +430,7 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
             "it learns more than the published one: make it a class of its own, for --quantizer",
         )
         w = stored_weight(model.get_submodule(name))
-        worst = max(worst, _compare_formula(name, quantizer, w, generator))
+        worst = max(worst, _compare_formula(subject, name, quantizer, w, generator))
         # Each of the other places is visited in some layer, in which the planted logits do not lie, and all
         # are in the first layer of each shape.
         places = range(number, max(count, len(FAR_LOGITS)), count)
@@ -441,11 +442,13 @@ def quantizers_follow_the_formula(subject: Subject) -> str:
             with torch.no_grad():
                 quantizer.logit_bit.fill_(bit)
                 quantizer.logit_dz.fill_(deadzone)
-            worst = max(worst, _compare_formula(name, quantizer, w, generator))
+            worst = max(worst, _compare_formula(subject, name, quantizer, w, generator))
     return f"values to {worst:.0e}, gradients to stored weights and both parameters"
 
 
-def _compare_formula(name: str, quantizer: Any, w: Tensor, generator: torch.Generator) -> float:
+def _compare_formula(
+    subject: Subject, name: str, quantizer: Any, w: Tensor, generator: torch.Generator
+) -> float:
     """A quantizer's bits, values and gradients at the logits that it has; the largest relative difference."""
     found = quantizer(w)
     edge = reference.quantile_99(w) * (1 - quantizer.logit_dz.detach().tanh().abs())
@@ -471,7 +474,8 @@ def _compare_formula(name: str, quantizer: Any, w: Tensor, generator: torch.Gene
         EXACT,
     )
     gradients = _compare_gradients(name, quantizer, w, generator)
-    _compare_precisions(name, quantizer, w, found.detach(), generator)
+    with autocast(subject.step.device, subject.pipeline.settings.precision):
+        _compare_precisions(name, quantizer, w, found.detach(), generator)
     return max(values, gradients)
 
 
@@ -485,7 +489,7 @@ def _compare_precisions(
         again = single(leaf)
     cause = "src/quantizer.py goes another way without gradients, as in the test pass"
     expect(torch.equal(found, again), f"{name}'s weights are others without gradients", cause)
-    cause = "src/quantizer.py goes another way in float32"
+    cause = "src/quantizer.py goes another way in float32, or under autocast"
     other = (found.double() - wanted).abs() > 1e-4 * wanted.abs().max()
     off = int(other.sum())
     # One between two levels may be rounded to either.
@@ -604,9 +608,12 @@ def network_is_the_reference(subject: Subject) -> str:
         _compare_in_float32(subject)
     with without("allow_tf32"):
         count = _compare_gradients_in_float32(subject)
+    low = subject.pipeline.settings.precision == "bf16"
+    if low:
+        _compare_gradients_in_bf16(subject)
     return (
         f"logits to {worst:.0e} in both modes, running statistics, gradients, those of {count} images in "
-        f"float32"
+        f"float32" + " and bf16" * low
     )
 
 
@@ -632,17 +639,46 @@ def _compare_in_float32(subject: Subject) -> None:
 
 
 def _compare_gradients_in_float32(subject: Subject) -> int:
-    """Gradients to the weights that a batch of the run's size computes with, in float32, training mode.
-
-    Returns: how many images; of each a corner, so that all have as many pixels as the few of the probe.
-    """
-    model = _as_it_trains(subject).train()
+    """Gradients to the weights that a batch of the run's size computes with. Returns: how many images."""
+    model = _as_it_trains(subject)
     _open_or_shut(model)
+    found, due, count = _gradients_as_it_trains(subject, model, "float32")
+    largest = max(gradient.abs().max().item() for gradient in due.values())
+    cause = (
+        "the network's backward pass, in float32 or in a large batch: something detaches or scales a gradient"
+    )
+    for name, gradient in due.items():
+        what = f"the gradient to the weights of {name} in float32, in a batch of {count} images,"
+        expect_close(found[name], gradient, what, cause, ROUNDED_SUMS, CANCELLED * largest)
+    return count
+
+
+def _compare_gradients_in_bf16(subject: Subject) -> None:
+    """The same in bf16, in which ReLUs open and close by rounding: each stage's direction is what is left."""
+    found, due, count = _gradients_as_it_trains(subject, _as_it_trains(subject), "bf16")
+    cause = "the network's backward pass in bf16 alone: something detaches or scales a gradient"
+    for stage in dict.fromkeys(name.partition(".")[0] for name in due):
+        names = [name for name in due if name.partition(".")[0] == stage]
+        ours, wanted = (torch.cat([row[name].flatten() for name in names]) for row in (found, due))
+        share = float(ours @ wanted / wanted.square().sum())
+        what = f"of the gradient to the weights of {stage} {share:.2g} is left in bf16, {count} images"
+        expect(abs(share - 1) <= LEFT_IN_BF16, what, cause)
+
+
+def _gradients_as_it_trains(
+    subject: Subject, model: nn.Module, precision: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Gradients to the weights of the layers by the model in training mode, and by the reference; float64.
+
+    Both are of a batch as large as the run's, but of each image a corner, so that all have as many pixels as
+    the few of the probe. The number of images comes with them.
+    """
+    model.train()
     images = subject.first_batch[0][:MOST_IMAGES]
     side = next(s for s in (32, 16, 8) if len(images) * s * s <= PROBE_IMAGES * 32 * 32 or s == 8)
     images = images[..., :side, :side]
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    with parametrize.cached():
+    with parametrize.cached(), autocast(subject.step.device, precision):
         logits = model(images)
         weights = {n: layer.weight for n, layer in layers.items()}
     g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
@@ -651,14 +687,8 @@ def _compare_gradients_in_float32(subject: Subject) -> int:
     leaves = {n: in_float64(w).detach().requires_grad_() for n, w in weights.items()}
     wanted = reference.Network(values, leaves, subject.blocks)(in_float64(images))
     due = torch.autograd.grad(wanted, list(leaves.values()), g.to(wanted))
-    largest = max(gradient.abs().max().item() for gradient in due)
-    cause = (
-        "the network's backward pass, in float32 or in a large batch: something detaches or scales a gradient"
-    )
-    for name, found, gradient in zip(weights, ours, due, strict=True):
-        what = f"the gradient to the weights of {name} in float32, in a batch of {len(images)} images,"
-        expect_close(in_float64(found), gradient, what, cause, ROUNDED_SUMS, CANCELLED * largest)
-    return len(images)
+    found = dict(zip(weights, map(in_float64, ours), strict=True))
+    return found, dict(zip(weights, due, strict=True)), len(images)
 
 
 @torch.no_grad()
