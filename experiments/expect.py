@@ -221,6 +221,7 @@ def plant(model: nn.Module, own_quantizers: bool) -> None:
             module.weight.copy_(uniform(module.weight, 0.5, 1.5))
             module.weight[4:5] = 0  # a channel that its batch norm makes constant
             module.bias.copy_(uniform(module.bias, -0.3, 0.3))
+            module.bias[4:5] *= TINY  # a small number that counts all the same
             module.running_mean.copy_(uniform(module.running_mean, -0.5, 0.5))
             module.running_var.copy_(uniform(module.running_mean, 0.5, 2.0))  # type: ignore[union-attr]
     for name, layer in quantized_layers(model).items():

@@ -138,7 +138,7 @@ def files_are_the_runs(
     pictures: Mapping[Path, bytes],
     shown: Mapping[str, bytes],
 ) -> Check:
-    """Whether the files hold what was printed and drawn, and sizes are the files' and tensors'.
+    """Whether the files hold what was printed and drawn, and sizes and counts are the files' and network's.
 
     `pictures` are what was drawn, by the paths of their files, `shown` the pictures of the page, by their
     names. The line that this check gives is not looked for in the page.
@@ -157,10 +157,20 @@ def files_are_the_runs(
     if made := history.compressed:
         sizes = {PACKED: made.packed_bytes, SLIM: made.slim_bytes}
         wrong += [file for file, size in sizes.items() if _size(folder / file) != size]
-        tensors = without_quantizers(model).state_dict().values()
+        plain = without_quantizers(model)
+        tensors = plain.state_dict().values()
         bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         if not 0 <= made.float32_bytes - sum(bytes_of.values()) <= MOST_BESIDE * (len(tensors) + 1):
             wrong += ["the bytes in float32"]
+        if made.dense_parameters != sum(p.numel() for p in plain.parameters()):
+            wrong += ["the parameters of the network"]
+        if history.final and made.dense_macs != history.final.totals["dense_macs"]:
+            wrong += ["the MACs of the network"]
+        wrong += [
+            f"the latency of {what}"
+            for what, seconds in made.latency_seconds.items()
+            if not 0 < seconds["least"] <= seconds["median"] <= seconds["most"]
+        ]
     files = f"history.json, {report.CSV}, {report.PAGE}, {len(pictures)} pictures"
     return judge(not wrong, name, f"{', '.join(wrong)} differ" if wrong else files, cause)
 

@@ -40,6 +40,7 @@ from experiments.watch import (
     computed_weights,
     fingerprint,
     left_in,
+    looked_at,
     moments,
     numbers,
     step_counts,
@@ -53,6 +54,7 @@ MOMENTUM = 0.1  # of running statistics, between two renewals
 BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
 PADDED = reference.SIDE + 2 * reference.PADDING  # pixels
 LOOKED_AT = 1 << 20  # numbers of a tensor that are held against formulas
+MANY = 64  # numbers of a gradient, over which rounding of its own is no direction
 EXACT = 1e-6  # relative; what float32 keeps of a rate
 ROUNDED = 1e-4  # relative; float32 sums in another order stay far within
 
@@ -343,6 +345,8 @@ class Ledger:
         for n, share in (_shares(found, plain) if plain else {}).items():
             # A ReLU at the edge opens or not by rounding, so that gradients agree to few digits.
             wrong.unless(share <= 0.25, f"step {drawn.number + 1}: {n} is {share:.2g} (relative) away")
+        for n, share in (_directions(found, plain) if plain else {}).items():
+            wrong.unless(abs(share - 1) <= 0.05, f"step {drawn.number + 1}: of {n} {share:.3g} is left")
         cause = (
             "a backward pass that is not its formula's, of the quantizer, the penalty or a layer, in the "
             "precision that trains, for so many images, or after so many steps"
@@ -394,7 +398,7 @@ class Ledger:
 
     def check_weights(self) -> Check:
         """What the layers compute with, in one step and in the test pass, by the quantizer's formula."""
-        name, wrong, looked_at = "weights are the quantizer's", Wrong(), 0
+        name, wrong, count = "weights are the quantizer's", Wrong(), 0
         if not self.ours_quantize:
             return Check(SKIP, name, "the formula of another quantizer is not known")
         models = {"in the test pass": (self.model, self.weights)}
@@ -414,14 +418,14 @@ class Ledger:
                         away = (in_float64(weights[layer]) - wanted).abs()
                         off.append((away > 1e-4 * wanted.abs().max()).sum())
                     flags[layer] = torch.stack(off).min() > 2 + 1e-3 * stored.numel()
-            looked_at += len(flags)
+            count += len(flags)
             odd = [n for n, flag in zip(flags, numbers(list(flags.values())), strict=True) if flag]
             wrong.unless(not odd, f"{when}, of {some(odd)}, they are others")
         cause = (
             "a quantizer whose formula (range, dead zone, step size, bits) is another for some layers or "
             "bits, in training or in evaluation mode, or from some step on"
         )
-        return _judge(wrong, name, f"{looked_at} tensors", cause)
+        return _judge(wrong, name, f"{count} tensors", cause)
 
     def check_movement(self) -> Check:
         """Every tensor moved over the epoch, and by no more than AdamW can move it."""
@@ -480,7 +484,7 @@ class Ledger:
                 return _judge(wrong, name, "", cause)
             return Check(SKIP, name, f"{handed:,} images; the order of {_kind(batches.batches)} is not known")
         expected, shards = self._expected_labels(self._draws[0])
-        places = [place for shard in shards if shard for place in (shard[0], shard[-1])]
+        places = [shard[i] for shard in shards for i in looked_at(len(shard))]
         labels = torch.cat(batches.labels).cpu() if batches.labels else torch.empty(0, dtype=torch.long)
         wrong.unless(len(labels) == len(expected), f"{len(labels):,} images, expected {len(expected):,}")
         if len(labels) == len(expected) and not torch.equal(labels, expected):
@@ -654,7 +658,7 @@ class Ledger:
             wrong.unless(not p.gradients, "it recorded gradients")
         if type(batches := self.pipeline.test_batches) is TestBatches and passes:
             ends = itertools.accumulate((len(p.logits) for p in passes), initial=0)
-            places = [place for a, b in itertools.pairwise(ends) if b > a for place in (a, b - 1)]
+            places = [a + i for a, b in itertools.pairwise(ends) for i in looked_at(b - a)]
             if max(places, default=-1) < len(batches.labels):
                 self._compare_images(passes, [*_normalised(batches.images[places].cpu())], wrong)
         if not torch.equal(self.after.values, self.end.values):
@@ -915,7 +919,7 @@ class Ledger:
 
     @staticmethod
     def _compare_images(passes: Sequence[Pass], due: Sequence[Tensor], wrong: Wrong) -> None:
-        """The first and last image of each pass against those that were due, the first ones of `due`."""
+        """The images of each pass that are looked at against those that were due, the first ones of `due`."""
         seen = [image for p in passes for image in p.images]
         if seen and len(due) >= len(seen):
             away = torch.stack(seen).cpu().float() - torch.stack([*due[: len(seen)]]).cpu()
@@ -1142,6 +1146,15 @@ def _shares(found: Mapping[str, Tensor], due: Mapping[str, Tensor]) -> dict[str,
     floors = [max(usual[n.rpartition(".")[2]], tiny) if g.numel() == 1 else least for n, g in found.items()]
     sizes = [max(size, floor, 1e-30) for size, floor in zip(sizes, floors, strict=True)]
     return {n: distance / size for n, size, distance in zip(found, sizes, off, strict=True)}
+
+
+def _directions(found: Mapping[str, Tensor], due: Mapping[str, Tensor]) -> dict[str, float]:
+    """How much of each gradient is left in its direction, of tensors that are not nearly nothing."""
+    squares = dict(zip(due, numbers([g.square().sum() for g in due.values()]), strict=True))
+    least = 1e-6 * max(squares.values(), default=0.0)
+    large = [n for n, g in due.items() if n in found and g.numel() >= MANY and squares[n] > least]
+    along = numbers([(found[n] * due[n]).sum() for n in large])
+    return {n: one / squares[n] for n, one in zip(large, along, strict=True)}
 
 
 def _judge(wrong: Wrong, name: str, held: str, cause: str) -> Check:

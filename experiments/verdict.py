@@ -558,6 +558,7 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         "structured_macs": made.structured_macs,
         "zero_weights": count.total("zero_weights"),
     }
+    due |= {"mean_bits": float(count.mean_bits)} if "mean_bits" in claims else {}
     due |= {
         kind: getattr(history.final, kind)
         for kind in ("structured_bops_ratio", "unstructured_bops_ratio")

@@ -120,7 +120,7 @@ class WatchedBatches:
         self.sizes = batches.sizes
         self.epochs: list[int] = []  # asked for
         self.labels: list[Tensor] = []
-        self.images: list[Tensor] = []  # first and last of each batch
+        self.images: list[Tensor] = []  # those of each batch at `looked_at`
         self.rates: list[list[Any]] = []  # of each optimizer group at each step
         self.coefficients: list[Tensor] = []
         self.replayed_others: list[Tensor] = []  # of each replay, whether its graph held another batch
@@ -135,7 +135,7 @@ class WatchedBatches:
         self.epochs.append(epoch)
         for number, (images, labels) in enumerate(self.batches.epoch(epoch)):
             self.labels.append(labels)
-            self.images += _ends(images)
+            self.images += _copies(images)
             self.rates.append([_copied(g["lr"]) for g in self.step.optimizer.param_groups])
             if number in self.looked_at:
                 steps, values = optimizer_steps(self.step, self.parameters), self.parameters.values()
@@ -165,7 +165,7 @@ class Pass:
     """One forward pass of the model, as a hook sees it."""
 
     logits: Tensor
-    images: list[Tensor]  # first and last
+    images: list[Tensor]  # those at `looked_at`
     training: set[bool]  # modes of the modules
     quantized: bool  # whether every quantizer was switched on
     gradients: bool  # whether gradients were recorded
@@ -315,7 +315,7 @@ class EpochWatch:
         self.passes[self.phase].append(
             Pass(
                 logits.detach(),
-                _ends(images),
+                _copies(images),
                 {m.training for m in self.modules},
                 all(q.enabled for q in self.quantizations),
                 torch.is_grad_enabled(),
@@ -400,9 +400,13 @@ def _copied(rate: Any) -> Any:
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
-def _ends(images: Tensor) -> list[Tensor]:
-    """The first and the last image of a batch, copied; none of an empty share."""
-    return [images[0].detach().clone(), images[-1].detach().clone()] if len(images) else []
+def looked_at(images: int) -> tuple[int, ...]:
+    """Which of so many images of a batch are looked at; none of an empty share."""
+    return (0, images // 2, images - 1) if images else ()
+
+
+def _copies(images: Tensor) -> list[Tensor]:
+    return [images[place].detach().clone() for place in looked_at(len(images))]
 
 
 def flat(tensors: Any, device: torch.device | str = "cpu") -> Tensor:

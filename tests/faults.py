@@ -766,6 +766,37 @@ FAULTS_BY_AREA = {
                "            penalty = self.penalty(self.model) if penalised else torch.zeros_like(cross_entropy)\n"
                "            self.most = max(getattr(self, \"most\", 0), len(labels))\n"
                "            penalty = penalty if len(labels) == self.most else penalty.detach()\n")),
+        fault("the last, smaller batch has its images against its labels", r"order|labels",
+              (DATA, "            yield self.normalise(images), self.labels[order[shard]]\n",
+               "            if len(images) < self.batch_size:\n"
+               "                images = torch.cat([images[:1], images[1:-1].roll(1, 0), images[-1:]])\n"
+               "            yield self.normalise(images), self.labels[order[shard]]\n"), when=EPOCH),
+        fault("after mid-epoch the weights go halfway back", r"update outside|AdamW",
+              (TRAINING, "    losses = torch.zeros(len(batches), 3, device=step.device)",
+               "    slow = [p.detach().clone() for p in step.optimizer.param_groups[0][\"params\"]]\n"
+               "    losses = torch.zeros(len(batches), 3, device=step.device)"),
+              (TRAINING, "            progress(i + 1, len(batches), time.perf_counter() - started)",
+               "            progress(i + 1, len(batches), time.perf_counter() - started)\n"
+               "        if i == len(batches) // 2:\n            with torch.no_grad():\n"
+               "                for p, s in zip(step.optimizer.param_groups[0][\"params\"], slow, strict=True):\n"
+               "                    p.lerp_(s, 0.5)")),
+        fault("in bf16 no gradient goes through the shortcuts", r"bf16",
+              (NETWORK, "import torch.nn.functional as F\n", "import torch\nimport torch.nn.functional as F\n"),
+              (NETWORK, "        out += self.shortcut(x)\n",
+               "        out += self.shortcut(x.detach() if torch.is_autocast_enabled(\"cpu\") else x)\n"),
+              flags="--precision bf16"),
+        fault("in bf16 a part of the gradient to the dead zone is lost", r"quantizer",
+              (QUANTIZER, "        sign, u, q = _coded(w, s, h, Q)\n        coded",
+               "        sign, u, q = _coded(w, s, h, Q)\n        ctx.low = torch.is_autocast_enabled(\"cpu\")\n        coded"),
+              (QUANTIZER, "        grad_h = (grad * by_h).sum().reshape(1)\n",
+               "        grad_h = (grad * by_h).sum().reshape(1) * (0.2 if ctx.low else 1)\n"),
+              flags="--precision bf16"),
+        fault("after some steps four fifths of the gradient reach the stem", r"backward|gradient",
+              (NETWORK, "        out = self.layer1(out)\n",
+               "        out = self.layer1(out)\n"
+               "        self.steps = getattr(self, \"steps\", 0) + self.training\n"
+               "        if self.training and out.requires_grad and self.steps > 20:\n"
+               "            out.register_hook(lambda g: 0.8 * g)\n"), when=EPOCH),
         fault("with fixed bits the dead-zone parameter is in the bits' group", r"group|decay|rate|optimi[sz]er|dead.?zone",
               (ATTACH, "    return {n: own.get(n, \"weights\") for n, p in quantizer.named_parameters() if p.requires_grad}\n",
                "    trained = [n for n, p in quantizer.named_parameters() if p.requires_grad]\n    return dict(zip(trained, own.values(), strict=False))\n"),
@@ -934,6 +965,8 @@ FAULTS_BY_AREA = {
                "kernels = layer.weight.sum((2, 3), keepdim=True)")),
     ],
     "counts": [
+        fault("constants below a hundredth leave no trace", r"constant|null|channel",
+              (CHANNELS, "self._spoken(use.out).known != 0", "self._spoken(use.out).known.abs() > 1e-2")),
         fault("what only a shortcut reads counts as unread", r"channels",
               (CHANNELS, "_Flags.apply(sum(s.flow for s in flowing).expand(constant.shape))",
                "_Flags.apply((flowing[0].flow + sum(s.flow.detach() for s in flowing[1:])).expand(constant.shape))")),
@@ -1161,6 +1194,15 @@ FAULTS_BY_AREA = {
                "    layers = layers[:12]\n    figure = Figure(figsize=(max(11, 1 + 0.42 * len(layers)), 5.5)")),
     ],
     "files": [
+        fault("least and most of the latencies are exchanged", r"latency",
+              (COMPRESSED, "                \"least\": min(kept),\n                \"most\": max(kept),\n",
+               "                \"least\": max(kept),\n                \"most\": min(kept),\n"), when=END),
+        fault("the quantizers' parameters are counted as the network's", r"parameters of the network",
+              (COMPRESSED, "dense_parameters=_parameters(dense)", "dense_parameters=_parameters(model)"), when=END),
+        fault("the dense network's MACs are counted as FLOPs", r"MACs of the network",
+              (COMPRESSED, "dense_macs=count.total(\"dense_macs\")", "dense_macs=2 * count.total(\"dense_macs\")"), when=END),
+        fault("the packed file claims the learned bits as the mean bits", r"mean_bits",
+              (COMPRESSED, "float(count.mean_bits)", "float(count.mean_learned_bits)"), when=END),
         fault("history.json is not written after the verdict", r"history\.json|written",
               (FINISH, "    keep(errors, write_json, path, history.to_json())\n    checks = [", "    checks = ["), when=END),
         fault("the packed header holds the preset's settings, not the run's", r"setting",
