@@ -792,7 +792,7 @@ FAULTS_BY_AREA = {
                "        grad_h = (grad * by_h).sum().reshape(1) * (0.2 if ctx.low else 1)\n"),
               flags="--precision bf16"),
         fault("after some steps four fifths of the gradient reach the stem", r"backward|gradient",
-              (NETWORK, "        out = self.layer1(out)\n",
+              (NETWORK, "        out = self.layer1(out)  # (N, 16, 32, 32)\n",
                "        out = self.layer1(out)\n"
                "        self.steps = getattr(self, \"steps\", 0) + self.training\n"
                "        if self.training and out.requires_grad and self.steps > 20:\n"
@@ -1194,12 +1194,12 @@ FAULTS_BY_AREA = {
                "    layers = layers[:12]\n    figure = Figure(figsize=(max(11, 1 + 0.42 * len(layers)), 5.5)")),
     ],
     "files": [
-        fault("least and most of the latencies are exchanged", r"latency",
+        fault("least and most of the latencies are exchanged", r"is measured",
               (COMPRESSED, "                \"least\": min(kept),\n                \"most\": max(kept),\n",
                "                \"least\": max(kept),\n                \"most\": min(kept),\n"), when=END),
-        fault("the quantizers' parameters are counted as the network's", r"parameters of the network",
+        fault("the quantizers' parameters are counted as the network's", r"is measured",
               (COMPRESSED, "dense_parameters=_parameters(dense)", "dense_parameters=_parameters(model)"), when=END),
-        fault("the dense network's MACs are counted as FLOPs", r"MACs of the network",
+        fault("the dense network's MACs are counted as FLOPs", r"is measured",
               (COMPRESSED, "dense_macs=count.total(\"dense_macs\")", "dense_macs=2 * count.total(\"dense_macs\")"), when=END),
         fault("the packed file claims the learned bits as the mean bits", r"mean_bits",
               (COMPRESSED, "float(count.mean_bits)", "float(count.mean_learned_bits)"), when=END),
