@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from experiments import reference
 from experiments.checkpoint import (
     check_settings,
     checkpoint_path,
     checkpoint_paths,
+    describe_differences,
     last_checkpoint,
     load_checkpoint,
     resume,
@@ -35,10 +38,11 @@ from experiments.expect import (
     expect,
     expect_close,
     moments_in_float64,
+    shows,
     used_weights,
 )
 from experiments.files import OutputError
-from experiments.history import History, epoch_record, some
+from experiments.history import PASS, Check, History, Resumption, epoch_record, some
 from experiments.recount import body_sizes, recount
 from experiments.settings import Settings, flag
 from experiments.training import TrainingStep, renew_batch_norms
@@ -309,25 +313,36 @@ def checkpoints_restore_everything(subject: Subject) -> str:
     compression = subject.pipeline.evaluator.evaluate(first.model)
     record = epoch_record(1, first.model, compression, **numbers)
     with _temporary_folder() as folder:
-        history = dataclasses.replace(subject.history, epochs=[])  # one object for both, as in a run
+        # One object for both, as in a run, which was resumed before.
+        history = dataclasses.replace(
+            subject.history, epochs=[], resumed=[Resumption(1, ["a"])], rehearsal=[Check(PASS, "b", "c")]
+        )
         for epochs in (1, 2):  # the second checkpoint must hold what there is by then
             first(images, labels, coefficient, len(labels))
             history.epochs = [record] * epochs
             save_checkpoint(folder, take_checkpoint(history, first.model, first.optimizer))
         drawn = _drawn()
         found = load_checkpoint(checkpoint_path(folder, 2))
-        begun = dataclasses.replace(subject.history, epochs=[], resumed=[])
+        begun = dataclasses.replace(subject.history, epochs=[], resumed=[], rehearsal=[])
         resume(found, begun, second.model, second.optimizer)
         expect(_drawn() == drawn, "after restoring, other random numbers are drawn",
                "the random state is not restored")  # fmt: skip
         _falls_back(folder, history, first)
     _refuses_other_settings(found.history.settings, subject.pipeline.settings)
     expect(found.history == history, "the history is another one after restoring", cause)
+    goes_on = "a resumed run does not go on where its checkpoint stands (experiments/checkpoint.py)"
     expect(
         begun.epochs == history.epochs and begun.start == history.start,
         f"a resumed run begins with {len(begun.epochs)} of {len(history.epochs)} records",
-        "a resumed run does not go on where its checkpoint stands (experiments/checkpoint.py)",
+        goes_on,
     )
+    resumed = [*history.resumed, Resumption(len(history.epochs), [])]
+    expect(
+        begun.resumed == resumed and begun.rehearsal == history.rehearsal,
+        f"what a resumed run notes is {some(map(str, begun.resumed))}, and {some(map(str, resumed))} is so",
+        goes_on,
+    )
+    _compare_differences(history)
     _expect_same(first, second, "after restoring", cause)
     second.model.train()
     for step in (first, second):
@@ -367,6 +382,39 @@ def _falls_back(folder: Path, history: History, step: TrainingStep) -> None:
     found = last_checkpoint(folder, lambda line: None)
     epochs = found.epochs if found else 0
     expect(epochs == 2, f"beside a damaged checkpoint of epoch 3 that of epoch {epochs} is taken", cause)
+
+
+def _compare_differences(history: History) -> None:
+    """What a resumed run says of another torch, device, commit and number of epochs."""
+    cause = "what a resumed run says that is otherwise (describe_differences of experiments/checkpoint.py)"
+    before, epochs, warmup, done = 4, 10, 3.0, len(history.epochs)
+    steps = math.ceil(history.data.train_images / history.settings["batch_size"])
+    for meant_for in (0, 3 * steps, 5 * steps):  # no pace, one in both runs, one in the longer run alone
+        settings = history.settings | {"rate_warmup": warmup, "pace_steps": meant_for}
+        saved, now = (
+            dataclasses.replace(
+                history, settings=settings | {"epochs": total}, device=f"device {total}",
+                versions=history.versions | {"torch": f"{total}.0"},
+                origin=dataclasses.replace(history.origin, commit=f"c{total}"),
+            )
+            for total in (before, epochs)
+        )  # fmt: skip
+        *others, longer = describe_differences(saved, now)
+        due = [f"{name} {saved_as} before, {now_is} now" for name, saved_as, now_is in changed]
+        expect(
+            [line.partition(":")[0] for line in others] == due,
+            f"{some(others)} is said where {some(due)} is so",
+            cause,
+        )
+        factor = min(1.0, meant_for / (epochs * steps)) / min(1.0, meant_for / (before * steps)) if meant_for else 1.0
+        rates = [reference.learning_rate(done, total, warmup) for total in (epochs, before)]
+        due = [before, epochs, *rates, *([factor, math.sqrt(factor)] if meant_for else []), epochs]
+        said = re.findall(r"\d+(?:\.\d+)?", longer)
+        expect(
+            len(said) == len(due) and all(map(shows, said, due)),
+            f"{longer!r} is said where {', '.join(f'{number:.4g}' for number in due)} are the numbers",
+            cause,
+        )
 
 
 def _refuses_other_settings(saved: dict[str, Any], settings: Settings) -> None:
