@@ -385,34 +385,36 @@ def _falls_back(folder: Path, history: History, step: TrainingStep) -> None:
 
 
 def _compare_differences(history: History) -> None:
-    """What a resumed run says of another torch, device, commit and number of epochs."""
-    cause = "what a resumed run says that is otherwise (describe_differences of experiments/checkpoint.py)"
-    before, epochs, warmup, done = 4, 10, 3.0, len(history.epochs)
+    """What a resumed run says of another torch, device and commit, and of more epochs than before."""
+    cause = (
+        "what a resumed run says is otherwise than before (describe_differences, experiments/checkpoint.py)"
+    )
+    before, now, warmup = 4, 10, 3.0  # epochs
     steps = math.ceil(history.data.train_images / history.settings["batch_size"])
-    for meant_for in (0, 3 * steps, 5 * steps):  # no pace, one in both runs, one in the longer run alone
-        settings = history.settings | {"rate_warmup": warmup, "pace_steps": meant_for}
-        saved, now = (
+    # Rates that are never lowered, those of both runs, and those of the longer run alone.
+    for pace_steps, slower in ((0, None), (3 * steps, (3 / now) / (3 / before)), (5 * steps, 5 / now)):
+        first, second = (
             dataclasses.replace(
-                history, settings=settings | {"epochs": total}, device=f"device {total}",
-                versions=history.versions | {"torch": f"{total}.0"},
-                origin=dataclasses.replace(history.origin, commit=f"c{total}"),
+                history,
+                settings=history.settings
+                | {"epochs": epochs, "rate_warmup": warmup, "pace_steps": pace_steps},
+                versions=history.versions | {"torch": f"{epochs}.0"},
+                device=f"number {epochs}",
+                origin=dataclasses.replace(history.origin, commit=f"c{epochs}"),
             )
-            for total in (before, epochs)
-        )  # fmt: skip
-        *others, longer = describe_differences(saved, now)
-        due = [f"{name} {saved_as} before, {now_is} now" for name, saved_as, now_is in changed]
-        expect(
-            [line.partition(":")[0] for line in others] == due,
-            f"{some(others)} is said where {some(due)} is so",
-            cause,
+            for epochs in (before, now)
         )
-        factor = min(1.0, meant_for / (epochs * steps)) / min(1.0, meant_for / (before * steps)) if meant_for else 1.0
-        rates = [reference.learning_rate(done, total, warmup) for total in (epochs, before)]
-        due = [before, epochs, *rates, *([factor, math.sqrt(factor)] if meant_for else []), epochs]
-        said = re.findall(r"\d+(?:\.\d+)?", longer)
+        *others, longer = describe_differences(first, second)
+        said = [line.partition(":")[0] for line in others]
+        due = [f"{n} before, {m} now" for n, m in (("torch 4.0", "10.0"), ("device number 4", "number 10"),
+                                                   ("commit c4", "c10"))]  # fmt: skip
+        expect(said == due, f"{some(said)} is said where {some(due)} is so", cause)
+        rates = [reference.learning_rate(len(history.epochs), epochs, warmup) for epochs in (now, before)]
+        numbers = [before, now, *rates, *([slower, math.sqrt(slower)] if slower else []), now]
+        shown = re.findall(r"\d+(?:\.\d+)?", longer)
         expect(
-            len(said) == len(due) and all(map(shows, said, due)),
-            f"{longer!r} is said where {', '.join(f'{number:.4g}' for number in due)} are the numbers",
+            len(shown) == len(numbers) and all(map(shows, shown, numbers)),
+            f"{longer!r} is said where the numbers are {', '.join(f'{x:.4g}' for x in numbers)}",
             cause,
         )
 
