@@ -252,13 +252,18 @@ def _compare_words(picture: str, figure: Any) -> None:
     for found, wanted in zip_longest(words, AROUND[picture], fillvalue="nothing"):
         expect(
             found == wanted,
-            f"{picture}: {found!r} stands beside its axes where {wanted!r} is drawn",
-            "experiments/plots.py gives a picture another title, axis or legend than is drawn",
+            f"{picture}: {found!r} stands around its axes where {wanted!r} belongs",
+            "a title, axis or legend of experiments/plots.py names something else than is drawn",
         )
 
 
 def _compare_limits(picture: str, figure: Any) -> None:
     """All lines, bars and images lie within their axes, which begin at the left."""
+
+    def named(artist: Any) -> str:
+        label = str(artist.get_label())
+        return f"a {type(artist).__name__.lower()}" if label.startswith("_") else repr(label)
+
     for axes in figure.axes:
         placed = [(line, line.get_transform().transform(line.get_xydata())) for line in axes.lines]
         placed += [(patch, patch.get_extents().get_points()) for patch in axes.patches]
@@ -268,8 +273,8 @@ def _compare_limits(picture: str, figure: Any) -> None:
             (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
             expect(
                 bool(((shares > -ROUNDING) & (shares < 1 + ROUNDING)).all()),
-                f"{picture}: {artist.get_label() or artist} is cut by axes that run from {left:g} to "
-                f"{right:g} and from {bottom:g} to {top:g}",
+                f"{picture}: {named(artist)} is cut by axes that run from {left:g} to {right:g} and from "
+                f"{bottom:g} to {top:g}",
                 _cause("less"),
             )
             expect(

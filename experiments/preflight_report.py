@@ -87,7 +87,6 @@ def _compare_start(subject: Subject) -> None:
     cuda, ranks = step.device.type == "cuda", step.processes.count
     machine = torch.cuda.get_device_name(step.device) if cuda else f"{subject.threads} threads"
     groups = {id(p): group["name"] for group in step.optimizer.param_groups for p in group["params"]}
-    trained_by = {id(p) for quantizer in quantizers.values() for p in quantizer.parameters()}
     due = {
         "data": DataRecord(data.name, data.source, data.synthetic, data.classes, *sizes),
         "quantized": quantized,
@@ -102,10 +101,12 @@ def _compare_start(subject: Subject) -> None:
             for name, p in quantizer.named_parameters()
             if id(p) in groups
         },
-        "without_codes": [name for name, quantizer in quantizers.items() if not hasattr(quantizer, "codes")],
+        "without_codes": [n for n, q in quantizers.items() if not callable(getattr(q, "codes", None))],
         "barriers": list(subject.pipeline.evaluator.dense.barriers),
         "frozen": [
-            name for name, p in model.named_parameters() if not p.requires_grad and id(p) not in trained_by
+            name
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad and ".quantizer." not in name
         ],
         "needs_host": cuda and ranks == 1 and any(step.host),
         "may_skip": subject.may_skip,
@@ -117,7 +118,7 @@ def _compare_start(subject: Subject) -> None:
         if p.ndim == 4 and p.is_contiguous() != p.is_contiguous(memory_format=torch.channels_last)
     }
     if last:
-        due["layout"] = "channels_last" if True in last else "contiguous"
+        due["layout"] = "channels_last" if all(last) else "contiguous"
     for name, value in due.items():
         noted = getattr(history, name)
         measured = f"{noted} is noted for {name}, the run has {value}"
