@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from experiments import reference
 from experiments.checkpoint import (
     check_settings,
     checkpoint_path,
     checkpoint_paths,
+    describe_differences,
     last_checkpoint,
     load_checkpoint,
     resume,
@@ -35,10 +38,11 @@ from experiments.expect import (
     expect,
     expect_close,
     moments_in_float64,
+    shows,
     used_weights,
 )
 from experiments.files import OutputError
-from experiments.history import History, epoch_record, some
+from experiments.history import PASS, Check, History, Resumption, epoch_record, some
 from experiments.recount import body_sizes, recount
 from experiments.settings import Settings, flag
 from experiments.training import TrainingStep, renew_batch_norms
@@ -309,25 +313,36 @@ def checkpoints_restore_everything(subject: Subject) -> str:
     compression = subject.pipeline.evaluator.evaluate(first.model)
     record = epoch_record(1, first.model, compression, **numbers)
     with _temporary_folder() as folder:
-        history = dataclasses.replace(subject.history, epochs=[])  # one object for both, as in a run
+        # One object for both, as in a run, which was resumed before.
+        history = dataclasses.replace(
+            subject.history, epochs=[], resumed=[Resumption(1, ["a"])], rehearsal=[Check(PASS, "b", "c")]
+        )
         for epochs in (1, 2):  # the second checkpoint must hold what there is by then
             first(images, labels, coefficient, len(labels))
             history.epochs = [record] * epochs
             save_checkpoint(folder, take_checkpoint(history, first.model, first.optimizer))
         drawn = _drawn()
         found = load_checkpoint(checkpoint_path(folder, 2))
-        begun = dataclasses.replace(subject.history, epochs=[], resumed=[])
+        begun = dataclasses.replace(subject.history, epochs=[], resumed=[], rehearsal=[])
         resume(found, begun, second.model, second.optimizer)
         expect(_drawn() == drawn, "after restoring, other random numbers are drawn",
                "the random state is not restored")  # fmt: skip
         _falls_back(folder, history, first)
     _refuses_other_settings(found.history.settings, subject.pipeline.settings)
     expect(found.history == history, "the history is another one after restoring", cause)
+    goes_on = "a resumed run does not go on where its checkpoint stands (experiments/checkpoint.py)"
     expect(
         begun.epochs == history.epochs and begun.start == history.start,
         f"a resumed run begins with {len(begun.epochs)} of {len(history.epochs)} records",
-        "a resumed run does not go on where its checkpoint stands (experiments/checkpoint.py)",
+        goes_on,
     )
+    resumed = [*history.resumed, Resumption(len(history.epochs), [])]
+    expect(
+        begun.resumed == resumed and begun.rehearsal == history.rehearsal,
+        f"what a resumed run notes is {some(map(str, begun.resumed))}, and {some(map(str, resumed))} is so",
+        goes_on,
+    )
+    _compare_differences(history)
     _expect_same(first, second, "after restoring", cause)
     second.model.train()
     for step in (first, second):
@@ -367,6 +382,41 @@ def _falls_back(folder: Path, history: History, step: TrainingStep) -> None:
     found = last_checkpoint(folder, lambda line: None)
     epochs = found.epochs if found else 0
     expect(epochs == 2, f"beside a damaged checkpoint of epoch 3 that of epoch {epochs} is taken", cause)
+
+
+def _compare_differences(history: History) -> None:
+    """What a resumed run says of another torch, device and commit, and of more epochs than before."""
+    cause = (
+        "what a resumed run says is otherwise than before (describe_differences, experiments/checkpoint.py)"
+    )
+    before, now, warmup = 4, 10, 3.0  # epochs
+    steps = math.ceil(history.data.train_images / history.settings["batch_size"])
+    # Rates that are never lowered, those of both runs, and those of the longer run alone.
+    for pace_steps, slower in ((0, None), (3 * steps, (3 / now) / (3 / before)), (5 * steps, 5 / now)):
+        first, second = (
+            dataclasses.replace(
+                history,
+                settings=history.settings
+                | {"epochs": epochs, "rate_warmup": warmup, "pace_steps": pace_steps},
+                versions=history.versions | {"torch": f"{epochs}.0"},
+                device=f"number {epochs}",
+                origin=dataclasses.replace(history.origin, commit=f"c{epochs}"),
+            )
+            for epochs in (before, now)
+        )
+        *others, longer = describe_differences(first, second)
+        said = [line.partition(":")[0] for line in others]
+        due = [f"{n} before, {m} now" for n, m in (("torch 4.0", "10.0"), ("device number 4", "number 10"),
+                                                   ("commit c4", "c10"))]  # fmt: skip
+        expect(said == due, f"{some(said)} is said where {some(due)} is so", cause)
+        rates = [reference.learning_rate(len(history.epochs), epochs, warmup) for epochs in (now, before)]
+        numbers = [before, now, *rates, *([slower, math.sqrt(slower)] if slower else []), now]
+        shown = re.findall(r"\d+(?:\.\d+)?", longer)
+        expect(
+            len(shown) == len(numbers) and all(map(shows, shown, numbers)),
+            f"{longer!r} is said where the numbers are {', '.join(f'{x:.4g}' for x in numbers)}",
+            cause,
+        )
 
 
 def _refuses_other_settings(saved: dict[str, Any], settings: Settings) -> None:

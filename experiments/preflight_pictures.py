@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, groupby, zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ DELAY, RAMP = 1, 2
 COEFFICIENTS = (0.0, 0.0, 0.0005, 0.001, 0.001)  # what the delay and the ramp give, and then the last
 NULL, CONSTANT, ALIVE = ChannelState.NULL, ChannelState.CONSTANT, ChannelState.ALIVE
 STATES = NULL, CONSTANT, ALIVE
+ROUNDING = 1e-9  # of places, as shares of their axes
 FEWEST_LAYERS = 3  # of a made-up history: fewer could not be mistaken for each other
 # Ratios small and large, of which no two are alike.
 RATIOS = 1.01, 1234.56, 7.89, 98765.43, 100.02, 2.5
@@ -43,6 +45,32 @@ CURVES: dict[str, dict[str, tuple[Callable[[EpochRecord], float], str]]] = {
     },
 }
 
+# Each picture's titles, the names of its axes, and those in its legends.
+STATES_NAMED = ("alive", "dead, leaves a constant", "dead, leaves nothing")
+AROUND: dict[str, tuple[str, ...]] = {
+    "accuracy_curve.png": (
+        "Accuracy: a small history", "epoch", "test accuracy (%)", "training cross-entropy (nats)",
+        "the penalty's warm-up", "test accuracy", "chance", "training cross-entropy",
+    ),
+    "sparsity_curves.png": (
+        "Sparsity and bits: a small history", "sparsity of the quantized layers (%)",
+        "epoch", "bits a weight (before rounding)", "the penalty's coefficient",
+        "the penalty's warm-up", "unstructured: weights that are zero",
+        "structured: filters that are all zero", "mean learned bits", "the penalty's coefficient",
+    ),
+    "channel_liveness.png": (
+        "Channels: a small history", "output channel", "convolution (alive/all)",
+        *STATES_NAMED, "padding (no such channel)",
+    ),
+    "per_layer_channels.png": (
+        "Channels and bits a layer: a small history", "output channels", *STATES_NAMED,
+    ),
+    "channels_over_time.png": (
+        "Channels alive: a small history", "epoch", "convolution (channels alive at the end)",
+        "output channels alive (%)", "the penalty sets in",
+    ),
+}  # fmt: skip
+
 
 def pictures_show_the_history(subject: Subject) -> str:
     """Curves, bars, cells and legends, read off the figures before they are written, against the history."""
@@ -56,6 +84,9 @@ def pictures_show_the_history(subject: Subject) -> str:
     _compare_cells(drawn["channel_liveness.png"], layers)
     _compare_bars(drawn["per_layer_channels.png"], layers)
     _compare_times(drawn["channels_over_time.png"], history.epochs)
+    for picture, figure in drawn.items():
+        _compare_words(picture, figure)
+        _compare_limits(picture, figure)
     return f"{len(drawn)} pictures of {len(history.epochs)} epochs"
 
 
@@ -139,9 +170,10 @@ def _record(number: int, layers: dict[str, LayerRecord]) -> EpochRecord:
         cross_entropy=2.2 - 0.13 * epoch + 3 * swing,
         penalty=43.0 - epoch,
         coefficient=COEFFICIENTS[min(number, len(COEFFICIENTS)) - 1],
-        accuracy=0.2 + 0.07 * epoch + swing,
-        unstructured_sparsity=0.31 + 0.05 * epoch - swing,
-        structured_sparsity=0.11 + 0.03 * epoch + swing / 2,
+        # From a few percent to nearly 100: axes that cut what is low or high are seen.
+        accuracy=0.21 * epoch - 0.13 + swing,
+        unstructured_sparsity=0.21 * epoch - 0.12 - swing,
+        structured_sparsity=0.18 * epoch - 0.14 + swing / 2,
         learned_bits=15.6 - 0.4 * epoch + 5 * swing,  # more than the published quantizer's 8
         bits=7.0 - 0.5 * epoch,
         layers=layers,
@@ -177,12 +209,6 @@ def _compare_curves(
             f"{picture}: {label!r} stands on the axis {line.axes.get_ylabel()!r}",
             _cause("another axis"),
         )
-        (low, high), values = line.axes.get_ylim(), line.get_ydata()
-        expect(
-            low <= min(values) and max(values) <= high,
-            f"{picture}: the axis of {label!r} runs from {low:g} to {high:g} alone",
-            _cause("less"),
-        )
     _compare_ends(picture, figure)
     legend = _legend(figure)
     for label, line in lines.items():
@@ -207,15 +233,55 @@ def _compare_curves(
 
 
 def _compare_ends(picture: str, figure: Any) -> None:
-    """The number at the end of a curve, in its colour, is its last."""
-    lines = {line.get_color(): line.get_ydata() for axes in figure.axes for line in axes.get_lines()}
+    """The number at the end of a curve, in its colour, is its last, and stands there."""
+    lines = {line.get_color(): line.get_xydata() for axes in figure.axes for line in axes.get_lines()}
     for text in (text for axes in figure.axes for text in axes.texts):
-        last = float(lines[text.get_color()][-1])
+        last = lines[text.get_color()][-1]
         expect(
-            shows(text.get_text().split()[0], last),
-            f"{picture}: {text.get_text()!r} stands at the end of a curve that ends at {last:g}",
+            shows(text.get_text().split()[0], last[1]),
+            f"{picture}: {text.get_text()!r} stands at the end of a curve that ends at {last[1]:g}",
             _cause("another epoch"),
         )
+        _expect_equal(text.xy, last, f"{picture}: the place of {text.get_text()!r}", "another epoch")
+
+
+def _compare_words(picture: str, figure: Any) -> None:
+    """Titles, and the names of axes and of what the legends list, are those that this picture has."""
+    around = [(axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes]
+    words = [" ".join(word.split()) for words in around for word in words if word] + [*_legend(figure)]
+    for found, wanted in zip_longest(words, AROUND[picture], fillvalue="nothing"):
+        expect(
+            found == wanted,
+            f"{picture}: {found!r} stands around its axes where {wanted!r} belongs",
+            "a title, axis or legend of experiments/plots.py names something else than is drawn",
+        )
+
+
+def _compare_limits(picture: str, figure: Any) -> None:
+    """All lines, bars and images lie within their axes, which begin at the left."""
+
+    def named(artist: Any) -> str:
+        label = str(artist.get_label())
+        return f"a {type(artist).__name__.lower()}" if label.startswith("_") else repr(label)
+
+    for axes in figure.axes:
+        placed = [(line, line.get_transform().transform(line.get_xydata())) for line in axes.lines]
+        placed += [(patch, patch.get_extents().get_points()) for patch in axes.patches]
+        placed += [(image, image.get_window_extent().get_points()) for image in axes.images]
+        for artist, places in placed:
+            shares = axes.transAxes.inverted().transform(places)
+            (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+            expect(
+                bool(((shares > -ROUNDING) & (shares < 1 + ROUNDING)).all()),
+                f"{picture}: {named(artist)} is cut by axes that run from {left:g} to {right:g} and from "
+                f"{bottom:g} to {top:g}",
+                _cause("less"),
+            )
+            expect(
+                left < right and (bottom < top or bool(axes.images)),
+                f"{picture}: axes run from {left:g} to {right:g} and from {bottom:g} to {top:g}",
+                _cause("another direction"),
+            )
 
 
 def _compare_cells(figure: Any, layers: Sequence[LayerCount]) -> None:
@@ -231,6 +297,14 @@ def _compare_cells(figure: Any, layers: Sequence[LayerCount]) -> None:
     _expect_equal(image.get_extent(), extent, f"{picture}: the cells' places", "another channel or layer")
     names = [f"{x.name} ({x.states.count(ALIVE)}/{len(x.states)})" for x in layers]
     _expect_names(picture, axes.yaxis, names)
+    # A stage ends below as many layers as its name and those before it have.
+    lengths = [len([*stage]) for _, stage in groupby(layers, lambda layer: layer.name.split(".")[0])]
+    _expect_equal(
+        [line.get_ydata() for line in axes.get_lines()],
+        [[ends - 0.5] * 2 for ends in accumulate(lengths[:-1])],
+        f"{picture}: the lines between stages",
+        "another layer",
+    )
 
 
 def _compare_bars(figure: Any, layers: Sequence[LayerCount]) -> None:
@@ -258,6 +332,9 @@ def _compare_bars(figure: Any, layers: Sequence[LayerCount]) -> None:
         f"{picture}: {texts} stands on the bars, the counts are {wanted_texts}",
         _cause("another layer"),
     )
+    tops = [text.get_position()[1] - layer.filters for text, layer in zip(axes.texts, layers, strict=True)]
+    measured = f"{picture}: texts stand {min(tops):g} to {max(tops):g} channels above their bars"
+    expect(min(tops) >= 0 and max(tops) <= 1, measured, _cause("another layer"))
 
 
 def _compare_times(figure: Any, records: Sequence[EpochRecord]) -> None:

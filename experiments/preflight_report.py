@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -31,16 +32,23 @@ from experiments.history import (
     EpochRecord,
     FinalCounts,
     History,
+    Resumption,
     judge,
     layer_records,
     some,
 )
 from experiments.page import report_page
 from experiments.preflight_pictures import ratio_names, small_history
-from experiments.settings import PRECISIONS, Settings
+from experiments.preflight_settings import read_flags
+from experiments.settings import PRECISIONS, PRESETS, Settings, flag
 from metrics import LayerCount
 from src.channels import ChannelState
 from utils_quantization import quantized_layers
+
+A_MINUTE, AN_HOUR = timedelta(minutes=1), timedelta(hours=1)
+# Settings that a title leaves out: they have no part in the numbers, or stand elsewhere in the same line.
+SAID_ELSEWHERE = ("preset", "epochs", "seed", "device", "threads", "data", "data_dir", "output_dir",
+                  "figure_format", "preflight", "resume", "rehearse")  # fmt: skip
 
 
 def lines_show_the_history(subject: Subject) -> str:
@@ -54,7 +62,8 @@ def lines_show_the_history(subject: Subject) -> str:
     _compare_preflight_line()
     _compare_layer_table(history)
     _compare_csv(history)
-    _compare_first_lines(history, subject.pipeline.settings)
+    _compare_first_lines(history)
+    _compare_title(history, subject.pipeline.settings.preset)
     assert history.final and history.compressed
     # Each ratio is once small and once large.
     ratios = {name: getattr(history.final, name) for name in ratio_names()}
@@ -70,23 +79,57 @@ def lines_show_the_history(subject: Subject) -> str:
 
 
 def _compare_start(subject: Subject) -> None:
-    """What is noted of the data and of each quantizer before the first epoch."""
-    history, data, model = subject.history, subject.dataset, subject.pipeline.model
+    """What is noted of the run, its data and each quantizer before the first epoch."""
+    history, data, model, step = subject.history, subject.dataset, subject.pipeline.model, subject.step
     sizes = len(data.train_labels), len(data.test_labels)
-    quantized = list(quantized_layers(model))
+    quantized, quantizers = list(quantized_layers(model)), subject.quantizers(model)
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    cuda, ranks = step.device.type == "cuda", step.processes.count
+    machine = torch.cuda.get_device_name(step.device) if cuda else f"{subject.threads} threads"
+    groups = {id(p): group["name"] for group in step.optimizer.param_groups for p in group["params"]}
     due = {
         "data": DataRecord(data.name, data.source, data.synthetic, data.classes, *sizes),
         "quantized": quantized,
         "full_precision": [name for name in others if name not in quantized],
         "precision": PRECISIONS[subject.pipeline.settings.precision],
-        "processes": subject.step.processes.count,
+        "processes": ranks,
         "threads": subject.threads,
+        "device": f"{step.device.type}, {machine}" + f", {ranks} processes" * (ranks > 1),
+        "parameter_groups": {
+            name: groups[id(p)]
+            for quantizer in quantizers.values()
+            for name, p in quantizer.named_parameters()
+            if id(p) in groups
+        },
+        "without_codes": [n for n, q in quantizers.items() if not callable(getattr(q, "codes", None))],
+        "barriers": list(subject.pipeline.evaluator.dense.barriers),
+        "frozen": [
+            name
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad and ".quantizer." not in name
+        ],
+        "needs_host": cuda and ranks == 1 and any(step.host),
+        "may_skip": subject.may_skip,
     }
+    # Of a weight with one input channel, or of one pixel, both layouts are the same.
+    last = {
+        p.is_contiguous(memory_format=torch.channels_last)
+        for p in model.parameters()
+        if p.ndim == 4 and p.is_contiguous() != p.is_contiguous(memory_format=torch.channels_last)
+    }
+    if last:
+        due["layout"] = "channels_last" if all(last) else "contiguous"
     for name, value in due.items():
         noted = getattr(history, name)
         measured = f"{noted} is noted for {name}, the run has {value}"
         expect(noted == value, measured, "the record of the run's start (experiments/history.py)")
+    age = _age(history.origin.date)
+    expect(
+        # The checks of a large network take minutes, clocks are set, and most time zones are hours apart.
+        age is not None and -A_MINUTE < age < AN_HOUR,
+        f"{history.origin.date!r} is noted for the run's start, and it is {datetime.now(UTC).isoformat()}",
+        "the date in the record of the run's start (experiments/history.py)",
+    )
     # Not before it is needed: matplotlib takes half a second. It comes with the settings of plots.py.
     importlib.import_module("experiments.plots")
     matplotlib: Any = sys.modules["matplotlib"]
@@ -124,6 +167,12 @@ def _compare_start(subject: Subject) -> None:
             f"and it begins at {learned} and {numbers}",
             "the record of how the quantizers begin (experiments/history.py)",
         )
+
+
+def _age(date: str) -> timedelta | None:
+    """How long ago a date was; None of one that does not say that it is UTC."""
+    then = datetime.fromisoformat(date)
+    return datetime.now(UTC) - then if then.utcoffset() == timedelta(0) else None
 
 
 def _sources() -> tuple[str | None, bool]:
@@ -209,9 +258,11 @@ def _compare_run_line(history: History, settings: Settings) -> None:
     """The last line, which is made to be quoted: the last epoch's numbers, and the checks that hold."""
     assert history.final and history.compressed
     checks = [Check(PASS, "a", ""), Check(PASS, "b", ""), Check(FAIL, "c", ""), Check(SKIP, "d", "")]
-    line, last = report.run_line(history, settings, checks), history.epochs[-1]
+    origin = dataclasses.replace(history.origin, commit=f"{'0123456789' * 4}-dirty")
+    line = report.run_line(dataclasses.replace(history, origin=origin), settings, checks)
+    last = history.epochs[-1]
     pattern = (
-        r".*, epoch (\d+), seed (\d+), .*: (\S+) % accuracy, (\S+) % zeros, (\S+) % zero filters, "
+        r".*, epoch (\d+), seed (\d+), 0123456\+: (\S+) % accuracy, (\S+) % zeros, (\S+) % zero filters, "
         r"(\S+) learned bits, BOPs (\S+)x / (\S+)x, (\S+) bytes, (\d+) of (\d+) checks.*"
     )
     found = re.fullmatch(pattern, line)
@@ -230,26 +281,113 @@ def _compare_run_line(history: History, settings: Settings) -> None:
     }
     said = dict(zip(due, found.groups(), strict=True)) if found else {}
     _expect_shown("the run's last line", said, due)
-
-
-def _compare_first_lines(history: History, settings: Settings) -> None:
-    """The sizes of both sets; where rates, decays or the penalty are others, the flag in lines and titles."""
-    assert history.final
-    data = dataclasses.replace(history.data, train_images=4321, test_images=765)
-    text = report.first_lines(dataclasses.replace(history, data=data), settings, history.final.count)
-    found = re.search(r"(\S+) training and (\S+) test images", " ".join(text.split()))
-    said = dict(zip(("training images", "test images"), found.groups(), strict=True)) if found else {}
-    _expect_shown("the first lines", said, {"training images": 4321, "test images": 765})
-    method = r"(.*_(lr|decay|warmup)|sparsity_.*|beta2|batch_size|batch_norm_batches|pace_steps)"
-    for name in (f.name for f in dataclasses.fields(settings) if re.fullmatch(method, f.name)):
-        changed: dict[str, Any] = {name: 7 if isinstance(getattr(settings, name), int) else 0.625}
-        other = dataclasses.replace(settings, **changed)
-        title = report.picture_title(history, other)
+    for failing in (0, 2):
+        preflight = [*[judge(False, "e", "", "")] * failing, *checks[:2], checks[3]]
+        line = report.run_line(dataclasses.replace(history, preflight=preflight), settings, checks)
+        end = "2 of 3 checks" + f", and {failing} of the preflight FAIL" * bool(failing)
         expect(
-            f"--{name.replace('_', '-')} " in title,
-            f"of --{name.replace('_', '-')} {getattr(other, name)} the title {title!r} says nothing",
-            "the settings that a run's lines and titles name (experiments/settings.py)",
+            line.endswith(end),
+            f"the last line ends in {line[-50:]!r} where {end!r} is so",
+            "the preflight's checks in the run's last line (run_line of experiments/report.py)",
         )
+
+
+def _compare_first_lines(history: History) -> None:
+    """Each of the first lines, of a run in which all is out of the ordinary, and of a plain one."""
+    assert history.final
+    names = [layer.name for layer in history.final.layers]
+    quantized, others = names[: len(names) // 2], names[len(names) // 2 :]
+    macs = {layer.name: layer.dense_macs for layer in history.final.layers}
+    share = sum(macs[name] for name in others) / sum(macs.values())
+    plain = dataclasses.replace(
+        history, versions={"python": "3.99", "torch": "9.8.7"}, device="cpu, 5 threads", precision="digits",
+        data=DataRecord("a set", "a folder", False, 10, 4321, 765), quantized=names, full_precision=[],
+        without_codes=[], frozen=[], layout="channels_last", needs_host=False, may_skip=False, barriers=[],
+        resumed=[],
+    )  # fmt: skip
+    changed: Any = {"preset": "plan", "device": "cpu", "epochs": 31, "batch_size": 33, "seed": 17}
+    settings = Settings(**(PRESETS["plan"] | changed))
+    due = [
+        "Versions: python 3.99, torch 9.8.7",
+        "Device: cpu, 5 threads, digits",
+        "Preset: plan, with --batch-size 33",
+        "Training: 31 epochs of batches of 33, seed 17",
+        "Data: a set: 4,321 training and 765 test images (a folder)",
+        f"Quantized: {len(names)} of {len(names)} layers; not: none",
+    ]
+    _expect_lines(plain, settings, due)
+    odd = dataclasses.replace(
+        plain, data=dataclasses.replace(plain.data, synthetic=True), quantized=quantized,
+        full_precision=others, without_codes=["a", "b"], frozen=["c", "d", "e"], layout="contiguous",
+        needs_host=True, may_skip=True, barriers=["f", "g"],
+        resumed=[Resumption(3, ["one", "another"]), Resumption(5, [])],
+    )  # fmt: skip
+    due = [
+        "*** NOT CIFAR-10: this run uses the a set ***",
+        "Versions: python 3.99, torch 9.8.7",
+        "Device: cpu, 5 threads, digits (auto: no CUDA or MPS here)",
+        "Preset: plan, with --batch-size 33 --model h:i --quantizer j:K",
+        "Network: h:i",
+        "Training: 31 epochs of batches of 33, seed 17",
+        "Data: a set: 4,321 training and 765 test images (a folder)",
+        f"Quantized: {len(quantized)} of {len(names)} layers; not: {', '.join(others)}",
+        "Quantizer: j:K",
+        "Packed: as float32 in 2 quantized layers...",
+        "Frozen: 3 parameters ... not trained: c, d, e",
+        "Layout: contiguous...",
+        "Graphs: none...",
+        "Branches: the network may leave layers out...",
+        "Barriers: no channel is followed through f, g",
+        "Resumed: after epoch 3; one; another",
+        "Resumed: after epoch 5",
+        f"Warning: ... {100 * share:.1f} % of the MACs ... ({len(others)} layers)... {1 / share:.2f}x ...",
+    ]
+    _expect_lines(odd, dataclasses.replace(settings, device="auto", model="h:i", quantizer="j:K"), due)
+
+
+def _expect_lines(history: History, settings: Settings, due: list[str]) -> None:
+    """The first lines of a history are these, in which three dots stand for any words."""
+    assert history.final
+    text = report.first_lines(history, settings, history.final.count)
+    lines = [" ".join(line.split()) for line in re.split(r"\n(?! )", text)]  # a long line goes on indented
+    for line, wanted in zip_longest(lines, due, fillvalue="nothing"):
+        expect(
+            re.fullmatch(".*".join(map(re.escape, wanted.split("..."))), line) is not None,
+            f"{line!r} is said where {wanted!r} is so",
+            "the first lines (first_lines of experiments/report.py)",
+        )
+
+
+def _compare_title(history: History, preset: str) -> None:
+    """A title names network, data set, epoch, preset, and each setting of the method that is another."""
+    shown = dataclasses.replace(history, data=DataRecord("a set", "", False, 10, 1, 1))
+    base = Settings(**(PRESETS[preset] | {"preset": preset}))
+    others = {
+        item.name: _another(item, getattr(base, item.name))
+        for item in dataclasses.fields(Settings)
+        if item.name not in SAID_ELSEWHERE
+    }
+    together = {name: value for name, value in others.items() if name != "max_bits"}  # beside fixed bits
+    for changed in ({}, *({name: value} for name, value in others.items()), together):
+        title = report.picture_title(shown, dataclasses.replace(base, **changed))
+        found = re.fullmatch(r"(.+) on a set, preset (\w+)(?:, with (.+))?, epoch (\d+)", title)
+        said = [*found.groups("")] if found else []
+        flags = {name: value for name, value in changed.items() if name != "model"}
+        network = "name" if "model" in changed else "ResNet-20"
+        expect(
+            bool(said) and read_flags(shlex.split(said.pop(2))) == flags
+            and said == [network, preset, str(history.epochs[-1].epoch)],
+            f"of {preset} {', '.join(map(flag, changed))} the title {title!r} says something else",
+            "the settings that a run's lines and titles name (experiments/settings.py)",
+        )  # fmt: skip
+
+
+def _another(item: dataclasses.Field[Any], value: Any) -> Any:
+    """Another value of a setting."""
+    if item.metadata["choices"] or item.type is bool:
+        return next(other for other in item.metadata["choices"] or (True, False) if other != value)
+    made: dict[Any, Any] = {float: 0.625, str: "module:name", tuple[str, ...] | None: ("^a$", "b c")}
+    return made.get(item.type, 7)
 
 
 def _compare_layer_table(history: History) -> None:
@@ -323,10 +461,16 @@ def _compare_metrics_text(final: FinalCounts) -> None:
         measured = f"{line!r} is printed where the ratio is {value:.2f}"
         expect(said.endswith("x") and shows(said.removesuffix("x"), value), measured, cause)
     ceilings = re.search(
-        r"Ceiling: (\S+)x structured, (\S+)x unstructured", " ".join(" ".join(lines).split())
+        r"Ceiling: (\S+)x structured, (\S+)x unstructured, if the (\d+) quantized .* \(of (\S+) MACs\)",
+        " ".join(" ".join(lines).split()),
     )
-    shown = dict(zip(("structured", "unstructured"), ceilings.groups(), strict=True)) if ceilings else {}
-    due = {"structured": final.structured_ceiling, "unstructured": final.unstructured_ceiling}
+    due = {
+        "structured": final.structured_ceiling,
+        "unstructured": final.unstructured_ceiling,
+        "quantized layers": sum(layer.quantized for layer in final.layers),
+        "MACs": final.totals["dense_macs"],
+    }
+    shown = dict(zip(due, ceilings.groups(), strict=True)) if ceilings else {}
     _expect_shown("the line of the ceilings", shown, due)
 
 
@@ -374,6 +518,7 @@ def _compare_page(history: History, settings: Settings) -> None:
         Check(PASS, "one <check>", long),
         judge(False, f"another & {long}", f"less < {long}", f"some cause, {long}"),
         Check(SKIP, "a third", f"waits for {long}"),
+        judge(False, "a fourth", long, f"one more cause, {long}"),
     ]
     preflight = [Check(PASS, "a first", "holds"), judge(False, "a second", long, f"another cause, {long}")]
     page = report_page(dataclasses.replace(history, preflight=preflight), settings, checks, {})
@@ -395,6 +540,13 @@ def _compare_page(history: History, settings: Settings) -> None:
         expect(
             text in shown, f"{shown!r:.200} lacks {text!r:.80}", "the verdict's lines (experiments/report.py)"
         )
+    again = " ".join(" ".join(report.failed_lines(checks)).split())
+    fails = [f"FAIL {c.name}: {c.measured} Likely cause: {c.cause}" for c in checks if c.status == FAIL]
+    expect(
+        again == " ".join(fails),
+        f"of {len(fails)} checks that fail {again.count('FAIL ')} are said once more at the end",
+        "what fails, said once more at the end (failed_lines of experiments/report.py)",
+    )
 
 
 def _stand_in_is_named(history: History, settings: Settings) -> None:

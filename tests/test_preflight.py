@@ -248,8 +248,12 @@ def exchanged(history: History) -> History:
     [
         ("metrics_csv", lambda csv: lambda history: csv(last_ten(history)), "10 rows of 15 epochs"),
         ("format_ratio", lambda _: lambda x: f"{x if x < 10 else math.ceil(x):.2f}x", "where the ratio is"),
-        ("first_lines", lambda lines: lambda history, *rest: lines(exchanged(history), *rest), "images 765"),
-        ("picture_title", lambda title: lambda history, _: title(history, Settings()), "says nothing"),
+        (
+            "first_lines",
+            lambda lines: lambda history, *rest: lines(exchanged(history), *rest),
+            "765 training and",
+        ),
+        ("picture_title", lambda title: lambda history, _: title(history, Settings()), "says something else"),
         ("format_ratio", lambda shown: lambda x: shown(min(x, 99.99)), "where the ratio is 1234.56"),
         (
             "preflight_line",
