@@ -356,10 +356,10 @@ experiments.debug_run.write_report = broken
 """
 BREAKS_AT_THE_LAST_ROW = f"""
 shown = experiments.debug_run.show_epoch
-def broken(live, history, epoch):
+def broken(live, history, epoch, warned):
     if epoch == 2:
         {OUTPUT_TAKES_NO_MORE}
-    shown(live, history, epoch)
+    shown(live, history, epoch, warned)
 experiments.debug_run.show_epoch = broken
 """
 
