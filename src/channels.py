@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.graph import (
     LAYERS,
+    NetworkGraph,
     aten,
     images_along,
     inputs_of,
@@ -199,6 +200,32 @@ def trace_channels(
     """
     graph = trace_network(model, input_size)
     values = graph.values(model, read_weights(model) if weights is None else weights)
+    return _account(graph, values, input_size)
+
+
+def trace_in_float64(plain: nn.Module, input_size: tuple[int, int, int]) -> ChannelAccount:
+    """As `trace_channels`, but with the constants, weights and biases in float64.
+
+    The states are those of the model's own type: a gate that is 0 in float32 may be 1e-20 in float64, and the
+    smaller network has to leave out what was counted as gone.
+    """
+    graph = trace_network(plain, input_size)
+    values = graph.values(plain, read_weights(plain))
+    account = _account(graph, values, input_size)
+    exact = _account(
+        graph, {n: v.double() if v.is_floating_point() else v for n, v in values.items()}, input_size
+    )
+    for node, signal in account.signals.items():
+        signal.constant = exact.signals[node].constant
+    for node, (use, _) in account.uses.items():
+        of64, _ = exact.uses[node]
+        use.entering.constant, use.parameters, use.norm = of64.entering.constant, of64.parameters, of64.norm
+    return account
+
+
+def _account(
+    graph: NetworkGraph, values: Mapping[str, Tensor], input_size: tuple[int, int, int]
+) -> ChannelAccount:
     with torch.inference_mode(False), torch.enable_grad():
         passes = _Passes(graph.layer, values, input_size)
         passes.forward(graph.graph)

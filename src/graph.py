@@ -318,8 +318,9 @@ def _compare(
                 f"their number, in evaluation mode too: nothing can be counted of an image alone"
             )
         if answers and _differ(of_graph, answers, eps):
+            fault = f"gives other logits than {name} itself" if of_graph else "cannot be run"
             raise ValueError(
-                f"{name} cannot be counted: torch.export's graph of it gives other logits than {name} itself "
+                f"{name} cannot be counted: torch.export's graph of it {fault} "
                 f"for {part.stop - part.start} images; it may compute with len(images), where "
                 f"images.shape[0] is the same and can be traced"
             )
@@ -452,7 +453,13 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
     kinds = [spec.kind for spec in program.graph_signature.output_specs]
     given = zip(output.args[0], kinds, strict=True)
     output.args = (tuple(node for node, what in given if what is OutputKind.USER_OUTPUT),)
+    of_weights = next(plain.parameters(), torch.empty(0)).dtype
+
+    def typed(value: Any) -> Any:
+        return of_weights if isinstance(value, torch.dtype) and value.is_floating_point else value
+
     for node in nodes:
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), typed)
         if kind(node) in SAME:
             node.target = getattr(SAME[kind(node)], node.target._overloadname)
         if node.target in (aten.view.default, aten._unsafe_view.default):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
+from src.channels import PIPES, LayerChannels, LayerUse, trace_in_float64
 from src.graph import (
     REDUCTIONS,
     aten,
@@ -56,7 +56,7 @@ def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32
     Raises: ValueError if torch.export cannot trace the model.
     """
     like = next(model.parameters(), torch.empty(0))
-    builder = _Builder(without_quantizers(model).cpu().double(), input_size, like.dtype)
+    builder = _Builder(without_quantizers(model).cpu(), input_size)
     return builder.network().to(like.device, like.dtype).eval()
 
 
@@ -190,9 +190,8 @@ class _Held:
 class _Builder:
     """Builds the smaller network in float64, on the CPU; it will be of another dtype in the end."""
 
-    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.account = trace_channels(plain, input_size)
+    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int]) -> None:
+        self.account = trace_in_float64(plain, input_size)
         names = trace_network(plain, input_size).state
         parameters = dict(plain.named_parameters(remove_duplicate=False))
         self.parameters = {node for node, name in names.items() if name in parameters}
@@ -364,14 +363,12 @@ class _Builder:
     def _call(self, node: Any, given: Callable[[fx.Node], Any]) -> fx.Node:
         """The operation of a node, on what `given` makes of its inputs.
 
-        It was traced in float64 on the CPU: where it names these, it gets the network's dtype, and the device
-        that the image is on.
+        It was traced on the CPU: where it names that, it gets the device that the image is on.
         """
 
         def named(value: Any) -> Any:
-            if isinstance(value, torch.device):
-                return self.graph.call_function(getattr, (self.image, "device"))
-            return self.dtype if value is torch.float64 else value
+            is_device = isinstance(value, torch.device)
+            return self.graph.call_function(getattr, (self.image, "device")) if is_device else value
 
         arguments = fx.node.map_arg((node.args, node.kwargs), given)
         return self.graph.call_function(node.target, *fx.node.map_aggregate(arguments, named))

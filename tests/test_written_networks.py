@@ -527,6 +527,34 @@ def test_a_constant_in_float32_meets_weights_in_float64():
     torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_zero_in_the_networks_type_alone_is_counted_and_removed_alike():
+    def way(net: Net, x: Tensor) -> Tensor:
+        gate = net.gate(x).sigmoid()
+        return pooled(net, gate * F.relu(net.conv(x)) + (1 - gate) * net.norm(x))
+
+    model = Net(way, {"gate": nn.Conv2d(WIDTH, WIDTH, 1), "conv": conv()}).eval()
+    with torch.no_grad():
+        model.gate.weight[2:4], model.gate.bias[2], model.gate.bias[3] = 0, 18, -120
+        model.conv.weight[:, 2:4] = model.gate.weight[:, 2:4] = 0
+    small, x = slim_network(model, SMALL), images(3, SMALL).float()
+    counted = count_network(model, SMALL).total("structured_macs")
+    assert counted == count_by_torch(small, SMALL)[""]
+    assert counted < count_network(model.double(), SMALL).total("structured_macs")
+    torch.testing.assert_close(small(x), model.float()(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_type_that_is_named_on_the_way_is_that_of_the_weights(dtype):
+    def way(net: Net, x: Tensor) -> Tensor:
+        x = net.conv(F.softmax(x, 1, dtype=torch.float32).to(x.dtype) + (x > 0).float().to(x.dtype))
+        return net.last(x.mean((2, 3), dtype=torch.float32).to(x.dtype))
+
+    model, x = Net(way, {"conv": conv()}).eval().to(dtype), images(3, SMALL).to(dtype)
+    small = slim_network(model, SMALL)
+    assert count_by_torch(small, SMALL)[""] == count_network(model, SMALL).total("structured_macs")
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_mask_that_is_changed_is_seen():
     class Masked(nn.Module):
         def __init__(self) -> None:
