@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_leaves
 
-from utils_quantization import quantized_layers, without_quantizers
+from utils_quantization import layer_name, quantized_layers, weight_name, without_quantizers
 
 aten = torch.ops.aten
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -75,14 +75,14 @@ class NetworkGraph:
         """
         sources = [node.args[1]]
         if sources[0].name in self.state:
-            return self.state[sources[0].name].removesuffix(".weight")
+            return layer_name(self.state[sources[0].name])
         for source in sources:  # which grows
             sources += [n for n in source.all_input_nodes if n not in sources]
         shape = node.args[1].meta["val"].shape
         stored = [
             self.state[n.name] for n in sources if n.name in self.state and n.meta["val"].shape == shape
         ]
-        owners = [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
+        owners = [layer_name(name) for name in stored if layer_name(name) != name]
         if len(owners) == 1:
             return owners[0]
         # The module's name, where it computes with one such weight alone.
@@ -94,6 +94,18 @@ class NetworkGraph:
             name += "_"
         return name
 
+    def weighs_as_stored(self, node: Any) -> bool:
+        """Whether a layer's weights stand where it stores them: each is made of its own, as by a mask."""
+        layer, shape = self.layer(node), _shape(node.args[1])
+
+        def stored(source: fx.Node) -> bool:
+            if source.name in self.state:
+                return self.state[source.name].rpartition(".")[0] == layer
+            alike = (n for n in source.all_input_nodes if getattr(n.meta.get("val"), "shape", None) == shape)
+            return is_pointwise(source) and any(map(stored, alike))
+
+        return stored(node.args[1])
+
     def computing_their_weights(self) -> list[str]:
         """The names of layers that compute with other weights than they store."""
         layers = (node for node in self.graph.nodes if kind(node) in LAYERS)
@@ -103,7 +115,7 @@ class NetworkGraph:
         """The graph's inputs but the image, by the name of their node; `weights` are by layer name."""
         state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         state |= dict(model.named_buffers(remove_duplicate=False))
-        state |= {f"{name}.weight": weight for name, weight in weights.items()}
+        state |= {weight_name(name): weight for name, weight in weights.items()}
         like = next(model.parameters(), torch.empty(0))
         constants = {n: t.to(like.dtype) if t.is_floating_point() else t for n, t in self.constants.items()}
         return constants | {node: state[name].detach() for node, name in self.state.items()}

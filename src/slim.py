@@ -236,10 +236,10 @@ class _Builder:
         if isinstance(module, nn.Identity):
             return x
         first = name.partition(".")[0]
-        if first == "meta" or hasattr(fx.GraphModule, first):  # a name of the module that the graph becomes
+        # The module that the graph becomes has such names itself, and a part its own attributes.
+        taken = first in ("meta", "self") or hasattr(fx.GraphModule, first)
+        if taken or any(f"{a}.".startswith(f"{b}.") for p in self.parts for a, b in ((name, p), (p, name))):
             name = f"{name.replace('.', '_')}_{len(self.parts)}"
-        elif name in self.parts:
-            name = f"{name}_{len(self.parts)}"
         self.parts[name] = module
         return self.graph.create_node("call_module", name, (x,))
 

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from metrics import count_by_torch, count_network, in_layers, of_layers
 from src.channels import trace_channels
+from src.encoding import PackingError
 from src.groups import FILTERS, INPUT_SLICES, channel_groups
+from src.packing import pack_network, unpack_network
+from src.quantizer import DeadZoneLDZCompander
 from src.slim import slim_network
+from utils_quantization import attach_weight_quantizers, quantized_layers, without_quantizers
 
 WIDTH = 8
 Way = Callable[["Net", Tensor], Tensor]
@@ -720,9 +724,6 @@ def test_an_output_without_channels_is_made_smaller():
 
 
 def test_infinity_in_a_mask_is_packed_and_not_a_number_is_not():
-    from src.encoding import PackingError
-    from src.packing import pack_network, unpack_network
-
     def of(number: float) -> nn.Module:
         model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), nn.Flatten(), nn.Linear(144 * WIDTH, 10)).eval()
         model.register_buffer("mask", torch.full((2,), number))
@@ -732,3 +733,151 @@ def test_infinity_in_a_mask_is_packed_and_not_a_number_is_not():
     assert unpack_network(content, lambda: of(0.0)).mask.tolist() == [-math.inf] * 2
     with pytest.raises(PackingError, match="mask"):
         pack_network(of(math.nan), {}, {}, "own:net")
+
+
+def adapted(name: str, groups: int) -> nn.Conv2d:
+    """A convolution that holds another by a name that is taken in the smaller layer."""
+
+    class Adapted(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + getattr(self, name)(x)
+
+    layer = Adapted(WIDTH, WIDTH, 3, padding=1, groups=groups)
+    setattr(layer, name, nn.Conv2d(WIDTH, WIDTH, 1))
+    return layer
+
+
+@pytest.mark.parametrize("name", ["reads", "options", "parts", "up"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_within_a_layer_is_made_smaller_whatever_its_name(name, groups):
+    model = plant(Net(lambda net, x: pooled(net, net.conv(x)), {"conv": adapted(name, groups)}), 0, 0.3)
+    assert_smaller_is_the_same(model, SMALL)
+
+
+def test_a_layer_called_self_is_made_smaller():
+    model = nn.Sequential(nn.Flatten())
+    model.add_module("self", nn.Linear(432, 10))
+    assert_smaller_is_the_same(plant(model, 0, 0.3), SMALL)
+
+
+def test_a_quantized_layer_within_a_quantized_layer_is_packed_and_comes_back():
+    def build() -> nn.Module:
+        return Net(lambda net, x: pooled(net, net.conv(x)), {"conv": adapted("up", 1)}).eval()
+
+    model, x = build(), images(3, SMALL).float()
+    assert {"conv", "conv.up"} < set(attach_weight_quantizers(model, [], DeadZoneLDZCompander, {}))
+    assert quantized_layers(without_quantizers(model)) == {}
+    assert [layer.name for layer in count_network(model, SMALL).layers] == [
+        "first",
+        "conv",
+        "conv.up",
+        "last",
+    ]
+    assert torch.equal(unpack_network(pack_network(model, {}, name="own:net"), build)(x), model(x))
+
+
+class Flat(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: Flat(432, 10), lambda: nn.Conv2d(3, 10, 12)], ids=["linear", "conv"]
+)
+def test_a_network_that_is_itself_a_layer_is_quantized_counted_and_packed(build):
+    model, x = build().eval(), images(3, SMALL).float()
+    assert attach_weight_quantizers(model, [], DeadZoneLDZCompander, {}) == [""]
+    count = count_network(model, SMALL)
+    assert [layer.dense_macs for layer in count.quantized] == [4320]
+    assert in_layers(count_by_torch(model, SMALL), count) == {"": 4320}
+    assert torch.equal(unpack_network(pack_network(model, {}, name="own:net"), build)(x), model(x))
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_weight_of_a_network_is_no_layer_of_all_its_layers():
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.randn(WIDTH, 3, 3, 3)), nn.Linear(WIDTH, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.conv2d(x, self.weight).mean((2, 3)))
+
+    model = Owner().eval()
+    count = count_network(model, SMALL)
+    assert in_layers(count_by_torch(model, SMALL), count) == {"": 27 * WIDTH * 100, "last": 10 * WIDTH}
+
+
+def test_a_weight_that_is_another_layers_too_gets_no_quantizer():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="the weight of 0 is another's too"):
+        attach_weight_quantizers(model, [], DeadZoneLDZCompander, {})
+
+
+def test_slices_of_a_transposed_weight_are_in_no_group():
+    def groups(weight: Callable[[Tensor], Tensor]) -> list[tuple[tuple[str, int], ...]]:
+        def way(net: Net, x: Tensor) -> Tensor:
+            return pooled(net, F.conv2d(F.relu(net.between(x)), weight(net.conv.weight)))
+
+        model = Net(way, {"between": conv(), "conv": conv()})
+        return [g.members for g in channel_groups(model, ["between", "conv"], SMALL)]
+
+    both = [(("between", FILTERS), ("conv", INPUT_SLICES)), (("conv", FILTERS),)]
+    assert groups(lambda w: w * torch.ones(3, 3).tril()) == groups(lambda w: w) == both
+    assert groups(lambda w: w.transpose(0, 1)) == [(("between", FILTERS),)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_zeros_of_a_weight_that_is_used_once_more_transposed_are_those_it_stores(first):
+    def way(net: Net, x: Tensor) -> Tensor:
+        one, other = net.square.weight, net.square.weight.t()
+        x = F.relu(F.linear(x.mean((2, 3)), one if first else other))
+        return net.last(F.linear(x, other if first else one))
+
+    model = Net(way, {"square": nn.Linear(WIDTH, WIDTH, bias=False)}).eval()
+    with torch.no_grad():
+        model.square.weight.triu_()
+        model.square.weight[0] = 0
+    (found,) = [layer for layer in count_network(model, SMALL).layers if layer.name == "square"]
+    assert found.zero_weights == 28 + WIDTH and found.zero_filters == 1
+
+
+class OfTheImage(nn.Module):
+    """What has no value for a black image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Conv2d(3, WIDTH, 1), nn.Parameter(torch.randn(6, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = x.abs().sum((2, 3))
+        inverse = torch.linalg.inv(x.mean(1))[:, :WIDTH, :1].flatten(1)
+        looked_up = self.table[(5 * sums / sums.amax(1, True)).long()]
+        return self.first(x).mean((2, 3)) + inverse + looked_up.mean(1)
+
+
+def test_what_is_undefined_of_a_black_image_is_counted():
+    model, x = plant(OfTheImage(), 0, 0.0).double(), images(3, SMALL)
+    assert "aten.linalg_inv in the network" in count_network(model, SMALL).barriers
+    assert count_by_torch(slim_network(model, SMALL), SMALL)[""] == 24 * 144
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_an_operation_that_raises_is_named():
+    model = Net(lambda net, x: net.last(torch.linalg.inv(x.mean(1)).mean(1)[:, :WIDTH]), {}).eval()
+    with pytest.raises(ValueError, match="linalg_inv"):
+        count_network(model, SMALL)
+
+
+def test_buffers_are_told_by_the_last_part_of_their_names():
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(432, 10))
+        model.register_buffer("my_num_batches_tracked", torch.tensor(0.0))
+        model.register_buffer("running_max", torch.tensor(math.inf))
+        return model
+
+    model = build()
+    model.my_num_batches_tracked.fill_(3)
+    again = unpack_network(pack_network(model, {}, name="own:net"), build)
+    assert (again.my_num_batches_tracked, again.running_max) == (3, math.inf)
