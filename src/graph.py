@@ -10,15 +10,16 @@ import contextlib
 import copy
 import io
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves
 
 from utils_quantization import layer_name, quantized_layers, weight_name, without_quantizers
 
@@ -66,6 +67,7 @@ class NetworkGraph:
     state: dict[str, str]  # the name of each parameter or buffer, by the name of its node
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer, by the name of their node
     names: frozenset[str]  # of the network's modules, parameters and buffers
+    answers: TreeSpec  # what the network gives: a tensor, or what holds several
     kept: tuple[Any, ...]  # what the fingerprint names by its id, held so that nothing else gets that id
 
     def layer(self, node: Any) -> str:
@@ -502,7 +504,9 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
             result.replace_all_uses_with(norm)
     graph.eliminate_dead_code()
     modules = (name for name, _ in plain.named_modules(remove_duplicate=False))
-    return NetworkGraph(graph, state, constants, frozenset([*modules, *names]), kept)
+    answers = program.call_spec.out_spec
+    assert answers is not None
+    return NetworkGraph(graph, state, constants, frozenset([*modules, *names]), answers, kept)
 
 
 def _shape(node: fx.Node) -> torch.Size:
@@ -515,6 +519,8 @@ def _is_of_numbers(node: fx.Node) -> bool:
 
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
+# Objects of which the fingerprint looks at no attributes.
+_OF_CODE = (type, FunctionType, MethodType, ModuleType, nn.Module, Tensor, torch._ops.OpOverload)
 
 
 def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
@@ -533,21 +539,28 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
         if isinstance(value, int | float | str | None):
             return value
         within = (*holders, id(value))
-        if isinstance(value, list | tuple):
-            return (type(value), *(part(v, within) for v in value))
-        if isinstance(value, dict):
-            return (dict, *(part(v, within) for v in value.items()))
-        if isinstance(value, set | frozenset):
+        if id(value) in holders:
+            return id(value)
+        if isinstance(value, Mapping):
+            return (type(value), *(part(v, within) for v in value.items()))
+        if isinstance(value, Set):
             return frozenset(part(v, within) for v in value)
+        if isinstance(value, Sequence):
+            return (type(value), *(part(v, within) for v in value))
         kept.append(value)
         if isinstance(value, Tensor) and id(value) in order:  # a weight in a list, as of recurrent layers
             return order[id(value)]
-        if isinstance(value, Tensor):
-            return id(value) if value.is_inference() else (id(value), value._version)
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+            # A write through .data or .numpy() raises no version.
+            raw = value.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+            return (id(value), value.shape, value.stride(), hash(raw.numpy().tobytes()))
         if hasattr(value, "tobytes"):  # an array of numpy's
             return (id(value), value.tobytes())
-        plain = hasattr(value, "__dict__") and not callable(value) and id(value) not in holders
-        return (id(value), part(vars(value), within)) if plain else id(value)
+        if isinstance(value, _OF_CODE):
+            return id(value)
+        slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+        held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        return (id(value), part({**held, **getattr(value, "__dict__", {})}, within))
 
     def of_class(own: type) -> Hashable:
         """What stands in a module's class: attributes, and the code of functions, with the flags it names."""

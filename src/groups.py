@@ -88,7 +88,8 @@ class _Walk:
         for node in nodes:
             self.labels[node] = self._label(node)
         # The channels that the network gives.
-        self.answers = {label for n in output.all_input_nodes for label in self.labels[n].unique().tolist()}
+        given = (self.labels[n] for n in output.all_input_nodes)
+        self.answers = {x for labels in given if isinstance(labels, Tensor) for x in labels.unique().tolist()}
 
     def groups(self) -> list[tuple[bool, list[Slice]]]:
         """Each channel that can go, as its slices; with it, whether it goes into a sum or a product."""

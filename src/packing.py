@@ -131,7 +131,9 @@ def pack_network(
 def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Restore the network of a packed file: a plain one, in evaluation mode, on the CPU.
 
-    A network that is not a ResNet of `resnet.py` is built by `build`, and then given the file's numbers.
+    A network that is not a ResNet of `resnet.py` is built by `build`, and then given the file's numbers. As
+    built stays what no file holds: buffers that are not persistent, and how tensors that are not 4-D lie in
+    memory, on which the last bits of the logits depend.
 
     Raises: PackingError if the content is not what `pack_network` makes, if it needs a `build` and there is
         none, or if what that builds has other tensors than the file. What `build` raises.
@@ -162,8 +164,9 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
             codes = unpack_codes(body[begin : begin + slot.code_bytes], slot.shape.numel(), slot.bits)
             values = _weight(Codes(_signed(codes, slot.bits), values[0], values[1]))
             begin += slot.code_bytes
-        kind = state[slot.name].dtype
-        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone(), masks).to(kind)
+        built, values = state[slot.name], _checked(slot.name, values.view(slot.shape).clone(), masks)
+        # A copy into what was built keeps how that lies in memory: a transposed weight, say.
+        state[slot.name] = values.to(built.dtype) if values.ndim == 4 else built.cpu().clone().copy_(values)
     network.load_state_dict(state, assign=True)
     layout = torch.channels_last if header.channels_last else torch.contiguous_format
     network.to(memory_format=layout).eval()

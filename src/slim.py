@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 from src.channels import PIPES, LayerChannels, LayerUse, trace_in_float64
 from src.graph import (
@@ -43,6 +44,7 @@ from src.graph import (
 )
 from utils_quantization import without_quantizers
 
+_LEAF = tree_structure(0)  # of what a network gives that gives one tensor
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of a weight
 
 
@@ -192,7 +194,8 @@ class _Builder:
 
     def __init__(self, plain: nn.Module, input_size: tuple[int, int, int]) -> None:
         self.account = trace_in_float64(plain, input_size)
-        names = trace_network(plain, input_size).state
+        network = trace_network(plain, input_size)
+        names, self.answers = network.state, network.answers
         parameters = dict(plain.named_parameters(remove_duplicate=False))
         self.parameters = {node for node, name in names.items() if name in parameters}
         self.signals, self.uses = self.account.signals, self.account.uses
@@ -219,11 +222,11 @@ class _Builder:
             elif isinstance(signal.constant, Tensor) and any(n in self.held for n in node.all_input_nodes):
                 # A constant made of the number of images has to be made anew for each batch.
                 self.held[node] = self._all_of(signal.constant, self._call(node, self._given))
-        answers = output.all_input_nodes
-        if len(answers) == 1 and not self.signals[answers[0]].alive(0).any():
-            return Constant(self.signals[answers[0]].constant[0].clone())
-        whole = [self._whole(answer) for answer in answers]
-        self.graph.output(whole[0] if len(whole) == 1 else tuple(whole))
+        (answers,) = output.args
+        first = self.signals.get(answers[0])
+        if self.answers == _LEAF and first is not None and not first.alive(0).any():
+            return Constant(first.constant[0].clone())
+        self.graph.output(tree_unflatten(fx.node.map_arg(answers, self._given), self.answers))
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         return fx.GraphModule(self.parts, self.graph, "SlimNetwork")
 

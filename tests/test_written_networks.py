@@ -1,7 +1,10 @@
 """Ways in which people write what is between a network's layers: account, groups and the smaller network."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -881,3 +884,67 @@ def test_buffers_are_told_by_the_last_part_of_their_names():
     model.my_num_batches_tracked.fill_(3)
     again = unpack_network(pack_network(model, {}, name="own:net"), build)
     assert (again.my_num_batches_tracked, again.running_max) == (3, math.inf)
+
+
+def test_a_weight_that_is_built_transposed_comes_back_to_the_bit():
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(432, 64), nn.Linear(64, 10))
+        model[1].weight = nn.Parameter(torch.randn(432, 64).t() * 0.05)
+        return model
+
+    model, x = build(), images(5, SMALL).float()
+    again = unpack_network(pack_network(model, {}, name="own:net"), build)
+    assert again[1].weight.stride() == model[1].weight.stride() and torch.equal(again(x), model(x))
+
+
+ANSWERS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "number of images": lambda logits, x: (logits, x.shape[0]),
+    "twice": lambda logits, x: [logits, logits],
+    "with nothing": lambda logits, x: (logits, None),
+    "alone": lambda logits, x: (logits,),
+    "named": lambda logits, x: {"logits": logits, "features": [x, x.relu()]},
+    "numbers": lambda logits, x: (logits, x.shape[2], 2.5),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_smaller_network_gives_what_the_network_gives(name, gone):
+    model = plant(Net(lambda net, x: ANSWERS[name](pooled(net, x), x), {}), 0, 0.3)
+    x = images(3, SMALL)
+    if gone:
+        model.first.weight.data.zero_()
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-9, atol=1e-9)
+    channel_groups(model, ["first"], SMALL)
+
+
+@dataclass(slots=True)
+class Slotted:
+    on: bool = True
+
+
+class Called:
+    def __init__(self) -> None:
+        self.on = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.on else 0 * x
+
+
+LOOKED_AT: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], Callable[[Any], object]]] = {
+    "slots": (Slotted, lambda o, x: x if o.on else 0 * x, lambda o: setattr(o, "on", False)),
+    "a deque": (lambda: deque([1]), lambda o, x: x if o else 0 * x, lambda o: o.clear()),
+    "called": (Called, lambda o, x: o(x), lambda o: setattr(o, "on", False)),
+    "data": (lambda: torch.ones(()), lambda o, x: o * x, lambda o: o.data.zero_()),
+    "numpy": (lambda: [torch.ones(())], lambda o, x: o[0] * x, lambda o: o[0].numpy().fill(0)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_what_changes_within_an_attribute_is_seen(name):
+    make, use, change = LOOKED_AT[name]
+    model = Net(lambda net, x: pooled(net, use(net.__dict__["attribute"], x)), {}).eval()
+    model.__dict__["attribute"] = attribute = make()
+    assert count_network(model, SMALL).total("structured_macs") > 0
+    change(attribute)
+    assert count_network(model, SMALL).total("structured_macs") == 0
