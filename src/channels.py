@@ -271,7 +271,7 @@ PIPES: dict[Any, Callable[..., Any]] = {
     aten.avg_pool2d: lambda op, x, *args: _pool_pipe(op, x, *args[:5]),  # a divisor may be negative
     aten.adaptive_avg_pool2d: _pool_pipe,
     aten.max_pool2d: _max_pool_pipe,
-    aten.amax: lambda op, x, dim=(), keepdim=False: x.sum(dim, keepdim),
+    **dict.fromkeys((aten.amax, aten.amin), lambda op, x, dim=(), keepdim=False: x.sum(dim, keepdim)),
 }
 
 

@@ -34,7 +34,7 @@ COPIES = {aten.to, aten._to_copy, aten.type_as, aten.detach, aten.alias, aten.co
 # Views that read the same bytes as other numbers.
 READ_ANEW = {aten.view_as_real.default, aten.view_as_complex.default}
 PADS = {aten.pad, aten.constant_pad_nd}
-REDUCTIONS = {aten.mean, aten.sum, aten.amax}
+REDUCTIONS = {aten.mean, aten.sum, aten.amax, aten.amin}
 # Other names of the same operations.
 SAME = {
     aten.concat: aten.cat,
@@ -52,7 +52,8 @@ _POINTWISE = {aten.hardswish, aten.log_sigmoid, aten.where, aten.masked_fill, at
 # What only moves elements, next to the views, which say so themselves.
 _MOVES = """
     cat stack index index_select flip roll repeat slice_scatter select_scatter reflection_pad2d
-    replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d
+    replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d tile triu tril
+    repeat_interleave
 """
 # Moves of the elements of their second argument too; the numbers in any other argument only say where to.
 _INTO = {aten.slice_scatter, aten.select_scatter}

@@ -257,6 +257,23 @@ def chosen_by_a_mask(net: Net, x: Tensor) -> Tensor:
     return pooled(net, net.conv(torch.where(net.mask, x, net.other)))
 
 
+def least(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    return net.last(y.amin((2, 3)) + y.amin(3, keepdim=True).mean((2, 3)))
+
+
+def tiled(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.both(net.conv(x).tile(1, 2, 1, 2)) + net.conv(x).tile(2))
+
+
+def interleaved(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.both(net.conv(x).repeat_interleave(2, 1)).repeat_interleave(2, 3))
+
+
+def triangular(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(net.conv(x).triu(2)).tril())
+
+
 # What is between the layers, and what it needs.
 WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     folded_groups: lambda: {"mix": nn.Conv2d(4, 4, 3, padding=1)},
@@ -307,6 +324,10 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     one_row: lambda: {"row": nn.Parameter(torch.randn(WIDTH))},
     of_a_negative_divisor: lambda: {"conv": conv()},
     as_many_as_are_bright: dict,
+    least: lambda: {"conv": conv()},
+    tiled: lambda: {"conv": conv(), "both": nn.Conv2d(2 * WIDTH, WIDTH, 1)},
+    interleaved: lambda: {"conv": conv(), "both": nn.Conv2d(2 * WIDTH, WIDTH, 1)},
+    triangular: lambda: {"conv": conv()},
     chosen_by_a_mask: lambda: {
         "conv": conv(),
         "mask": torch.arange(WIDTH)[:, None, None] < 5,
@@ -356,7 +377,7 @@ def test_it_is_counted_grouped_and_made_smaller(way):
 NO_BARRIERS = (
     padded_pools, added_to_itself, expanded_as, zeros_beside, elementwise, concatenated, with_prelu,
     viewed_as, overwritten, rolled, strided, beside_whole_numbers, beside_nothing, of_a_negative_divisor,
-    chosen_by_a_mask,
+    chosen_by_a_mask, least, tiled, interleaved, triangular,
 )  # fmt: skip
 
 
