@@ -521,7 +521,7 @@ def _is_of_numbers(node: fx.Node) -> bool:
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 # Objects of which the fingerprint looks at no attributes.
-_OF_CODE = (type, FunctionType, MethodType, ModuleType, nn.Module, Tensor, torch._ops.OpOverload)
+_OF_CODE = (type, FunctionType, MethodType, ModuleType, nn.Module, torch._ops.OpOverload)
 
 
 def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
@@ -539,15 +539,16 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
     def part(value: Any, holders: tuple[int, ...] = ()) -> Hashable:
         if isinstance(value, int | float | str | None):
             return value
-        within = (*holders, id(value))
-        if id(value) in holders:
+        if isinstance(value, _OF_CODE) or id(value) in holders:
+            kept.append(value)
             return id(value)
-        if isinstance(value, Mapping):
+        within = (*holders, id(value))
+        if isinstance(value, tuple | Sequence):  # a tuple is one: that is found sooner
+            return (type(value), *(part(v, within) for v in value))
+        if isinstance(value, dict | Mapping):
             return (type(value), *(part(v, within) for v in value.items()))
         if isinstance(value, Set):
             return frozenset(part(v, within) for v in value)
-        if isinstance(value, Sequence):
-            return (type(value), *(part(v, within) for v in value))
         kept.append(value)
         if isinstance(value, Tensor) and id(value) in order:  # a weight in a list, as of recurrent layers
             return order[id(value)]
@@ -557,7 +558,7 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
             return (id(value), value.shape, value.stride(), hash(raw.numpy().tobytes()))
         if hasattr(value, "tobytes"):  # an array of numpy's
             return (id(value), value.tobytes())
-        if isinstance(value, _OF_CODE):
+        if isinstance(value, Tensor):
             return id(value)
         slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
         held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
@@ -567,7 +568,8 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
         """What stands in a module's class: attributes, and the code of functions, with the flags it names."""
         if own not in classes:
             bases = (vars(base) for base in own.__mro__ if base not in nn.Module.__mro__)
-            held = [(name, value, part(value)) for base in bases for name, value in base.items()]
+            named = ((n, v) for base in bases for n, v in base.items() if n != "__annotations__")
+            held = [(name, value, part(value)) for name, value in named]
             codes = [(v.__code__, v.__globals__) for _, v, _ in held if hasattr(v, "__code__")]
             flags = (g.get(name) for code, g in codes for name in code.co_names)
             plain = (flag for flag in flags if isinstance(flag, int | float | str))
