@@ -197,12 +197,13 @@ def count_by_torch(network: nn.Module, input_size: tuple[int, int, int] = (3, 32
     Returns: the counts by module name; "" is the whole network.
     """
     like = next(network.parameters(), torch.empty(0))
+    image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
     with parametrize.cached():  # what makes a weight, an orthogonal one say, is not part of a forward pass
         for module in filter(parametrize.is_parametrized, network.modules()):
             for name in module.parametrizations:  # type: ignore[union-attr]
                 getattr(module, name)
         with FlopCounterMode(display=False) as counter:
-            network(like.new_zeros(1, *input_size))
+            network(image.to(like))
     # The counter's keys are "Global", the name of the network's class, and "Class.module.name" for a module.
     by_module = {key.partition(".")[2]: sum(f.values()) // 2 for key, f in counter.get_flop_counts().items()}
     return by_module | {"": counter.get_total_flops() // 2}
@@ -218,7 +219,8 @@ def in_layers(by_torch: Mapping[str, int], count: NetworkCount) -> dict[str, int
     inner = [*barriers, *(layer.name for layer in count.layers)]
 
     def is_not_the_module(name: str) -> bool:
-        does_more = name in barriers or any(other.startswith(f"{name}.") for other in inner)
+        within = f"{name}.".lstrip(".")  # all is in a network that is itself a layer
+        does_more = name in barriers or any(other.startswith(within) for other in inner if other != name)
         return does_more or name in count.elsewhere
 
     ours = {layer.name: layer.dense_macs for layer in count.layers}

@@ -64,6 +64,16 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
+def weight_name(layer: str) -> str:
+    """The name of a layer's weight, by the layer's: "" is that of a network that is itself a layer."""
+    return f"{layer}.weight".lstrip(".")
+
+
+def layer_name(parameter: str) -> str:
+    """The name of the layer that a parameter is the weight of; the parameter's own if it is none's."""
+    return f".{parameter}".removesuffix(".weight").lstrip(".")
+
+
 def attach_weight_quantizers(
     model: nn.Module,
     exclude_layers: Sequence[str],
@@ -80,8 +90,8 @@ def attach_weight_quantizers(
 
     Returns: the names of the layers that were given a quantizer, in the model's order.
     Raises: ValueError for a pattern that is not a regular expression or matches no module, for a layer whose
-        weight is parametrized already, for a weight that its quantizer refuses, and for a quantizer that is
-        not as `Quantizer` describes. The model is unchanged then.
+        weight is parametrized already or is another module's too, for a weight that its quantizer refuses,
+        and for a quantizer that is not as `Quantizer` describes. The model is unchanged then.
     """
     layers = layers_of(model)
     excluded = _matching(exclude_layers, [name for name, _ in model.named_modules() if name])
@@ -91,6 +101,8 @@ def attach_weight_quantizers(
             raise ValueError(
                 f"layer {name} is parametrized already; attach quantizers once, to a plain model"
             )
+        if sum(p is layer.weight for module in model.modules() for p in module._parameters.values()) > 1:
+            raise ValueError(f"the weight of {name} is another's too; expected one for each quantized layer")
     quantizations = {}
     for name, layer in chosen.items():
         quantization = WeightQuantization(quantizer(**quantizer_kwargs), enabled).to(layer.weight.device)
@@ -209,23 +221,25 @@ def without_quantizers(model: nn.Module, stored: bool = False) -> nn.Module:
     Where a quantizer is switched on these are the quantized weights, so that the outputs are the same; with
     `stored` they are the weights as stored, and no quantizer is evaluated.
     """
-    plain = {id(layer): _plain_layer(layer, stored) for layer in quantized_layers(model).values()}
-    return copy.deepcopy(model, plain)  # the copy takes its layers from `plain` where they are there
+    layers: list[Any] = list(quantized_layers(model).values())
+    # The copy takes its layers from here. All are here before the first is filled: one may hold others.
+    copies: dict[int, Any] = {id(layer): nn.Module.__new__(type(layer).__bases__[0]) for layer in layers}
+    for layer in layers:
+        _fill(copies[id(layer)], layer, stored, copies)
+    return copy.deepcopy(model, copies)
 
 
-def _plain_layer(layer: Any, stored: bool) -> nn.Module:
-    """Copy a quantized layer into one of the class that it had before, with one of its weights.
+def _fill(plain: Any, layer: Any, stored: bool, copies: dict[int, Any]) -> None:
+    """Make an empty layer, of the class that a quantized one had before, its copy with one of its weights.
 
     `remove_parametrizations` on a deep copy would break the original: both share the parametrized class, and
     the removal deletes `weight` from that class.
     """
-    plain: Any = nn.Module.__new__(type(layer).__bases__[0])
-    plain.__dict__ = copy.deepcopy(layer.__dict__)
+    plain.__dict__ = copy.deepcopy(layer.__dict__, copies)
     del plain.parametrizations
     # `layer.weight` would put a tensor without a gradient into an open `parametrize.cached()`.
     weight = layer.parametrizations.weight.original if stored else layer.parametrizations.weight()
     plain.weight = nn.Parameter(weight.clone())
-    return plain
 
 
 def weight_bits(layer: nn.Module) -> tuple[int, float]:

@@ -31,10 +31,12 @@ def group_norms(
     return (total + (total == 0)).sqrt() * (total != 0)
 
 
-def group_macs(model: nn.Module, groups: Sequence[ChannelGroups]) -> list[int]:
+def group_macs(
+    model: nn.Module, groups: Sequence[ChannelGroups], input_size: tuple[int, int, int] = (3, 32, 32)
+) -> list[int]:
     """The multiply-accumulates of each group's weight slices in the dense network, for one image."""
     weights = read_weights(model)
-    layers = trace_channels(model, weights=weights).layers
+    layers = trace_channels(model, input_size, weights).layers
     return [
         sum(weights[n].numel() // weights[n].shape[dim] * layers[n].positions for n, dim in g.members)
         for g in groups
@@ -43,7 +45,10 @@ def group_macs(model: nn.Module, groups: Sequence[ChannelGroups]) -> list[int]:
 
 
 def coupled_group_lasso(
-    model: nn.Module, on: str = QUANTIZED, group_weights: str = EQUAL
+    model: nn.Module,
+    on: str = QUANTIZED,
+    group_weights: str = EQUAL,
+    input_size: tuple[int, int, int] = (3, 32, 32),
 ) -> Callable[[nn.Module], Tensor]:
     """The sum of the group norms of the quantized convolutions' weights.
 
@@ -60,8 +65,9 @@ def coupled_group_lasso(
     Raises: ValueError if torch.export cannot trace the model.
     """
     convolutions = _quantized_convolutions(model)
-    groups = channel_groups(model, convolutions)
-    macs = group_macs(model, groups) if group_weights == MACS else [1] * sum(g.channels for g in groups)
+    groups = channel_groups(model, convolutions, input_size)
+    by_macs = group_weights == MACS
+    macs = group_macs(model, groups, input_size) if by_macs else [1] * sum(g.channels for g in groups)
     mean = sum(macs) / max(len(macs), 1) or 1
     # Whole numbers, so that the weights are exact in whatever precision the model computes.
     device = next(model.parameters()).device
@@ -71,7 +77,9 @@ def coupled_group_lasso(
     return lambda model: _penalty(model, convolutions, groups, places, on, counts) / mean
 
 
-def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
+def keep_dead_slices(
+    model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)
+) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
     """What keeps a dead slice dead: a function of the model that gives pairs (stored weight, its mask).
 
     A mask is 0 on the filters and the input slices whose quantized weights are all zero, and 1 elsewhere; it
@@ -81,7 +89,7 @@ def keep_dead_slices(model: nn.Module) -> Callable[[nn.Module], list[tuple[Tenso
 
     Raises: ValueError if torch.export cannot trace the model.
     """
-    groups = channel_groups(model, _quantized_convolutions(model))
+    groups = channel_groups(model, _quantized_convolutions(model), input_size)
     dims: dict[str, set[int]] = {}
     for name, dim in (member for g in groups for member in g.members):
         dims.setdefault(name, set()).add(dim)

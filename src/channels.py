@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.graph import (
     LAYERS,
+    NetworkGraph,
     aten,
     images_along,
     inputs_of,
@@ -72,17 +73,21 @@ class LayerChannels:
     positions: int  # at which each filter is applied: H_out W_out, or 1 for the classifier
     structured_macs: int  # of the weights that remain, for one image
     unstructured_macs: int  # of the weights that are not zero, for one image
+    as_stored: bool  # whether each weight stands where the layer stores it: not in one that is transposed
 
     def with_use(self, other: "LayerChannels") -> "LayerChannels":
         """The layer with one more use: a channel, or a weight, is the most that it is in any of them."""
+        weight = self.weight if self.as_stored or not other.as_stored else other.weight
+        both = self.as_stored and other.as_stored
         return LayerChannels(
-            weight=torch.where(self.weight != 0, self.weight, other.weight),
+            weight=torch.where(weight != 0, weight, other.weight) if both else weight,
             states=torch.maximum(self.states, other.states),
             outputs=self.outputs | other.outputs,
             inputs=self.inputs | other.inputs,
             positions=self.positions + other.positions,
             structured_macs=self.structured_macs + other.structured_macs,
             unstructured_macs=self.unstructured_macs + other.unstructured_macs,
+            as_stored=self.as_stored or other.as_stored,
         )
 
 
@@ -199,9 +204,35 @@ def trace_channels(
     """
     graph = trace_network(model, input_size)
     values = graph.values(model, read_weights(model) if weights is None else weights)
+    return _account(graph, values, input_size)
+
+
+def trace_in_float64(plain: nn.Module, input_size: tuple[int, int, int]) -> ChannelAccount:
+    """As `trace_channels`, but with the constants, weights and biases in float64.
+
+    The states are those of the model's own type: a gate that is 0 in float32 may be 1e-20 in float64, and the
+    smaller network has to leave out what was counted as gone.
+    """
+    graph = trace_network(plain, input_size)
+    values = graph.values(plain, read_weights(plain))
+    account = _account(graph, values, input_size)
+    exact = _account(
+        graph, {n: v.double() if v.is_floating_point() else v for n, v in values.items()}, input_size
+    )
+    for node, signal in account.signals.items():
+        signal.constant = exact.signals[node].constant
+    for node, (use, _) in account.uses.items():
+        of64, _ = exact.uses[node]
+        use.entering.constant, use.parameters, use.norm = of64.entering.constant, of64.parameters, of64.norm
+    return account
+
+
+def _account(
+    graph: NetworkGraph, values: Mapping[str, Tensor], input_size: tuple[int, int, int]
+) -> ChannelAccount:
     with torch.inference_mode(False), torch.enable_grad():
-        passes = _Passes(graph.layer, values, input_size)
-        passes.forward(graph.graph)
+        passes = _Passes(graph, values, input_size)
+        passes.forward()
         passes.backward()
     uses = {use.node: (use, passes.account(use)) for use in passes.uses}
     layers: dict[str, LayerChannels] = {}
@@ -240,7 +271,7 @@ PIPES: dict[Any, Callable[..., Any]] = {
     aten.avg_pool2d: lambda op, x, *args: _pool_pipe(op, x, *args[:5]),  # a divisor may be negative
     aten.adaptive_avg_pool2d: _pool_pipe,
     aten.max_pool2d: _max_pool_pipe,
-    aten.amax: lambda op, x, dim=(), keepdim=False: x.sum(dim, keepdim),
+    **dict.fromkeys((aten.amax, aten.amin), lambda op, x, dim=(), keepdim=False: x.sum(dim, keepdim)),
 }
 
 
@@ -248,9 +279,9 @@ class _Passes:
     """The two passes of `trace_channels`."""
 
     def __init__(
-        self, layer_name: Callable[[fx.Node], str], values: Mapping[str, Tensor], input_size: tuple[int, ...]
+        self, network: NetworkGraph, values: Mapping[str, Tensor], input_size: tuple[int, ...]
     ) -> None:
-        self.layer_name = layer_name
+        self.network = network
         self.values = values
         self.input_size = input_size
         self.like = next((v for v in values.values() if v.is_floating_point()), torch.empty(0))
@@ -259,12 +290,14 @@ class _Passes:
         self.barriers: list[str] = []
         self.outputs: list[Signal] = []
 
-    def forward(self, graph: fx.Graph) -> None:
-        for node in graph.nodes:
+    def forward(self) -> None:
+        for node in self.network.graph.nodes:
             if node.op == "placeholder" and node.name in self.values:
                 self.signals[node] = Signal(self.values[node.name])
             elif node.op == "placeholder":
-                image = self.like.new_zeros(1, *self.input_size)
+                # Random numbers: of a black image a matrix may have no inverse, and a ratio is no number.
+                image = torch.rand(1, *self.input_size, generator=torch.Generator().manual_seed(0))
+                image = image.to(self.like)
                 self.image, self.signals[node] = node, Signal(image, self._ones(image.shape))
             elif node.op == "output":
                 self.outputs = [self.signals[n] for n in node.all_input_nodes]
@@ -319,7 +352,7 @@ class _Passes:
             constant = known.new_zeros(pipe.shape)
             after = 0 if kind(node) is aten.linear else pipe.ndim - 2  # dimensions behind the channels
             constant += 0 if bias is None else bias.view(-1, *[1] * after)
-        use = LayerUse(self.layer_name(node), node, node, Signal(x.constant, flow), (weight, bias))
+        use = LayerUse(self.network.layer(node), node, node, Signal(x.constant, flow), (weight, bias))
         self.uses.append(use)
         behind = next(iter(node.users), node)
         if (
@@ -343,7 +376,10 @@ class _Passes:
         simple = flowing or is_pointwise(node) or is_move(node) or not isinstance(op, torch._ops.OpOverload)
         counter = nullcontext() if simple else FlopCounterMode(display=False)
         with torch.random.fork_rng(devices=[]) if random else nullcontext(), counter:
-            found = op(*args, **kwargs)
+            try:
+                found = op(*args, **kwargs)
+            except Exception as error:
+                raise ValueError(f"{kind(node)} raises, for an image of random numbers: {error}") from error
         constant: Any = tuple(found) if isinstance(found, list) else found
         if isinstance(constant, Tensor) and constant.is_floating_point():
             constant = constant.to(self.like.dtype)  # one that is made on the way is of torch's default
@@ -416,7 +452,8 @@ class _Passes:
         positions = out.constant.numel() // len(weight)
         macs = int(left) * weight[0, 0].numel() * positions
         nonzero = int(weight.count_nonzero())
-        return LayerChannels(weight, states, alive, inputs, positions, macs, nonzero * positions)
+        as_stored = self.network.weighs_as_stored(use.node)
+        return LayerChannels(weight, states, alive, inputs, positions, macs, nonzero * positions, as_stored)
 
     def _spoken(self, node: Any) -> Signal:
         """What others get of a node: its value, behind the activation if nothing else reads it."""

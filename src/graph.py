@@ -10,17 +10,18 @@ import contextlib
 import copy
 import io
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves
 
-from utils_quantization import quantized_layers, without_quantizers
+from utils_quantization import layer_name, quantized_layers, weight_name, without_quantizers
 
 aten = torch.ops.aten
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -33,7 +34,7 @@ COPIES = {aten.to, aten._to_copy, aten.type_as, aten.detach, aten.alias, aten.co
 # Views that read the same bytes as other numbers.
 READ_ANEW = {aten.view_as_real.default, aten.view_as_complex.default}
 PADS = {aten.pad, aten.constant_pad_nd}
-REDUCTIONS = {aten.mean, aten.sum, aten.amax}
+REDUCTIONS = {aten.mean, aten.sum, aten.amax, aten.amin}
 # Other names of the same operations.
 SAME = {
     aten.concat: aten.cat,
@@ -51,7 +52,8 @@ _POINTWISE = {aten.hardswish, aten.log_sigmoid, aten.where, aten.masked_fill, at
 # What only moves elements, next to the views, which say so themselves.
 _MOVES = """
     cat stack index index_select flip roll repeat slice_scatter select_scatter reflection_pad2d
-    replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d
+    replication_pad2d pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest2d tile triu tril
+    repeat_interleave
 """
 # Moves of the elements of their second argument too; the numbers in any other argument only say where to.
 _INTO = {aten.slice_scatter, aten.select_scatter}
@@ -66,6 +68,7 @@ class NetworkGraph:
     state: dict[str, str]  # the name of each parameter or buffer, by the name of its node
     constants: dict[str, Tensor]  # tensors that are no parameter or buffer, by the name of their node
     names: frozenset[str]  # of the network's modules, parameters and buffers
+    answers: TreeSpec  # what the network gives: a tensor, or what holds several
     kept: tuple[Any, ...]  # what the fingerprint names by its id, held so that nothing else gets that id
 
     def layer(self, node: Any) -> str:
@@ -75,14 +78,14 @@ class NetworkGraph:
         """
         sources = [node.args[1]]
         if sources[0].name in self.state:
-            return self.state[sources[0].name].removesuffix(".weight")
+            return layer_name(self.state[sources[0].name])
         for source in sources:  # which grows
             sources += [n for n in source.all_input_nodes if n not in sources]
         shape = node.args[1].meta["val"].shape
         stored = [
             self.state[n.name] for n in sources if n.name in self.state and n.meta["val"].shape == shape
         ]
-        owners = [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
+        owners = [layer_name(name) for name in stored if layer_name(name) != name]
         if len(owners) == 1:
             return owners[0]
         # The module's name, where it computes with one such weight alone.
@@ -94,6 +97,18 @@ class NetworkGraph:
             name += "_"
         return name
 
+    def weighs_as_stored(self, node: Any) -> bool:
+        """Whether a layer's weights stand where it stores them: each is made of its own, as by a mask."""
+        layer, shape = self.layer(node), _shape(node.args[1])
+
+        def stored(source: fx.Node) -> bool:
+            if source.name in self.state:
+                return self.state[source.name].rpartition(".")[0] == layer
+            alike = (n for n in source.all_input_nodes if getattr(n.meta.get("val"), "shape", None) == shape)
+            return is_pointwise(source) and any(map(stored, alike))
+
+        return stored(node.args[1])
+
     def computing_their_weights(self) -> list[str]:
         """The names of layers that compute with other weights than they store."""
         layers = (node for node in self.graph.nodes if kind(node) in LAYERS)
@@ -103,7 +118,7 @@ class NetworkGraph:
         """The graph's inputs but the image, by the name of their node; `weights` are by layer name."""
         state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         state |= dict(model.named_buffers(remove_duplicate=False))
-        state |= {f"{name}.weight": weight for name, weight in weights.items()}
+        state |= {weight_name(name): weight for name, weight in weights.items()}
         like = next(model.parameters(), torch.empty(0))
         constants = {n: t.to(like.dtype) if t.is_floating_point() else t for n, t in self.constants.items()}
         return constants | {node: state[name].detach() for node, name in self.state.items()}
@@ -318,8 +333,9 @@ def _compare(
                 f"their number, in evaluation mode too: nothing can be counted of an image alone"
             )
         if answers and _differ(of_graph, answers, eps):
+            fault = f"gives other logits than {name} itself" if of_graph else "cannot be run"
             raise ValueError(
-                f"{name} cannot be counted: torch.export's graph of it gives other logits than {name} itself "
+                f"{name} cannot be counted: torch.export's graph of it {fault} "
                 f"for {part.stop - part.start} images; it may compute with len(images), where "
                 f"images.shape[0] is the same and can be traced"
             )
@@ -452,7 +468,13 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
     kinds = [spec.kind for spec in program.graph_signature.output_specs]
     given = zip(output.args[0], kinds, strict=True)
     output.args = (tuple(node for node, what in given if what is OutputKind.USER_OUTPUT),)
+    of_weights = next(plain.parameters(), torch.empty(0)).dtype
+
+    def typed(value: Any) -> Any:
+        return of_weights if isinstance(value, torch.dtype) and value.is_floating_point else value
+
     for node in nodes:
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), typed)
         if kind(node) in SAME:
             node.target = getattr(SAME[kind(node)], node.target._overloadname)
         if node.target in (aten.view.default, aten._unsafe_view.default):
@@ -483,7 +505,9 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
             result.replace_all_uses_with(norm)
     graph.eliminate_dead_code()
     modules = (name for name, _ in plain.named_modules(remove_duplicate=False))
-    return NetworkGraph(graph, state, constants, frozenset([*modules, *names]), kept)
+    answers = program.call_spec.out_spec
+    assert answers is not None
+    return NetworkGraph(graph, state, constants, frozenset([*modules, *names]), answers, kept)
 
 
 def _shape(node: fx.Node) -> torch.Size:
@@ -496,6 +520,8 @@ def _is_of_numbers(node: fx.Node) -> bool:
 
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
+# Objects of which the fingerprint looks at no attributes.
+_OF_CODE = (type, FunctionType, MethodType, ModuleType, nn.Module, torch._ops.OpOverload)
 
 
 def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
@@ -513,28 +539,37 @@ def _fingerprint(model: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
     def part(value: Any, holders: tuple[int, ...] = ()) -> Hashable:
         if isinstance(value, int | float | str | None):
             return value
+        if isinstance(value, _OF_CODE) or id(value) in holders:
+            kept.append(value)
+            return id(value)
         within = (*holders, id(value))
-        if isinstance(value, list | tuple):
+        if isinstance(value, tuple | Sequence):  # a tuple is one: that is found sooner
             return (type(value), *(part(v, within) for v in value))
-        if isinstance(value, dict):
-            return (dict, *(part(v, within) for v in value.items()))
-        if isinstance(value, set | frozenset):
+        if isinstance(value, dict | Mapping):
+            return (type(value), *(part(v, within) for v in value.items()))
+        if isinstance(value, Set):
             return frozenset(part(v, within) for v in value)
         kept.append(value)
         if isinstance(value, Tensor) and id(value) in order:  # a weight in a list, as of recurrent layers
             return order[id(value)]
-        if isinstance(value, Tensor):
-            return id(value) if value.is_inference() else (id(value), value._version)
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
+            # A write through .data or .numpy() raises no version.
+            raw = value.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+            return (id(value), value.shape, value.stride(), hash(raw.numpy().tobytes()))
         if hasattr(value, "tobytes"):  # an array of numpy's
             return (id(value), value.tobytes())
-        plain = hasattr(value, "__dict__") and not callable(value) and id(value) not in holders
-        return (id(value), part(vars(value), within)) if plain else id(value)
+        if isinstance(value, Tensor):
+            return id(value)
+        slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+        held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        return (id(value), part({**held, **getattr(value, "__dict__", {})}, within))
 
     def of_class(own: type) -> Hashable:
         """What stands in a module's class: attributes, and the code of functions, with the flags it names."""
         if own not in classes:
             bases = (vars(base) for base in own.__mro__ if base not in nn.Module.__mro__)
-            held = [(name, value, part(value)) for base in bases for name, value in base.items()]
+            named = ((n, v) for base in bases for n, v in base.items() if n != "__annotations__")
+            held = [(name, value, part(value)) for name, value in named]
             codes = [(v.__code__, v.__globals__) for _, v, _ in held if hasattr(v, "__code__")]
             flags = (g.get(name) for code, g in codes for name in code.co_names)
             plain = (flag for flag in flags if isinstance(flag, int | float | str))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from src.channels import PIPES, LayerUse, read_weights, trace_channels
+from src.channels import PIPES, LayerChannels, LayerUse, read_weights, trace_channels
 from src.graph import (
     PADS,
     REDUCTIONS,
@@ -88,7 +88,8 @@ class _Walk:
         for node in nodes:
             self.labels[node] = self._label(node)
         # The channels that the network gives.
-        self.answers = {label for n in output.all_input_nodes for label in self.labels[n].unique().tolist()}
+        given = (self.labels[n] for n in output.all_input_nodes)
+        self.answers = {x for labels in given if isinstance(labels, Tensor) for x in labels.unique().tolist()}
 
     def groups(self) -> list[tuple[bool, list[Slice]]]:
         """Each channel that can go, as its slices; with it, whether it goes into a sum or a product."""
@@ -123,7 +124,7 @@ class _Walk:
         if node.op == "placeholder" and (signal.flow is not None or value.is_floating_point()):
             return torch.full(value.shape, NONE if signal.flow is None else IMAGE)
         if node in self.account.uses:
-            return self._layer(node, self.account.uses[node][0], value)
+            return self._layer(node, *self.account.uses[node], value)
         if isinstance(value, Tensor) and signal.flow is None:
             return self._none(value)
         flowing = [n for n in inputs_of(node) if self.account.signals[n].flow is not None]
@@ -165,9 +166,9 @@ class _Walk:
         moved = move(node, numbers, index)
         return tuple(m.long() for m in moved) if isinstance(moved, tuple) else moved.long()
 
-    def _layer(self, node: Any, use: LayerUse, value: Tensor) -> Tensor:
+    def _layer(self, node: Any, use: LayerUse, channels: LayerChannels, value: Tensor) -> Tensor:
         weight = use.parameters[0]
-        if kind(node) is aten.linear:
+        if kind(node) is aten.linear or not channels.as_stored:
             return self._none(value)
         read = self._of_channels(self.labels[node.args[0]])
         if use.groups == 1:

@@ -45,9 +45,11 @@ from src.encoding import (
 from src.quantizer import MAX_BITS, MIN_BITS, Codes
 from utils_quantization import (
     has_codes,
+    layer_name,
     layers_of,
     quantized_layers,
     weight_bits,
+    weight_name,
     weight_quantization,
     without_quantizers,
 )
@@ -105,7 +107,7 @@ def pack_network(
     for slot in slots:
         tensor = _checked(slot.name, state[slot.name], masks)
         if slot.bits:
-            layer = coded[slot.name.removesuffix(".weight")]
+            layer = coded[layer_name(slot.name)]
             numbers += [layer.step_size.reshape(1), layer.shift.reshape(1)]
             q = layer.q.flatten().long().numpy()
             codes.append(pack_codes((q + _levels(slot.bits)) % 2**slot.bits, slot.bits))
@@ -129,7 +131,9 @@ def pack_network(
 def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Restore the network of a packed file: a plain one, in evaluation mode, on the CPU.
 
-    A network that is not a ResNet of `resnet.py` is built by `build`, and then given the file's numbers.
+    A network that is not a ResNet of `resnet.py` is built by `build`, and then given the file's numbers. As
+    built stays what no file holds: buffers that are not persistent, and how tensors that are not 4-D lie in
+    memory, on which the last bits of the logits depend.
 
     Raises: PackingError if the content is not what `pack_network` makes, if it needs a `build` and there is
         none, or if what that builds has other tensors than the file. What `build` raises.
@@ -149,7 +153,7 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
         )
         _check_shapes(slots, _slots(state, header.bits), header.network)
         parameters = dict(network.named_parameters())
-        if others := [name for name in header.bits if f"{name}.weight" not in parameters]:
+        if others := [name for name in header.bits if weight_name(name) not in parameters]:
             raise PackingError(f"bits are given for {others[0]!r:.60}, which has no weight in the network")
     begin = 4 * sum(slot.numbers for slot in slots)
     body = decompress(compressed, header.compression, begin + sum(slot.code_bytes for slot in slots))
@@ -160,15 +164,16 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
             codes = unpack_codes(body[begin : begin + slot.code_bytes], slot.shape.numel(), slot.bits)
             values = _weight(Codes(_signed(codes, slot.bits), values[0], values[1]))
             begin += slot.code_bytes
-        kind = state[slot.name].dtype
-        state[slot.name] = _checked(slot.name, values.view(slot.shape).clone(), masks).to(kind)
+        built, values = state[slot.name], _checked(slot.name, values.view(slot.shape).clone(), masks)
+        # A copy into what was built keeps how that lies in memory: a transposed weight, say.
+        state[slot.name] = values.to(built.dtype) if values.ndim == 4 else built.cpu().clone().copy_(values)
     network.load_state_dict(state, assign=True)
     layout = torch.channels_last if header.channels_last else torch.contiguous_format
     network.to(memory_format=layout).eval()
     for name in header.bits:
         # The stride of a dimension of 1 is free, and torch chooses by it between convolutions whose last bits
         # differ: give it the stride that it has in what a quantizer computes.
-        weight = network.get_parameter(f"{name}.weight")
+        weight = network.get_parameter(weight_name(name))
         weight.data = weight.data.neg().neg()
     return network
 
@@ -201,9 +206,9 @@ class _Slot(NamedTuple):
 def _slots(state: Mapping[str, Tensor], bits: Mapping[str, int]) -> list[_Slot]:
     """The tensors that the logits may depend on, in the order of the state: all but batch norms' counters."""
     return [
-        _Slot(name, t.shape, bits.get(name.removesuffix(".weight")))
+        _Slot(name, t.shape, bits.get(layer_name(name)))
         for name, t in state.items()
-        if not name.endswith(COUNTER)
+        if name.rpartition(".")[2] != COUNTER
     ]
 
 
@@ -299,7 +304,7 @@ def numbers_of(network: nn.Module) -> dict[str, Tensor]:
     """
     parameters, state = dict(network.named_parameters(remove_duplicate=False)), {}
     for name, tensor in network.state_dict().items():
-        if name.endswith(COUNTER):
+        if name.rpartition(".")[2] == COUNTER:
             continue
         if not isinstance(tensor, Tensor):
             raise PackingError(f"{name} is a {type(tensor).__name__}; a packed file holds tensors alone")
@@ -316,7 +321,8 @@ def numbers_of(network: nn.Module) -> dict[str, Tensor]:
 
 def _masks(network: nn.Module) -> set[str]:
     """The names of the buffers that are no running statistics: they may hold infinity, as masks do."""
-    return {name for name, _ in network.named_buffers() if "running_" not in name}
+    statistics = ("running_mean", "running_var")
+    return {name for name, _ in network.named_buffers() if name.rpartition(".")[2] not in statistics}
 
 
 def _checked(name: str, tensor: Tensor, masks: set[str]) -> Tensor:
@@ -357,7 +363,7 @@ def _from_json(content: bytes) -> PackedHeader:
         layers = list(layers_of(network))
     else:
         _check_tensors(header)
-        layers = [name.removesuffix(".weight") for name in header.tensors if name.endswith(".weight")]
+        layers = [layer_name(name) for name in header.tensors if layer_name(name) != name]
     for name, bits in header.bits.items():
         if name not in layers:
             raise PackingError(f"bits are given for {name!r:.60}, which is no layer of the network")

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
-from src.channels import PIPES, LayerChannels, LayerUse, trace_channels
+from src.channels import PIPES, LayerChannels, LayerUse, trace_in_float64
 from src.graph import (
     REDUCTIONS,
     aten,
@@ -43,6 +44,7 @@ from src.graph import (
 )
 from utils_quantization import without_quantizers
 
+_LEAF = tree_structure(0)  # of what a network gives that gives one tensor
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of a weight
 
 
@@ -56,7 +58,7 @@ def slim_network(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32
     Raises: ValueError if torch.export cannot trace the model.
     """
     like = next(model.parameters(), torch.empty(0))
-    builder = _Builder(without_quantizers(model).cpu().double(), input_size, like.dtype)
+    builder = _Builder(without_quantizers(model).cpu(), input_size)
     return builder.network().to(like.device, like.dtype).eval()
 
 
@@ -190,10 +192,10 @@ class _Held:
 class _Builder:
     """Builds the smaller network in float64, on the CPU; it will be of another dtype in the end."""
 
-    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.account = trace_channels(plain, input_size)
-        names = trace_network(plain, input_size).state
+    def __init__(self, plain: nn.Module, input_size: tuple[int, int, int]) -> None:
+        self.account = trace_in_float64(plain, input_size)
+        network = trace_network(plain, input_size)
+        names, self.answers = network.state, network.answers
         parameters = dict(plain.named_parameters(remove_duplicate=False))
         self.parameters = {node for node, name in names.items() if name in parameters}
         self.signals, self.uses = self.account.signals, self.account.uses
@@ -220,11 +222,11 @@ class _Builder:
             elif isinstance(signal.constant, Tensor) and any(n in self.held for n in node.all_input_nodes):
                 # A constant made of the number of images has to be made anew for each batch.
                 self.held[node] = self._all_of(signal.constant, self._call(node, self._given))
-        answers = output.all_input_nodes
-        if len(answers) == 1 and not self.signals[answers[0]].alive(0).any():
-            return Constant(self.signals[answers[0]].constant[0].clone())
-        whole = [self._whole(answer) for answer in answers]
-        self.graph.output(whole[0] if len(whole) == 1 else tuple(whole))
+        (answers,) = output.args
+        first = self.signals.get(answers[0])
+        if self.answers == _LEAF and first is not None and not first.alive(0).any():
+            return Constant(first.constant[0].clone())
+        self.graph.output(tree_unflatten(fx.node.map_arg(answers, self._given), self.answers))
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         return fx.GraphModule(self.parts, self.graph, "SlimNetwork")
 
@@ -237,10 +239,10 @@ class _Builder:
         if isinstance(module, nn.Identity):
             return x
         first = name.partition(".")[0]
-        if first == "meta" or hasattr(fx.GraphModule, first):  # a name of the module that the graph becomes
+        # The module that the graph becomes has such names itself, and a part its own attributes.
+        taken = first in ("meta", "self") or hasattr(fx.GraphModule, first)
+        if taken or any(f"{a}.".startswith(f"{b}.") for p in self.parts for a, b in ((name, p), (p, name))):
             name = f"{name.replace('.', '_')}_{len(self.parts)}"
-        elif name in self.parts:
-            name = f"{name}_{len(self.parts)}"
         self.parts[name] = module
         return self.graph.create_node("call_module", name, (x,))
 
@@ -364,14 +366,12 @@ class _Builder:
     def _call(self, node: Any, given: Callable[[fx.Node], Any]) -> fx.Node:
         """The operation of a node, on what `given` makes of its inputs.
 
-        It was traced in float64 on the CPU: where it names these, it gets the network's dtype, and the device
-        that the image is on.
+        It was traced on the CPU: where it names that, it gets the device that the image is on.
         """
 
         def named(value: Any) -> Any:
-            if isinstance(value, torch.device):
-                return self.graph.call_function(getattr, (self.image, "device"))
-            return self.dtype if value is torch.float64 else value
+            is_device = isinstance(value, torch.device)
+            return self.graph.call_function(getattr, (self.image, "device")) if is_device else value
 
         arguments = fx.node.map_arg((node.args, node.kwargs), given)
         return self.graph.call_function(node.target, *fx.node.map_aggregate(arguments, named))

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.settings import MACS, QUANTIZED
-from experiments.sparsity import coupled_group_lasso
+from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from resnet import resnet20, resnet32
 from src.groups import FILTERS, INPUT_SLICES, channel_groups
 from src.quantizer import DeadZoneLDZCompander
@@ -466,3 +466,11 @@ def test_slices_at_other_places_are_coupled_and_a_step_makes_no_tensor_of_them_a
     alone = [row.norm() for row in w["reads"]]
     # What the last layer makes is read by the classifier alone, and is a group of its own.
     assert found.item() == pytest.approx((sum(coupled) + sum(alone)).item())
+
+
+def test_images_may_be_of_another_size():
+    size = (1, 28, 28)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 10, 24), nn.Flatten())
+    attach_weight_quantizers(model, [], DeadZoneLDZCompander, {})
+    assert coupled_group_lasso(model, group_weights=MACS, input_size=size)(model) > 0
+    assert keep_dead_slices(model, size)(model)

@@ -1,7 +1,10 @@
 """Ways in which people write what is between a network's layers: account, groups and the smaller network."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,12 @@ from torch import Tensor, nn
 
 from metrics import count_by_torch, count_network, in_layers, of_layers
 from src.channels import trace_channels
+from src.encoding import PackingError
 from src.groups import FILTERS, INPUT_SLICES, channel_groups
+from src.packing import pack_network, unpack_network
+from src.quantizer import DeadZoneLDZCompander
 from src.slim import slim_network
+from utils_quantization import attach_weight_quantizers, quantized_layers, without_quantizers
 
 WIDTH = 8
 Way = Callable[["Net", Tensor], Tensor]
@@ -250,6 +257,23 @@ def chosen_by_a_mask(net: Net, x: Tensor) -> Tensor:
     return pooled(net, net.conv(torch.where(net.mask, x, net.other)))
 
 
+def least(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    return net.last(y.amin((2, 3)) + y.amin(3, keepdim=True).mean((2, 3)))
+
+
+def tiled(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.both(net.conv(x).tile(1, 2, 1, 2)) + net.conv(x).tile(2))
+
+
+def interleaved(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.both(net.conv(x).repeat_interleave(2, 1)).repeat_interleave(2, 3))
+
+
+def triangular(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, net.conv(net.conv(x).triu(2)).tril())
+
+
 # What is between the layers, and what it needs.
 WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     folded_groups: lambda: {"mix": nn.Conv2d(4, 4, 3, padding=1)},
@@ -300,6 +324,10 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     one_row: lambda: {"row": nn.Parameter(torch.randn(WIDTH))},
     of_a_negative_divisor: lambda: {"conv": conv()},
     as_many_as_are_bright: dict,
+    least: lambda: {"conv": conv()},
+    tiled: lambda: {"conv": conv(), "both": nn.Conv2d(2 * WIDTH, WIDTH, 1)},
+    interleaved: lambda: {"conv": conv(), "both": nn.Conv2d(2 * WIDTH, WIDTH, 1)},
+    triangular: lambda: {"conv": conv()},
     chosen_by_a_mask: lambda: {
         "conv": conv(),
         "mask": torch.arange(WIDTH)[:, None, None] < 5,
@@ -349,7 +377,7 @@ def test_it_is_counted_grouped_and_made_smaller(way):
 NO_BARRIERS = (
     padded_pools, added_to_itself, expanded_as, zeros_beside, elementwise, concatenated, with_prelu,
     viewed_as, overwritten, rolled, strided, beside_whole_numbers, beside_nothing, of_a_negative_divisor,
-    chosen_by_a_mask,
+    chosen_by_a_mask, least, tiled, interleaved, triangular,
 )  # fmt: skip
 
 
@@ -527,6 +555,34 @@ def test_a_constant_in_float32_meets_weights_in_float64():
     torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_zero_in_the_networks_type_alone_is_counted_and_removed_alike():
+    def way(net: Net, x: Tensor) -> Tensor:
+        gate = net.gate(x).sigmoid()
+        return pooled(net, gate * F.relu(net.conv(x)) + (1 - gate) * net.norm(x))
+
+    model = Net(way, {"gate": nn.Conv2d(WIDTH, WIDTH, 1), "conv": conv()}).eval()
+    with torch.no_grad():
+        model.gate.weight[2:4], model.gate.bias[2], model.gate.bias[3] = 0, 18, -120
+        model.conv.weight[:, 2:4] = model.gate.weight[:, 2:4] = 0
+    small, x = slim_network(model, SMALL), images(3, SMALL).float()
+    counted = count_network(model, SMALL).total("structured_macs")
+    assert counted == count_by_torch(small, SMALL)[""]
+    assert counted < count_network(model.double(), SMALL).total("structured_macs")
+    torch.testing.assert_close(small(x), model.float()(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_type_that_is_named_on_the_way_is_that_of_the_weights(dtype):
+    def way(net: Net, x: Tensor) -> Tensor:
+        x = net.conv(F.softmax(x, 1, dtype=torch.float32).to(x.dtype) + (x > 0).float().to(x.dtype))
+        return net.last(x.mean((2, 3), dtype=torch.float32).to(x.dtype))
+
+    model, x = Net(way, {"conv": conv()}).eval().to(dtype), images(3, SMALL).to(dtype)
+    small = slim_network(model, SMALL)
+    assert count_by_torch(small, SMALL)[""] == count_network(model, SMALL).total("structured_macs")
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_mask_that_is_changed_is_seen():
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -692,9 +748,6 @@ def test_an_output_without_channels_is_made_smaller():
 
 
 def test_infinity_in_a_mask_is_packed_and_not_a_number_is_not():
-    from src.encoding import PackingError
-    from src.packing import pack_network, unpack_network
-
     def of(number: float) -> nn.Module:
         model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), nn.Flatten(), nn.Linear(144 * WIDTH, 10)).eval()
         model.register_buffer("mask", torch.full((2,), number))
@@ -704,3 +757,215 @@ def test_infinity_in_a_mask_is_packed_and_not_a_number_is_not():
     assert unpack_network(content, lambda: of(0.0)).mask.tolist() == [-math.inf] * 2
     with pytest.raises(PackingError, match="mask"):
         pack_network(of(math.nan), {}, {}, "own:net")
+
+
+def adapted(name: str, groups: int) -> nn.Conv2d:
+    """A convolution that holds another by a name that is taken in the smaller layer."""
+
+    class Adapted(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + getattr(self, name)(x)
+
+    layer = Adapted(WIDTH, WIDTH, 3, padding=1, groups=groups)
+    setattr(layer, name, nn.Conv2d(WIDTH, WIDTH, 1))
+    return layer
+
+
+@pytest.mark.parametrize("name", ["reads", "options", "parts", "up"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_within_a_layer_is_made_smaller_whatever_its_name(name, groups):
+    model = plant(Net(lambda net, x: pooled(net, net.conv(x)), {"conv": adapted(name, groups)}), 0, 0.3)
+    assert_smaller_is_the_same(model, SMALL)
+
+
+def test_a_layer_called_self_is_made_smaller():
+    model = nn.Sequential(nn.Flatten())
+    model.add_module("self", nn.Linear(432, 10))
+    assert_smaller_is_the_same(plant(model, 0, 0.3), SMALL)
+
+
+def test_a_quantized_layer_within_a_quantized_layer_is_packed_and_comes_back():
+    def build() -> nn.Module:
+        return Net(lambda net, x: pooled(net, net.conv(x)), {"conv": adapted("up", 1)}).eval()
+
+    model, x = build(), images(3, SMALL).float()
+    assert {"conv", "conv.up"} < set(attach_weight_quantizers(model, [], DeadZoneLDZCompander, {}))
+    assert quantized_layers(without_quantizers(model)) == {}
+    assert [layer.name for layer in count_network(model, SMALL).layers] == [
+        "first",
+        "conv",
+        "conv.up",
+        "last",
+    ]
+    assert torch.equal(unpack_network(pack_network(model, {}, name="own:net"), build)(x), model(x))
+
+
+class Flat(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: Flat(432, 10), lambda: nn.Conv2d(3, 10, 12)], ids=["linear", "conv"]
+)
+def test_a_network_that_is_itself_a_layer_is_quantized_counted_and_packed(build):
+    model, x = build().eval(), images(3, SMALL).float()
+    assert attach_weight_quantizers(model, [], DeadZoneLDZCompander, {}) == [""]
+    count = count_network(model, SMALL)
+    assert [layer.dense_macs for layer in count.quantized] == [4320]
+    assert in_layers(count_by_torch(model, SMALL), count) == {"": 4320}
+    assert torch.equal(unpack_network(pack_network(model, {}, name="own:net"), build)(x), model(x))
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_weight_of_a_network_is_no_layer_of_all_its_layers():
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.randn(WIDTH, 3, 3, 3)), nn.Linear(WIDTH, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.conv2d(x, self.weight).mean((2, 3)))
+
+    model = Owner().eval()
+    count = count_network(model, SMALL)
+    assert in_layers(count_by_torch(model, SMALL), count) == {"": 27 * WIDTH * 100, "last": 10 * WIDTH}
+
+
+def test_a_weight_that_is_another_layers_too_gets_no_quantizer():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="the weight of 0 is another's too"):
+        attach_weight_quantizers(model, [], DeadZoneLDZCompander, {})
+
+
+def test_slices_of_a_transposed_weight_are_in_no_group():
+    def groups(weight: Callable[[Tensor], Tensor]) -> list[tuple[tuple[str, int], ...]]:
+        def way(net: Net, x: Tensor) -> Tensor:
+            return pooled(net, F.conv2d(F.relu(net.between(x)), weight(net.conv.weight)))
+
+        model = Net(way, {"between": conv(), "conv": conv()})
+        return [g.members for g in channel_groups(model, ["between", "conv"], SMALL)]
+
+    both = [(("between", FILTERS), ("conv", INPUT_SLICES)), (("conv", FILTERS),)]
+    assert groups(lambda w: w * torch.ones(3, 3).tril()) == groups(lambda w: w) == both
+    assert groups(lambda w: w.transpose(0, 1)) == [(("between", FILTERS),)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_zeros_of_a_weight_that_is_used_once_more_transposed_are_those_it_stores(first):
+    def way(net: Net, x: Tensor) -> Tensor:
+        one, other = net.square.weight, net.square.weight.t()
+        x = F.relu(F.linear(x.mean((2, 3)), one if first else other))
+        return net.last(F.linear(x, other if first else one))
+
+    model = Net(way, {"square": nn.Linear(WIDTH, WIDTH, bias=False)}).eval()
+    with torch.no_grad():
+        model.square.weight.triu_()
+        model.square.weight[0] = 0
+    (found,) = [layer for layer in count_network(model, SMALL).layers if layer.name == "square"]
+    assert found.zero_weights == 28 + WIDTH and found.zero_filters == 1
+
+
+class OfTheImage(nn.Module):
+    """What has no value for a black image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Conv2d(3, WIDTH, 1), nn.Parameter(torch.randn(6, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = x.abs().sum((2, 3))
+        inverse = torch.linalg.inv(x.mean(1))[:, :WIDTH, :1].flatten(1)
+        looked_up = self.table[(5 * sums / sums.amax(1, True)).long()]
+        return self.first(x).mean((2, 3)) + inverse + looked_up.mean(1)
+
+
+def test_what_is_undefined_of_a_black_image_is_counted():
+    model, x = plant(OfTheImage(), 0, 0.0).double(), images(3, SMALL)
+    assert "aten.linalg_inv in the network" in count_network(model, SMALL).barriers
+    assert count_by_torch(slim_network(model, SMALL), SMALL)[""] == 24 * 144
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_an_operation_that_raises_is_named():
+    model = Net(lambda net, x: net.last(torch.linalg.inv(x.mean(1)).mean(1)[:, :WIDTH]), {}).eval()
+    with pytest.raises(ValueError, match="linalg_inv"):
+        count_network(model, SMALL)
+
+
+def test_buffers_are_told_by_the_last_part_of_their_names():
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(432, 10))
+        model.register_buffer("my_num_batches_tracked", torch.tensor(0.0))
+        model.register_buffer("running_max", torch.tensor(math.inf))
+        return model
+
+    model = build()
+    model.my_num_batches_tracked.fill_(3)
+    again = unpack_network(pack_network(model, {}, name="own:net"), build)
+    assert (again.my_num_batches_tracked, again.running_max) == (3, math.inf)
+
+
+def test_a_weight_that_is_built_transposed_comes_back_to_the_bit():
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(432, 64), nn.Linear(64, 10))
+        model[1].weight = nn.Parameter(torch.randn(432, 64).t() * 0.05)
+        return model
+
+    model, x = build(), images(5, SMALL).float()
+    again = unpack_network(pack_network(model, {}, name="own:net"), build)
+    assert again[1].weight.stride() == model[1].weight.stride() and torch.equal(again(x), model(x))
+
+
+ANSWERS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "number of images": lambda logits, x: (logits, x.shape[0]),
+    "twice": lambda logits, x: [logits, logits],
+    "with nothing": lambda logits, x: (logits, None),
+    "alone": lambda logits, x: (logits,),
+    "named": lambda logits, x: {"logits": logits, "features": [x, x.relu()]},
+    "numbers": lambda logits, x: (logits, x.shape[2], 2.5),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_smaller_network_gives_what_the_network_gives(name, gone):
+    model = plant(Net(lambda net, x: ANSWERS[name](pooled(net, x), x), {}), 0, 0.3)
+    x = images(3, SMALL)
+    if gone:
+        model.first.weight.data.zero_()
+    torch.testing.assert_close(slim_network(model, SMALL)(x), model(x), rtol=1e-9, atol=1e-9)
+    channel_groups(model, ["first"], SMALL)
+
+
+@dataclass(slots=True)
+class Slotted:
+    on: bool = True
+
+
+class Called:
+    def __init__(self) -> None:
+        self.on = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.on else 0 * x
+
+
+LOOKED_AT: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor], Callable[[Any], object]]] = {
+    "slots": (Slotted, lambda o, x: x if o.on else 0 * x, lambda o: setattr(o, "on", False)),
+    "a deque": (lambda: deque([1]), lambda o, x: x if o else 0 * x, lambda o: o.clear()),
+    "called": (Called, lambda o, x: o(x), lambda o: setattr(o, "on", False)),
+    "data": (lambda: torch.ones(()), lambda o, x: o * x, lambda o: o.data.zero_()),
+    "numpy": (lambda: [torch.ones(())], lambda o, x: o[0] * x, lambda o: o[0].numpy().fill(0)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_what_changes_within_an_attribute_is_seen(name):
+    make, use, change = LOOKED_AT[name]
+    model = Net(lambda net, x: pooled(net, use(net.__dict__["attribute"], x)), {}).eval()
+    model.__dict__["attribute"] = attribute = make()
+    assert count_network(model, SMALL).total("structured_macs") > 0
+    change(attribute)
+    assert count_network(model, SMALL).total("structured_macs") == 0
