@@ -573,7 +573,7 @@ def test_images_in_the_middle_of_a_batch_without_augmentation_are_named(monkeypa
         return torch.cat([x[:1], x[1:-1].flip(3), x[-1:]])
 
     whole = tampered(lambda epoch, e: ((flipped(x), y) for x, y in epoch(e)), monkeypatch)
-    assert_only(found(whole), "images and their order", "6 of 14 images looked at")
+    assert_only(found(whole), "images and their order", "9 of 17 images looked at")
 
 
 def test_stored_images_that_an_epoch_writes_into_are_named(monkeypatch):
@@ -698,7 +698,7 @@ def test_a_renewal_on_another_epochs_images_is_named(monkeypatch):
         training.renew_batch_norms(model, batches, 0, *rest)
 
     monkeypatch.setattr(debug_run, "renew_batch_norms", renew)
-    assert_only(found(pipeline()), "batch norm statistics", "4 of 4 images", "other images")
+    assert_only(found(pipeline()), "batch norm statistics", "6 of 6 images", "other images")
 
 
 def test_batch_norms_of_another_momentum_are_named():
@@ -735,7 +735,7 @@ def test_test_images_that_are_mirrored_on_their_way_are_named(monkeypatch):
 
     through = TestBatches.__iter__
     monkeypatch.setattr(TestBatches, "__iter__", mirrored)
-    assert_only(found(pipeline()), "test pass", "2 of 2 images", "other images")
+    assert_only(found(pipeline()), "test pass", "3 of 3 images", "other images")
 
 
 def test_test_labels_that_the_test_writes_into_are_named(monkeypatch):
