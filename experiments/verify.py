@@ -5,8 +5,8 @@
     python -m experiments.verify vgg.codeq --model torchvision.models:vgg11_bn
 
 A packed file (.codeq) holds no code and is safe to open whoever sends it; of a network that is not one of
-resnet.py it holds the numbers, and --model brings the code. A .pt2 file is torch's own format, which is not
-meant for files from strangers: open those of people you trust.
+resnet.py it holds the numbers, and --model brings the code. A .pt2 file is torch's own format, in which there
+can be code; one in which anything but tensors and operations on them is found is refused before it is loaded.
 
 The last line is VERIFIED, NOT VERIFIED (what the file says of itself is not so), or NOT CHECKED (why: it says
 nothing, or what cannot be measured of it, or the data set that it was tested on is not here).

@@ -1,11 +1,15 @@
 """Checking a received file: what it prints of each kind, its three answers, and what every mistake says."""
 
+import io
 import json
 import os
+import pickle
 import shutil
 import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from experiments import cifar, verify
 from experiments.compressed import PACKED, SLIM, CompressedRecord, exported, make_compressed
 from experiments.data import TestBatches as Batches
 from experiments.data import load_dataset
+from experiments.files import with_checksum
 from experiments.verify import main
 from metrics import count_network
 from resnet import resnet20
@@ -258,6 +263,62 @@ def test_a_bad_file_gets_one_sentence(name, words, network, made, tmp_path, caps
     (tmp_path / "odd.codeq").write_bytes(changed(network, made, zero_weights="many"))
     (tmp_path / "huge.codeq").write_bytes(changed(network, made, accuracy=10**400))
     assert words in refusal(tmp_path / name, capsys)
+
+
+class Runs:
+    """What makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+def torch_pickle() -> bytes:
+    content = io.BytesIO()
+    torch.save(Runs(), content)
+    return content.getvalue()
+
+
+CODE = "__import__('os').mkdir('ran')"
+WEIGHTS, GRAPH = "archive/data/weights/model_weights_config.json", "archive/models/model.json"
+# What is altered in an archive: a record of these bytes, or the first such text in a record.
+SMUGGLED = {
+    "a pickled weight": {"archive/data/weights/weight_0": torch_pickle(), WEIGHTS: ("false", "true")},
+    "a pickled input": {"archive/data/sample_inputs/model.pt": torch_pickle()},
+    "pickled weights of older versions": {"archive/data/weights/model.pt": torch_pickle()},
+    "an object": {"archive/data/constants/opaque_obj_0": pickle.dumps(Runs())},
+    "compiled code": {"archive/data/aotinductor/model/model.so": b"ELF"},
+    "the archive of older versions": {"version": b"1.0"},
+    "a call": {GRAPH: ("torch.ops.aten.relu.default", "torch.os.mkdir")},
+    "a guard": {GRAPH: ('"guards_code": [', f'"guards_code": ["{CODE}"')},
+    "a size": {GRAPH: ("Symbol('", f"{CODE} or Symbol('")},
+    "a name": {GRAPH: ('"name": "relu"', f'"name": "relu = {CODE}; x"')},
+    "a module to import": {GRAPH: ('"context\\": \\"[]', '"context\\": \\"[1]')},
+}
+
+
+@pytest.mark.parametrize("kind", SMUGGLED)
+def test_an_exported_file_that_could_run_code_is_refused_and_runs_none(
+    kind, made, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("slim.pt2") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    for name, change in SMUGGLED[kind].items():
+        if isinstance(change, tuple):
+            old, new = (text.encode() for text in change)
+            assert old in records[name]
+            change = records[name].replace(old, new, 1)
+        records[name] = change
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+    Path("evil.pt2").write_bytes(with_checksum(content.getvalue()))
+    # torch's own readers refuse these two, and what they say is not passed on.
+    by_torch = kind in ("a pickled input", "the archive of older versions")
+    said = "no network that torch.export saved" if by_torch else "could run code"
+    assert said in refusal("evil.pt2", capsys)
+    assert not Path("ran").exists()
 
 
 def test_an_exported_file_needs_no_model(made, tmp_path, capsys):
