@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.cifar import CIFARS
 from experiments.data import STAND_IN_CLASSES, Dataset, TestBatches
+from experiments.device import is_out_of_memory
 from experiments.files import checksum_holds, read_file
 from experiments.live import printable
 from experiments.network import make_network
 from experiments.training import predict
 from metrics import NetworkCount, count_by_torch, count_network, ratio
+from src import graph
 from src.encoding import PackingError
 from src.packing import MAX_FILE_BYTES, MAX_HEADER_BYTES, PackedHeader, read_header, unpack_network
 from utils_quantization import FULL_PRECISION_BITS
@@ -51,6 +53,7 @@ FORMS = {
         r'([\[\]{}, 1]|"(type|context|children_spec)": |null|"null"|"\[\]"|"builtins\.(tuple|dict)")*+'
     )),
 }  # fmt: skip
+PRODUCTS = {"mul", "multiply", "div", "divide", "true_divide", "addcmul", "addcdiv"}  # element by element
 FREE_TEXT = {"metadata", "as_string", "as_strings", "torch_version"}  # which torch only quotes
 # What a graph may call besides the operations that are registered with torch.
 SIMPLE = re.compile(
@@ -146,13 +149,18 @@ def check_file(path: Path, load: Callable[[str], Dataset], say: Say, model: str 
             received.found["accuracy"] = _accuracy(network, dataset)
             say(f"Accuracy: {100 * received.found['accuracy']:.2f} %")
     except Exception as error:  # an exported network of another kind fails in its own way
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{name} holds no network for 3 x 32 x 32 images and {dataset.classes} classes "
             f"({type(error).__name__})"
         ) from None
     say(f"MACs:     {received.macs:,} as the network runs, counted by torch")
     if path.suffix == ".pt2":
-        received.found["structured_macs"] = received.macs
+        if product := _uncounted_product(network):
+            received.left_out.append(f"torch counts no multiplications by {product} in structured_macs")
+        else:
+            received.found["structured_macs"] = received.macs
     unmeasured = [name for name in received.claims if name not in received.found]
     if unmeasured and not received.left_out:
         received.left_out.append(f"{', '.join(unmeasured)} cannot be measured of this file")
@@ -225,7 +233,7 @@ def _found(count: NetworkCount, header: PackedHeader) -> dict[str, Any]:
     """The counts that the claims are held against, with the bits that the file codes its layers in."""
     bits = {layer.name: header.bits.get(layer.name, FULL_PRECISION_BITS) for layer in count.layers}
     found: dict[str, Any] = {name: count.total(name) for name in ("structured_macs", "zero_weights")}
-    coded = header.bits.values() or [FULL_PRECISION_BITS]
+    coded = [bits[name] for name in bits if name in header.bits] or [FULL_PRECISION_BITS]
     found["mean_bits"] = sum(coded) / len(coded)
     for kind in ("structured", "unstructured"):
         left = sum(getattr(layer, f"{kind}_macs") * bits[layer.name] for layer in count.layers)
@@ -251,6 +259,8 @@ def open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
     except PackingError as error:
         raise ValueError(f"{name}: {error}; get the file again") from None
     except Exception as error:  # torch raises all kinds for a damaged archive
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{name} is no network that torch.export saved ({type(error).__name__}); get the file again"
         ) from None
@@ -258,6 +268,29 @@ def open_exported(name: str, content: bytes) -> tuple[nn.Module, Received]:
     if holds is None:
         received.left_out.append("the file carries no checksum")
     return network, received
+
+
+def _uncounted_product(network: Any) -> str:
+    """The name of a matrix that the images are multiplied by, element by element; empty where there is none.
+
+    torch counts convolutions and matrix products alone, and such products, summed, could stand for them. A
+    vector, as a scale of each channel, stands for none.
+    """
+    of_image, matrices = set[Any](), dict[Any, str]()  # nodes; of the others, the matrix that they come from
+    for node in network.graph.nodes:
+        given = node.all_input_nodes
+        if node.op == "placeholder" or any(n in of_image for n in given):
+            of_image.add(node)
+            factors = [matrices[n] for n in given if n in matrices]
+            if factors and getattr(graph.kind(node), "__name__", "").rstrip("_") in PRODUCTS:
+                return factors[0]
+        elif node.op == "get_attr":
+            tensor = operator.attrgetter(node.target)(network)
+            if isinstance(tensor, Tensor) and sum(n > 1 for n in tensor.shape) > 1:
+                matrices[node] = node.target
+        elif found := [matrices[n] for n in given if n in matrices]:
+            matrices[node] = found[0]
+    return ""
 
 
 def _refuse_code(content: bytes) -> None:

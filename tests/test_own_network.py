@@ -579,7 +579,7 @@ def test_bits_of_what_is_no_parameter_are_refused():
             self.mask.register_buffer("weight", torch.ones(8, 8, 1, 1))
 
     content = pack_network(Masked().eval(), {}, name="theirs")
-    with pytest.raises(PackingError, match="'mask', which has no weight"):
+    with pytest.raises(PackingError, match="'mask', which is no layer"):
         unpack_network(with_header(content, bits={"mask": 2}), Masked)
 
 

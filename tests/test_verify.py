@@ -193,6 +193,32 @@ def test_bits_are_claimed_in_vain_of_a_file_in_full_precision(made, tmp_path, ca
     assert status == 1 and "mean_bits is said to be 2.0, found 32.0" in line
 
 
+def test_products_that_torch_does_not_count_leave_the_multiplications_unchecked(made, tmp_path, capsys):
+    class Summing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(10, 3072))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.flatten(1)[:, None] * self.weight[None]).sum(-1)
+
+    claims = {"data": "synthetic stand-in", "test_images": 40, "accuracy": 0.1, "structured_macs": 0}
+    path = tmp_path / "boasts.pt2"
+    path.write_bytes(exported(Summing(), claims))
+    status, line = answer([str(path), *FEW], capsys)
+    assert status == 3 and "torch counts no multiplications by weight in structured_macs" in line
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_file(made, tmp_path, monkeypatch, capsys):
+    def lacking(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("experiments.received.predict", lacking)
+    assert "there is not enough memory" in refusal(tmp_path / "compressed.codeq", capsys)
+    monkeypatch.setattr(torch.export, "load", lacking)
+    assert "there is not enough memory" in refusal(tmp_path / "slim.pt2", capsys)
+
+
 def test_of_a_network_with_nothing_left_no_finite_ratio_is_true(tmp_path, capsys):
     network = resnet20().eval()
     torch.nn.init.zeros_(network.linear.weight)
