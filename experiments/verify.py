@@ -43,7 +43,9 @@ STATUS = {VERIFIED: EXIT_OK, NOT_VERIFIED: EXIT_FAILED, NOT_CHECKED: EXIT_NOT_CH
 def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
     parser = Parser(
-        prog="python -m experiments.verify", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog="python -m experiments.verify",
+        description="Check a compressed network that someone sends, without training.",
+        allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="compressed.codeq or slim.pt2")
     parser.add_argument("--data", choices=DATA, default="auto", help="auto: the set that the file says")
