@@ -203,12 +203,12 @@ def resume(
     Raises: ValueError if the checkpoint is of another network or another data set.
     """
     saved = checkpoint.history
+    differences = describe_differences(saved, history)
     if saved.quantized != history.quantized:
         raise ValueError(
             f"--resume: the checkpoint of epoch {checkpoint.epochs} is not of this network (other layers are "
             f"quantized); leave --resume out to start over"
         )
-    differences = describe_differences(saved, history)
     restore(checkpoint, model, optimizer)
     history.start, history.epochs, history.rehearsal = saved.start, saved.epochs, saved.rehearsal
     history.resumed = [*saved.resumed, Resumption(checkpoint.epochs, differences)]

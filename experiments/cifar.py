@@ -146,12 +146,12 @@ def load_cifar(
         return _parsed(files, contents, str(folder))
     damage = _damage(files, folder, faults)
     if not os.path.lexists(archive):
-        _refuse_unreachable(folder)
         if damage:
             raise DataError(
                 f"{damage}: put a good copy in its place, or {files.archive} into {data_dir}, "
                 f"or move {folder} away to have it downloaded"
             )
+        _refuse_unreachable(folder)
         _download(files, archive, say, progress)
     try:
         contents = _read_archive(files, archive)

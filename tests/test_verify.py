@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import zipfile
 from dataclasses import replace
@@ -387,3 +389,11 @@ def test_the_name_of_a_file_cannot_speak_to_the_terminal(made, tmp_path, capsys)
     assert main([str(path), *FEW]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and r"a\x1b[2J\nVERIFIED\x07.codeq" in out
+
+
+def test_without_docstrings_it_runs_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "experiments.verify", str(tmp_path / "none.codeq")],
+        cwd=Path(verify.__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "cannot be read" in done.stderr and done.stderr.count("\n") == 1
