@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -80,9 +79,10 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
     A file with any other name, such as a copy that the user made, is not listed.
     """
-    epochs = sorted((int(m[1]) for p in folder.iterdir() if (m := NAME.fullmatch(p.name))), reverse=True)
-    paths = [checkpoint_path(folder, epoch) for epoch in dict.fromkeys(epochs)]
-    return [path for path in paths if os.path.lexists(path)]  # not a checkpoint_00007.pt, with its own zeros
+    found = ((int(m[1]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name)))
+    # A checkpoint_00007.pt, with more zeros than this program writes, is the user's.
+    numbered = {epoch: path for epoch, path in found if path.name == checkpoint_path(folder, epoch).name}
+    return [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
