@@ -197,7 +197,7 @@ def count_by_torch(network: nn.Module, input_size: tuple[int, int, int] = (3, 32
     Returns: the counts by module name; "" is the whole network.
     """
     like = next(network.parameters(), torch.empty(0))
-    image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
     with parametrize.cached():  # what makes a weight, an orthogonal one say, is not part of a forward pass
         for module in filter(parametrize.is_parametrized, network.modules()):
             for name in module.parametrizations:  # type: ignore[union-attr]

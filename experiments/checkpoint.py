@@ -8,6 +8,7 @@ the checkpoints of the last two epochs: if the last one is damaged, a run resume
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -21,10 +22,12 @@ from typing import Any, get_origin
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from experiments.device import is_out_of_memory
 from experiments.distributed import Processes
 from experiments.draws import random_states, set_random_states
-from experiments.files import OutputError, read_file, write_whole
+from experiments.files import OutputError, read_plain, write_whole
 from experiments.history import History, Resumption
 from experiments.schedules import cosine_anneal, warmed_up
 from experiments.settings import Settings, flag
@@ -33,6 +36,7 @@ from experiments.user_code import first_line
 
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 MOST = 1 << 32  # bytes; weights and moments of the networks of this field take far less
+NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENOTDIR)  # these stay; other errors may pass
 KEPT = 2  # checkpoints in the output folder
 VERSION = 5  # of the file format, and of what its settings mean
 MAY_CHANGE = (
@@ -75,7 +79,9 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
     A file with any other name, such as a copy that the user made, is not listed.
     """
-    numbered = {int(m[1]): p for p in folder.iterdir() if (m := NAME.fullmatch(p.name))}
+    found = ((int(m[1]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name)))
+    # A checkpoint_00007.pt, with more zeros than this program writes, is the user's.
+    numbered = {epoch: path for epoch, path in found if path.name == checkpoint_path(folder, epoch).name}
     return [numbered[epoch] for epoch in sorted(numbered, reverse=True)]
 
 
@@ -102,9 +108,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; its tensors are on the CPU.
 
-    Raises: ValueError saying what is wrong with the file, in words that complete a sentence after its name.
+    Raises: ValueError saying what is wrong with the file, in words that complete a sentence after its name;
+        OutputError where that cannot be known, as the file cannot be read now. What torch raises for a lack
+        of memory.
     """
-    content = read_file(path, MOST)
+    try:
+        content = read_plain(path, MOST)
+    except OSError as error:
+        if error.errno in NO_FILE:
+            raise ValueError(f"cannot be read ({error.strerror})") from None
+        raise OutputError(
+            f"{path} cannot be read ({error.strerror}), and it may be whole; mend that and try again"
+        ) from None
     size = hashlib.sha256().digest_size
     if hashlib.sha256(content[:-size]).digest() != content[-size:]:
         raise ValueError(f"is truncated or altered ({len(content):,} bytes, and not the SHA-256 at its end)")
@@ -116,14 +131,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
             state["history"] = History.from_json(json.loads(state["history"]))
         checkpoint = Checkpoint(**state) if version == VERSION else None
     except Exception as error:  # for a file that torch did not write, torch.load raises errors of many types
+        if is_out_of_memory(error):
+            raise
         what = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(f"is no checkpoint of this program ({what})") from None
     if checkpoint is None:
-        raise ValueError(f"is of version {version}, and this program reads version {VERSION}")
+        raise ValueError(f"is of version {version!r:.60}, and this program reads version {VERSION}")
     for field in fields(Checkpoint):
         if not isinstance(getattr(checkpoint, field.name), get_origin(field.type) or field.type):  # type: ignore[arg-type]
             raise ValueError(f"is no checkpoint of this program (its {field.name} are of another type)")
+    name = NAME.fullmatch(path.name)
+    if wrong := _impossible(checkpoint.history, int(name[1]) if name else checkpoint.epochs):
+        raise ValueError(f"is no checkpoint of this program ({wrong})")
     return checkpoint
+
+
+def _impossible(history: History, epochs: int) -> str:
+    """What no run writes into the checkpoint of this epoch; empty where there is nothing of the kind."""
+    numbers, planned = [record.epoch for record in history.epochs], history.settings.get("epochs")
+    if numbers != [*range(1, epochs + 1)]:
+        return f"its records are of the epochs {numbers!s:.60}; expected 1 to {epochs}"
+    if type(planned) is int and planned < epochs:
+        return f"it has {epochs} epochs of {planned}"
+    for record in history.epochs:
+        if not 0 <= record.accuracy <= 1:
+            return f"an accuracy is {record.accuracy}; expected 0 to 1"
+        if not record.layers.keys() == history.start.keys() == set(history.quantized):
+            return "its records are not of its quantized layers"
+    return ""
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -169,6 +204,11 @@ def resume(
     """
     saved = checkpoint.history
     differences = describe_differences(saved, history)
+    if saved.quantized != history.quantized:
+        raise ValueError(
+            f"--resume: the checkpoint of epoch {checkpoint.epochs} is not of this network (other layers are "
+            f"quantized); leave --resume out to start over"
+        )
     restore(checkpoint, model, optimizer)
     history.start, history.epochs, history.rehearsal = saved.start, saved.epochs, saved.rehearsal
     history.resumed = [*saved.resumed, Resumption(checkpoint.epochs, differences)]
@@ -260,11 +300,20 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     """
     groups = optimizer.state_dict()["param_groups"]
     try:
+        for name, tensor in model.state_dict().items():  # torch would cast another type in silence
+            if (saved := checkpoint.model.get(name)) is not None and saved.dtype != tensor.dtype:
+                raise ValueError(f"{name} is of {saved.dtype}, expected {tensor.dtype}")
         model.load_state_dict(checkpoint.model)
+        _check_numbers(model)
         if checkpoint.epochs and not checkpoint.optimizer:
             raise ValueError("it holds no moments")
         optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
         _check_moments(optimizer)
+        # Those that the logits, or a quantizer's weights, do not depend on in every step may have none.
+        missing = [n for n, p in model.named_parameters() if p.requires_grad and p not in optimizer.state]
+        missing = [name for name in missing if ".quantizer." not in name]
+        if missing and checkpoint.epochs and not checkpoint.history.may_skip:
+            raise ValueError(f"it holds no moments of {missing[0]}")
         for parameter, state in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # they were saved in the layout of another device, perhaps
                 state[name] = torch.empty_like(parameter).copy_(state[name])
@@ -276,6 +325,18 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         ) from None
 
 
+def _check_numbers(model: nn.Module) -> None:
+    """Raises: ValueError for what training never leaves. A buffer may hold infinity, as masks do."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_var is not None:
+            counter = module.num_batches_tracked
+            if not (module.running_var >= 0).all() or (counter is not None and counter < 0):
+                raise ValueError(f"{name} has a variance or a counter below zero")
+
+
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raises: ValueError for a state that is not AdamW's: a step count and two moments of each parameter."""
     for parameter, state in optimizer.state.items():
@@ -283,3 +344,7 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
             value, shape = state.get(name), () if name == "step" else parameter.shape
             if not isinstance(value, torch.Tensor) or value.shape != shape:
                 raise ValueError(f"{name} of a parameter is {type(value).__name__}, expected numbers {shape}")
+        # Squares of large gradients may be infinite; NaN is not at least 0.
+        step, mean, square = (state[name] for name in ("step", "exp_avg", "exp_avg_sq"))
+        if not (step > 0 and mean.isfinite().all() and (square >= 0).all()):
+            raise ValueError("moments of a parameter are none that training leaves")

@@ -13,6 +13,7 @@ import os
 import pickle
 import queue
 import shutil
+import stat
 import tarfile
 import threading
 import time
@@ -139,6 +140,7 @@ def load_cifar(
     Raises: DataError if a file is there but damaged; NoCifarError if there is none and no source delivers.
     """
     folder, archive = data_dir / files.folder, data_dir / files.archive
+    _refuse_unreachable(data_dir)
     contents, faults = _read_folder(files, folder)
     if not faults:
         return _parsed(files, contents, str(folder))
@@ -149,6 +151,7 @@ def load_cifar(
                 f"{damage}: put a good copy in its place, or {files.archive} into {data_dir}, "
                 f"or move {folder} away to have it downloaded"
             )
+        _refuse_unreachable(folder)
         _download(files, archive, say, progress)
     try:
         contents = _read_archive(files, archive)
@@ -167,6 +170,21 @@ def how_to_bring_it(files: CifarFiles, data_dir: Path) -> str:
 
 
 # On disk.
+
+
+def _refuse_unreachable(folder: Path) -> None:
+    """Raises: DataError for what cannot be looked into as a folder, but not where there is nothing at all."""
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            why = "it is no folder"
+        else:
+            why = "" if os.access(folder, os.X_OK) else "Permission denied"
+    except OSError as error:
+        # A link that leads nowhere is there, and its disk may not be mounted.
+        absent = isinstance(error, FileNotFoundError) and not os.path.lexists(folder)
+        why = "" if absent else _reason(error)
+    if why:
+        raise DataError(f"{folder} cannot be read ({why}): mend or remove it, or name another --data-dir")
 
 
 def _read_folder(files: CifarFiles, folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:

@@ -32,6 +32,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import copy
+import itertools
 import time
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ import torch
 
 from experiments import report
 from experiments.checkpoint import (
+    Checkpoint,
     checkpoint_path,
     checkpoint_paths,
     find_checkpoint,
@@ -183,12 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not checkpoint:
             begin(settings, processes, live)
-        elif processes.first and checkpoint.epochs == checkpoint.history.settings["epochs"] < settings.epochs:
-            # It had ended: what it left is whole, and stays, also if what is added is stopped on its way.
-            # The rows of metrics.csv stay among those that are added.
-            ended = [settings.output_dir / name for name in RESULTS if name != report.CSV]
-            aside = archive_files(settings.output_dir, ended)
-            live.say(f"Earlier:   the files of the {checkpoint.epochs} epochs were moved to {aside}")
+        elif processes.first:
+            set_aside(checkpoint, settings, live)
         step.left = left
         compression = evaluator.evaluate(model)
         live.say(report.table_header(history.data))
@@ -308,6 +306,22 @@ def begin(settings: Settings, processes: Processes, live: LiveLine) -> None:
         aside = archive_files(folder, files)
         if aside:
             live.say(f"Earlier:   the files of an earlier run in {folder} were moved to {aside}")
+
+
+def set_aside(checkpoint: Checkpoint, settings: Settings, live: LiveLine) -> None:
+    """Move out of a resumed run's way what it would write over and may be of worth, and say so."""
+    folder, last = settings.output_dir, checkpoint_path(settings.output_dir, checkpoint.epochs)
+    # Those of later epochs could not be used here. A newer program, or an undamaged disk, may read them.
+    passed = itertools.takewhile(lambda path: path != last, checkpoint_paths(folder))
+    if aside := archive_files(folder, passed):
+        live.say(f"Earlier:   the checkpoints that were passed over were moved to {aside}")
+    if checkpoint.epochs == checkpoint.history.settings["epochs"]:
+        # It had ended: what it left is whole, and stays, also if what is added is stopped on its way.
+        # The rows of metrics.csv stay among those that are added.
+        longer = settings.epochs > checkpoint.epochs
+        ended = [folder / name for name in RESULTS if not (longer and name == report.CSV)]
+        if aside := archive_files(folder, ended):
+            live.say(f"Earlier:   the files of the {checkpoint.epochs} epochs were moved to {aside}")
 
 
 def show_epoch(live: LiveLine, history: History, epoch: int, warned: set[str]) -> None:

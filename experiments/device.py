@@ -136,6 +136,12 @@ def returning_freed_memory(device: torch.device) -> Iterator[None]:
             keep_freed_memory()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is lacking. On the CPU torch raises no error of its own for it."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def describe_device(device: torch.device) -> str:
     """Describe the device for a run's first lines, such as "cpu, 2 threads" or "cuda, NVIDIA H100"."""
     if device.type == "cuda":

@@ -2,9 +2,8 @@
 
 from types import TracebackType
 
-import torch
-
 from experiments.cifar import DataError
+from experiments.device import is_out_of_memory
 from experiments.distributed import LostProcessError
 from experiments.files import OutputError
 from experiments.live import EXIT_BAD_INPUT, ClosedOutputError, LiveLine, Stopped, StopSignals, refuse
@@ -64,7 +63,7 @@ class ExitStatus:
         elif isinstance(error, ClosedOutputError):
             self.live.close()
             self._refuse(f"{error}, so this program stopped; {self.advice}")
-        elif error is not None and _is_out_of_memory(error):
+        elif error is not None and is_out_of_memory(error):
             self.live.clear()
             self._refuse(
                 f"there is not enough memory ({first_line(error)}); a smaller --batch-size or --model needs "
@@ -80,9 +79,3 @@ class ExitStatus:
     def _refuse(self, sentence: str) -> None:
         # Every rank meets the same mistake: rank 0 alone reports it.
         self.status = EXIT_BAD_INPUT if self.live.silent else refuse(sentence)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """On the CPU torch raises no error of its own for it."""
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)

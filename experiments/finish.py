@@ -212,7 +212,7 @@ def checkpoint_is_the_runs(folder: Path, history: History, model: nn.Module) -> 
     cause = "it could not be written, is written before the epoch is over, or holds other (older) weights"
     try:
         checkpoint = load_checkpoint(path)
-    except ValueError as error:
+    except (ValueError, OutputError) as error:
         return judge(False, name, f"{path.name} {error}", cause)
     state, saved = model.state_dict(), checkpoint.model
     # A buffer of someone's own network may have changed in the tests since.

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever else the user has set
+# Read by matplotlib for the date of a PDF, which here has none; a value that is no number would end the run.
+os.environ.pop("SOURCE_DATE_EPOCH", None)
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure

@@ -28,6 +28,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
@@ -43,9 +44,9 @@ from experiments.checkpoint import MAY_CHANGE
 from experiments.data import load_dataset
 from experiments.device import usable_cores
 from experiments.exit_status import EXIT_FAILED, ExitStatus
-from experiments.files import lock_folder, read_file, refuse_folders, write_whole
-from experiments.history import FAIL, History, commit_of_program, short_commit
-from experiments.live import LiveLine, spelled
+from experiments.files import archive_files, lock_folder, read_file, refuse_folders, write_whole
+from experiments.history import FAIL, PASS, SKIP, History, commit_of_program, short_commit
+from experiments.live import LiveLine, printable, spelled
 from experiments.network import network_name
 from experiments.settings import Parser, Settings, flag, folder_path, parse_settings, whole_number
 
@@ -104,7 +105,18 @@ class Member:
         same = all(history.settings.get(key) == asked[key] for key in asked.keys() - free)
         # The verdict is written last: a run that was killed while it drew its pictures has none.
         ended = history.verdict and history.epochs and history.final and history.stopped is None
-        return history if ended and same else None
+        return history if ended and same and _is_possible(history) else None
+
+
+def _is_possible(history: History) -> bool:
+    """Whether a history has a record of each epoch, and numbers and words such as a run writes."""
+    checks = (*history.preflight, *history.verdict)
+    return (
+        [record.epoch for record in history.epochs] == [*range(1, history.settings["epochs"] + 1)]
+        and all(0 <= record.accuracy <= 1 for record in history.epochs)
+        and all(getattr(history.final, name) > 0 for name in RATIOS)
+        and all(check.status in (PASS, FAIL, SKIP) for check in checks)
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         held.enter_context(lock_folder(chosen.output_dir, say))
         refuse_folders(chosen.output_dir / name for name in (CSV, PICTURE))
+        results = [chosen.output_dir / name for name in (CSV, PICTURE)]
+        if not _is_table_of(members, results[0]) and (aside := archive_files(chosen.output_dir, results)):
+            say(f"Earlier:   the table and the picture of another sweep were moved to {aside}")
         settings = members[0].settings
         # Download the data set here, once: several runs that start at the same time would each download it.
         if settings.data != "synthetic" and left:
@@ -169,6 +184,15 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
             end.status = EXIT_FAILED
     return end.status
+
+
+def _is_table_of(members: Sequence[Member], path: Path) -> bool:
+    """Whether the table at this path has a row for each of these runs and no other."""
+    try:
+        lines = read_file(path, MOST_BYTES).decode(errors="replace").splitlines()
+        return [row.get("name") for row in csv.DictReader(lines)] == [member.name for member in members]
+    except (ValueError, csv.Error):
+        return False
 
 
 def plan(folder: Path, lists: dict[str, list[str]], others: Sequence[str]) -> Iterator[Member]:
@@ -223,7 +247,9 @@ def run_all(
                 say(f"{member.name}: started")
             except OSError as error:
                 failed.append(member)
-                say(f"{member.name}: FAILED, its folder cannot be written ({error.strerror})")
+                lacking = error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+                what = "no process could be started" if lacking else "its folder cannot be written"
+                say(f"{member.name}: FAILED, {what} ({error.strerror})")
         time.sleep(POLL_SECONDS)
         for member in [m for m, process in running.items() if process.poll() is not None]:
             status = running.pop(member).returncode
@@ -323,14 +349,15 @@ def gather(members: Sequence[Member], lists: Mapping[str, Sequence[str]], folder
             found = results(history)
             seconds = sum(epoch.seconds for epoch in history.epochs)
             status = f"done, {fails} FAIL" if (fails := _fails(history)) else "done"
-            row |= found | {"status": status, "data": history.data.name, "seconds": seconds}
+            name = printable(history.data.name)  # a text that a font draws and UTF-8 spells
+            row |= found | {"status": status, "data": name, "seconds": seconds}
             row["epochs"] = len(history.epochs)
             others = ", ".join(p for p in member.point.split(",") if not p.startswith("sparsity_weight="))
             if is_full:
                 full.setdefault(others.replace("_", " ").replace(f"{FULL_PRECISION},", ""), []).append(found)
             else:
                 series.setdefault(others, {}).setdefault(settings["sparsity_weight"], []).append(found)
-            data.add(history.data.name)
+            data.add(name)
         table.writerow({"status": "missing"} | row)
     write_whole(folder / CSV, text.getvalue().encode())
     title = _title(members[0].settings, lists, ", ".join(sorted(data)) or "nothing yet")

@@ -5,8 +5,8 @@
     python -m experiments.verify vgg.codeq --model torchvision.models:vgg11_bn
 
 A packed file (.codeq) holds no code and is safe to open whoever sends it; of a network that is not one of
-resnet.py it holds the numbers, and --model brings the code. A .pt2 file is torch's own format, which is not
-meant for files from strangers: open those of people you trust.
+resnet.py it holds the numbers, and --model brings the code. A .pt2 file is torch's own format, in which there
+can be code; one in which anything but tensors and operations on them is found is refused before it is loaded.
 
 The last line is VERIFIED, NOT VERIFIED (what the file says of itself is not so), or NOT CHECKED (why: it says
 nothing, or what cannot be measured of it, or the data set that it was tested on is not here).
@@ -43,7 +43,9 @@ STATUS = {VERIFIED: EXIT_OK, NOT_VERIFIED: EXIT_FAILED, NOT_CHECKED: EXIT_NOT_CH
 def main(arguments: list[str] | None = None) -> int:
     live = LiveLine()
     parser = Parser(
-        prog="python -m experiments.verify", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog="python -m experiments.verify",
+        description="Check a compressed network that someone sends, without training.",
+        allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="compressed.codeq or slim.pt2")
     parser.add_argument("--data", choices=DATA, default="auto", help="auto: the set that the file says")

@@ -296,7 +296,9 @@ class _Passes:
                 self.signals[node] = Signal(self.values[node.name])
             elif node.op == "placeholder":
                 # Random numbers: of a black image a matrix may have no inverse, and a ratio is no number.
-                image = torch.rand(1, *self.input_size, generator=torch.Generator().manual_seed(0))
+                image = torch.rand(
+                    1, *self.input_size, generator=torch.Generator().manual_seed(0), device="cpu"
+                )
                 image = image.to(self.like)
                 self.image, self.signals[node] = node, Signal(image, self._ones(image.shape))
             elif node.op == "output":

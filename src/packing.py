@@ -153,8 +153,10 @@ def unpack_network(content: bytes, build: Callable[[], nn.Module] | None = None)
         )
         _check_shapes(slots, _slots(state, header.bits), header.network)
         parameters = dict(network.named_parameters())
-        if others := [name for name in header.bits if weight_name(name) not in parameters]:
-            raise PackingError(f"bits are given for {others[0]!r:.60}, which has no weight in the network")
+        # Only these are counted: bits of a batch norm, say, would be no more than a claim.
+        layers = {name for name in layers_of(network) if weight_name(name) in parameters}
+        if others := [name for name in header.bits if name not in layers]:
+            raise PackingError(f"bits are given for {others[0]!r:.60}, which is no layer of the network")
     begin = 4 * sum(slot.numbers for slot in slots)
     body = decompress(compressed, header.compression, begin + sum(slot.code_bytes for slot in slots))
     numbers = torch.from_numpy(unpack_numbers(body[:begin])).split([slot.numbers for slot in slots])

@@ -409,9 +409,15 @@ CASES = dict(refused_values()) | {
     "no CIFAR-10 in a folder that has another data set": Case(
         "debug_run --data cifar10", (*NOT_HAD, "Connection refused"), another_data_set
     ),
-    "a data folder that is a file": Case("debug_run --data cifar10 --data-dir taken", NOT_HAD, a_file),
-    "a data folder below a file": Case("debug_run --data cifar10 --data-dir taken/data", NOT_HAD, a_file),
-    "a data folder of too long a name": Case(f"debug_run --data cifar10 --data-dir {LONG}", NOT_HAD),
+    "a data folder that is a file": Case(
+        "debug_run --data-dir taken", ("taken cannot be read", "no folder", "--data-dir"), a_file
+    ),
+    "a data folder below a file": Case(
+        "debug_run --data-dir taken/data", ("taken/data cannot be read", "Not a directory"), a_file
+    ),
+    "a data folder of too long a name": Case(
+        f"debug_run --data-dir {LONG}", ("cannot be read", "name too long", "--data-dir")
+    ),
     "a data folder that cannot be made": Case("debug_run --data cifar10 --data-dir /proc/here", NOT_HAD),
     "a batch file missing": Case(
         "debug_run --data cifar10", ("test_batch is missing", "good copy"), a_missing_batch_file

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import math
 import pickle
 import random
 import stat
@@ -219,6 +221,14 @@ def test_a_whole_file_of_something_else_is_refused_with_a_few_words(kind, tmp_pa
     assert "no checkpoint of this program" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_version_that_is_a_text_is_quoted_and_cut(tmp_path):
+    for version, shown in (("5", "version '5', and"), ("x\n" * 300, "version 'x")):
+        (tmp_path / "a.pt").write_bytes(written({"version": version}))
+        with pytest.raises(ValueError, match=shown) as error:
+            load_checkpoint(tmp_path / "a.pt")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 150
+
+
 def test_a_version_from_the_future_is_refused_by_its_number(tmp_path):
     (tmp_path / "a.pt").write_bytes(written({"version": checkpoint.VERSION + 1, "what": "may come"}))
     with pytest.raises(
@@ -269,6 +279,41 @@ def test_where_all_are_damaged_one_sentence_says_what_can_be_done(tmp_path):
         last_checkpoint(tmp_path, said.append)
     assert str(tmp_path) in str(error.value) and "leave --resume out" in str(error.value)
     assert "\n" not in str(error.value) and len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        OSError(24, "Too many open files"),
+        OSError(5, "Input/output error"),
+        PermissionError(13, "Permission denied"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_may_pass_is_no_damage(error, tmp_path, monkeypatch):
+    def lacking(*_: object, **__: object) -> None:
+        raise error
+
+    for epochs in (6, 7):
+        save_checkpoint(tmp_path, made(epochs))
+    if isinstance(error, OSError):
+        monkeypatch.setattr(Path, "read_bytes", lacking)
+    else:
+        monkeypatch.setattr(torch, "load", lacking)
+    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+        last_checkpoint(tmp_path, silent)
+
+
+def test_a_file_whose_number_has_other_zeros_is_the_users(tmp_path):
+    for epochs in (1, 2):
+        save_checkpoint(tmp_path, made(epochs))
+        (tmp_path / f"checkpoint_0000{epochs}.pt").write_text("mine")
+    (tmp_path / "checkpoint_00007.pt").write_text("mine")
+    assert last_checkpoint(tmp_path, silent).epochs == 2
+    save_checkpoint(tmp_path, made(3))
+    assert [n for n in names(tmp_path) if "_0000" in n] == [f"checkpoint_0000{n}.pt" for n in (1, 2, 7)]
 
 
 # Which run may go on from it
@@ -430,6 +475,75 @@ def test_what_is_no_state_is_refused_in_one_sentence(part, change, tmp_path):
     with pytest.raises(ValueError, match="the checkpoint of epoch 1 is not of this network") as error:
         restore(load_checkpoint(checkpoint_path(tmp_path, 1)), model, optimizer)
     assert "\n" not in str(error.value)
+
+
+ODD_NUMBERS: dict[str, Any] = {
+    "int8": {"model": {"0.weight": torch.ones(2, 3, dtype=torch.int8)}},
+    "float64": {"model": {"0.weight": torch.ones(2, 3, dtype=torch.float64)}},
+    "NaN": {"model": {"0.weight": torch.full((2, 3), torch.nan)}},
+    "variance": {"model": {"1.running_var": torch.full((2,), -1.0)}},
+    "counter": {"model": {"1.num_batches_tracked": torch.tensor(-99)}},
+    "moment": {"exp_avg": torch.full((2, 3), torch.nan)},
+    "square": {"exp_avg_sq": torch.full((2, 3), -1.0)},
+    "NaN square": {"exp_avg_sq": torch.full((2, 3), torch.nan)},
+    "step": {"step": torch.tensor(-5.0)},
+}
+
+
+@pytest.mark.parametrize("kind", [*ODD_NUMBERS, "one moment"])
+def test_numbers_that_no_training_leaves_are_refused(kind):
+    good, odd = made(1), ODD_NUMBERS.get(kind, {})
+    optimizer = {0: good.optimizer[0] | odd} if kind == "one moment" else dict(good.optimizer)
+    optimizer[0] = optimizer[0] | {k: v for k, v in odd.items() if k != "model"}
+    bad = replace(good, model=good.model | odd.get("model", {}), optimizer=optimizer)
+    with pytest.raises(ValueError, match="the checkpoint of epoch 1 is not of this network"):
+        restore(bad, *small_model(1))
+
+
+def test_infinite_masks_frozen_parameters_and_large_gradients_go_on():
+    def masked() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, _ = small_model()
+        model.register_buffer("mask", torch.full((2,), -torch.inf))
+        model[1].bias.requires_grad_(False)
+        return model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+
+    model, optimizer = masked()
+    (1e30 * model(torch.randn(4, 3)).square().sum()).backward()
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    state[0]["exp_avg_sq"].fill_(torch.inf)
+    restore(Checkpoint(runs.good_run(1), model.state_dict(), state, random_states()), *masked())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda history: runs.changed(history, {2: {"epoch": 7}}),
+        lambda history: replace(history, epochs=history.epochs[:1] * 2),
+        lambda history: replace(history, epochs=history.epochs[:1]),
+        lambda history: replace(history, epochs=history.epochs * 4),
+        lambda history: replace(history, settings=history.settings | {"epochs": 0}),
+        lambda history: runs.changed(history, {2: {"accuracy": 5.0}}),
+        lambda history: runs.changed(history, {2: {"accuracy": math.nan}}),
+        lambda history: runs.changed(history, {1: {"layers": {}}}),
+        lambda history: replace(history, start={}),
+    ],
+    ids=["7", "twice", "too few", "too many", "of none", "accuracy", "NaN", "layers", "start"],
+)
+def test_records_that_no_run_writes_are_taken_for_damage(change, tmp_path):
+    good, path = made(2), checkpoint_path(tmp_path, 2)
+    state = vars(replace(good, history=change(good.history))) | {"version": checkpoint.VERSION}
+    path.write_bytes(written(state | {"history": json.dumps(state["history"], default=vars)}))
+    with pytest.raises(ValueError, match="is no checkpoint of this program") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_quantized_layers_are_refused():
+    history = runs.good_run(20)
+    history.quantized = []
+    with pytest.raises(ValueError, match="other layers are quantized"):
+        resume(made(1), history, *small_model())
 
 
 @pytest.mark.parametrize("epochs", ["twenty", None, 20.5, [20]])

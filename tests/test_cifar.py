@@ -25,6 +25,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from experiments import cifar
 from experiments.cifar import CIFARS, CifarImages, DataError, NoCifarError, how_to_bring_it, load_cifar
+from experiments.data import load_dataset
 
 PER_FILE = 6  # images in each batch file of the tiny CIFAR-10
 REAL_SOURCES = {data: files.sources for data, files in CIFARS.items()}
@@ -599,7 +600,7 @@ def test_a_data_folder_that_cannot_be_made_is_named(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     use_sources(monkeypatch, server, "good")
-    with pytest.raises(NoCifarError, match=r"file/data cannot be written \(Not a directory\)"):
+    with pytest.raises(DataError, match=r"file/data cannot be read \(Not a directory\)"):
         loaded(tmp_path / "file" / "data")
 
 
@@ -645,3 +646,27 @@ def test_ctrl_c_while_downloading_removes_the_part(
     with pytest.raises(KeyboardInterrupt):
         load_cifar(CIFARS["cifar10"], tmp_path, say=print, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "kind", ["a link to nowhere", "a loop", "a file", "below a file", "batches to nowhere"]
+)
+def test_data_that_is_there_and_cannot_be_reached_is_not_taken_for_absent(kind, tmp_path):
+    data_dir = tmp_path / "data"
+    if kind == "batches to nowhere":
+        data_dir.mkdir()
+        (data_dir / "cifar-10-batches-py").symlink_to("nowhere")
+    elif kind.startswith("a l"):
+        data_dir.symlink_to("nowhere" if "nowhere" in kind else "data")
+    else:
+        data_dir.write_text("a file")
+    data_dir = data_dir / "sub" if kind.startswith("below") else data_dir
+    with pytest.raises(DataError, match=f"{data_dir}.* cannot be read") as error:
+        load_dataset("auto", data_dir, None, None, lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_permission_is_not_taken_for_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root
+    with pytest.raises(DataError, match="Permission denied"):
+        load_dataset("auto", tmp_path, None, None, lambda line: None)

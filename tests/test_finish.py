@@ -16,6 +16,7 @@ from folders import PICTURES
 from random_images import random_dataset
 
 from experiments import data, debug_run, device, finish, report
+from experiments.checkpoint import load_checkpoint
 from experiments.files import write_whole
 from experiments.history import History, as_text
 from experiments.page import report_page
@@ -96,6 +97,26 @@ def test_a_resumed_run_with_nothing_left_to_train_makes_its_table_good(run, lost
     assert table.read_text() == whole and len(whole.splitlines()) == 3
 
 
+def test_what_a_finished_run_left_is_moved_aside_and_not_written_over(run):
+    run()
+    (OUT / "report.html").write_text("with the user's notes")
+    _, out = run("--resume")
+    assert "Earlier:   the files of the 2 epochs were moved to out/earlier-1" in out.splitlines()
+    assert (OUT / "earlier-1" / "report.html").read_text() == "with the user's notes"
+    assert check_of(out).startswith("PASS")
+
+
+def test_a_checkpoint_that_was_passed_over_is_moved_aside_and_not_written_over(run):
+    run()
+    last = OUT / "checkpoint_0002.pt"
+    last.write_bytes(b"of a newer program, perhaps")
+    _, out = run("--resume")
+    said = "Earlier:   the checkpoints that were passed over were moved to out/earlier-1"
+    assert said in out.splitlines()
+    assert (OUT / "earlier-1" / last.name).read_bytes() == b"of a newer program, perhaps"
+    assert load_checkpoint(last).epochs == 2
+
+
 def test_a_table_that_no_epoch_has_written_is_told(run, monkeypatch):
     monkeypatch.setattr(debug_run, "write_whole", lambda *_: None)
     status, out = run()
@@ -171,8 +192,9 @@ def test_files_that_do_not_hold_the_run_are_named(run):
         found = finish.files_are_the_runs(OUT, history, model, pictures, shown)
         return str(found)
 
-    # An empty network has no bytes in float32.
-    assert check().startswith(f"FAIL  {KEPT}: the bytes in float32 differ. Likely cause: ")
+    # An empty network has no bytes and no parameters.
+    odd = "the bytes in float32, the parameters of the network"
+    assert check().startswith(f"FAIL  {KEPT}: {odd} differ. Likely cause: how the compressed network is")
     for name in ("compressed.codeq", "slim.pt2", "metrics.csv", "accuracy_curve.png"):
         (OUT / name).write_bytes((OUT / name).read_bytes()[:-1])
     kept = json.loads((OUT / "history.json").read_text())

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import own_quantizers
 import pytest
@@ -17,6 +18,7 @@ from experiments.preflight import CHECKS
 from experiments.quantizer_class import find_quantizer
 from experiments.settings import Settings
 from experiments.training import make_optimizer
+from experiments.user_code import import_named
 from resnet import ResNet
 from src.packing import pack_network, read_codes, read_header, unpack_network
 from src.quantizer import DeadZoneLDZCompander
@@ -277,3 +279,33 @@ def test_every_class_of_the_examples_is_used():
     classes = [n for n, c in vars(own_quantizers).items() if isinstance(c, type) and c.__module__ == HERE]
     text = (ROOT / "tests" / "test_own_quantizer.py").read_text()
     assert [name for name in classes if name not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise KeyboardInterrupt", "raises KeyboardInterrupt (no reason given)"),
+        ("class E(BaseException): pass\nraise E('mine')", "raises E (mine)"),
+        (
+            "class E(Exception):\n    def __str__(self): raise ValueError\nraise E",
+            "raises E (no reason given)",
+        ),
+    ],
+)
+def test_whatever_a_module_raises_is_one_sentence(code, words, tmp_path, monkeypatch):
+    (tmp_path / "raises_it.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as error:
+        import_named("--quantizer", "raises_it:Q", "a class", callable)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_module_leaves_the_process_and_torchs_defaults_as_they_were(tmp_path, monkeypatch):
+    code = "import os, sys, torch\nos.chdir('/')\nsys.stdout = None\nQ = len\n"
+    code += "torch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n"
+    (tmp_path / "changes_all.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = Path.cwd(), sys.stdout
+    assert import_named("--quantizer", "changes_all:Q", "a class", callable) is len
+    assert (Path.cwd(), sys.stdout) == before
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()

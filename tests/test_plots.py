@@ -1,7 +1,11 @@
 """The pictures: what is drawn, in which units, and that every word of it lies inside the picture."""
 
 import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,3 +408,12 @@ def test_drawing_needs_no_screen_and_leaves_no_figure_open():
     for make in FIGURES.values():
         make()
     assert pyplot.get_fignums() == []
+
+
+def test_a_date_of_builds_that_is_none_ends_no_run():
+    code = "from experiments import plots; print(plots.rendered(plots.Figure(), 'pdf')[:4])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1],
+        env=os.environ | {"SOURCE_DATE_EPOCH": "abc"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "b'%PDF'\n"

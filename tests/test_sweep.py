@@ -145,6 +145,68 @@ def test_a_run_that_was_killed_on_its_way_is_not_done(working_folder, change):
     assert member.history() is None
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("epochs", 1, "accuracy"), 5.0),
+        (("epochs", 1, "accuracy"), "nan"),
+        (("epochs", 1, "epoch"), 7),
+        (("final", "structured_bops_ratio"), 0.0),
+        (("final", "structured_bops_ratio"), "nan"),
+        (("verdict", 0, "status"), "WHATEVER"),
+    ],
+)
+def test_a_history_such_as_no_run_writes_is_not_taken_for_done(working_folder, path, value):
+    member = next(plan(Path("sweep_output"), one_point(), SMALL))
+    finish(member)
+    file = member.folder / "history.json"
+    content = inner = json.loads(file.read_text())
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(content))
+    assert member.history() is None
+    finish(member)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"epochs": content["epochs"][:1]}))
+    assert member.history() is None
+
+
+def test_the_table_of_another_sweep_is_moved_aside_and_ones_own_is_not(working_folder, capsys):
+    for member in plan(Path("sweep_output"), one_point(), SMALL):
+        finish(member)
+    folder = working_folder / "sweep_output"
+    for name in ("sweep.csv", "accuracy_over_bops.png"):
+        (folder / name).write_text("of another sweep")
+    for _ in range(2):
+        assert main(ONE_POINT) == 0
+    out = capsys.readouterr().out
+    assert out.count("Earlier:") == 1 and "another sweep were moved to sweep_output/earlier-1" in out
+    assert (folder / "earlier-1" / "sweep.csv").read_text() == "of another sweep"
+    assert (folder / "earlier-1" / "accuracy_over_bops.png").read_text() == "of another sweep"
+
+
+def test_a_name_that_is_no_utf8_is_written_as_an_escape(working_folder):
+    members = list(plan(Path("out"), one_point(), SMALL))
+    finish(members[0])
+    path = members[0].folder / "history.json"
+    content = json.loads(path.read_text())
+    content["data"]["name"] = "\ud800"
+    path.write_text(json.dumps(content))
+    sweep.gather(members, one_point(), Path("out"))
+    assert rows(Path("out"))[0]["data"] == r"\ud800"
+
+
+def test_a_process_that_cannot_be_started_is_not_blamed_on_the_folder(working_folder, monkeypatch, capsys):
+    def lacking(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", lacking)
+    members = list(plan(Path("out"), one_point(), SMALL))
+    assert sweep.run_all(members, 1, {}, print, lambda: None) == members
+    assert "FAILED, no process could be started (Resource temporarily" in capsys.readouterr().out
+
+
 def test_a_sweep_that_is_started_by_its_path_finds_its_runs_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     member = next(plan(Path("out"), one_point(), ["--quantizer", "no_such:Q"]))

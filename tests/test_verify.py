@@ -1,11 +1,17 @@
 """Checking a received file: what it prints of each kind, its three answers, and what every mistake says."""
 
+import io
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +21,7 @@ from experiments import cifar, verify
 from experiments.compressed import PACKED, SLIM, CompressedRecord, exported, make_compressed
 from experiments.data import TestBatches as Batches
 from experiments.data import load_dataset
+from experiments.files import with_checksum
 from experiments.verify import main
 from metrics import count_network
 from resnet import resnet20
@@ -188,6 +195,32 @@ def test_bits_are_claimed_in_vain_of_a_file_in_full_precision(made, tmp_path, ca
     assert status == 1 and "mean_bits is said to be 2.0, found 32.0" in line
 
 
+def test_products_that_torch_does_not_count_leave_the_multiplications_unchecked(made, tmp_path, capsys):
+    class Summing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(10, 3072))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.flatten(1)[:, None] * self.weight[None]).sum(-1)
+
+    claims = {"data": "synthetic stand-in", "test_images": 40, "accuracy": 0.1, "structured_macs": 0}
+    path = tmp_path / "boasts.pt2"
+    path.write_bytes(exported(Summing(), claims))
+    status, line = answer([str(path), *FEW], capsys)
+    assert status == 3 and "torch counts no multiplications by weight in structured_macs" in line
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_file(made, tmp_path, monkeypatch, capsys):
+    def lacking(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("experiments.received.predict", lacking)
+    assert "there is not enough memory" in refusal(tmp_path / "compressed.codeq", capsys)
+    monkeypatch.setattr(torch.export, "load", lacking)
+    assert "there is not enough memory" in refusal(tmp_path / "slim.pt2", capsys)
+
+
 def test_of_a_network_with_nothing_left_no_finite_ratio_is_true(tmp_path, capsys):
     network = resnet20().eval()
     torch.nn.init.zeros_(network.linear.weight)
@@ -260,6 +293,62 @@ def test_a_bad_file_gets_one_sentence(name, words, network, made, tmp_path, caps
     assert words in refusal(tmp_path / name, capsys)
 
 
+class Runs:
+    """What makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+def torch_pickle() -> bytes:
+    content = io.BytesIO()
+    torch.save(Runs(), content)
+    return content.getvalue()
+
+
+CODE = "__import__('os').mkdir('ran')"
+WEIGHTS, GRAPH = "archive/data/weights/model_weights_config.json", "archive/models/model.json"
+# What is altered in an archive: a record of these bytes, or the first such text in a record.
+SMUGGLED = {
+    "a pickled weight": {"archive/data/weights/weight_0": torch_pickle(), WEIGHTS: ("false", "true")},
+    "a pickled input": {"archive/data/sample_inputs/model.pt": torch_pickle()},
+    "pickled weights of older versions": {"archive/data/weights/model.pt": torch_pickle()},
+    "an object": {"archive/data/constants/opaque_obj_0": pickle.dumps(Runs())},
+    "compiled code": {"archive/data/aotinductor/model/model.so": b"ELF"},
+    "the archive of older versions": {"version": b"1.0"},
+    "a call": {GRAPH: ("torch.ops.aten.relu.default", "torch.os.mkdir")},
+    "a guard": {GRAPH: ('"guards_code": [', f'"guards_code": ["{CODE}"')},
+    "a size": {GRAPH: ("Symbol('", f"{CODE} or Symbol('")},
+    "a name": {GRAPH: ('"name": "relu"', f'"name": "relu = {CODE}; x"')},
+    "a module to import": {GRAPH: ('"context\\": \\"[]', '"context\\": \\"[1]')},
+}
+
+
+@pytest.mark.parametrize("kind", SMUGGLED)
+def test_an_exported_file_that_could_run_code_is_refused_and_runs_none(
+    kind, made, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("slim.pt2") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    for name, change in SMUGGLED[kind].items():
+        if isinstance(change, tuple):
+            old, new = (text.encode() for text in change)
+            assert old in records[name]
+            change = records[name].replace(old, new, 1)
+        records[name] = change
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+    Path("evil.pt2").write_bytes(with_checksum(content.getvalue()))
+    # torch's own readers refuse these two, and what they say is not passed on.
+    by_torch = kind in ("a pickled input", "the archive of older versions")
+    said = "no network that torch.export saved" if by_torch else "could run code"
+    assert said in refusal("evil.pt2", capsys)
+    assert not Path("ran").exists()
+
+
 def test_an_exported_file_needs_no_model(made, tmp_path, capsys):
     assert main([str(tmp_path / "slim.pt2"), *FEW, "--model", "own_networks:Attending"]) == 2
     assert "brings its network with it" in capsys.readouterr().err
@@ -300,3 +389,11 @@ def test_the_name_of_a_file_cannot_speak_to_the_terminal(made, tmp_path, capsys)
     assert main([str(path), *FEW]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and r"a\x1b[2J\nVERIFIED\x07.codeq" in out
+
+
+def test_without_docstrings_it_runs_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "experiments.verify", str(tmp_path / "none.codeq")],
+        cwd=Path(verify.__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "cannot be read" in done.stderr and done.stderr.count("\n") == 1
