@@ -201,7 +201,7 @@ def test_files_that_do_not_hold_the_run_are_named(run):
     (OUT / "history.json").write_text(json.dumps(kept | {"verdict": [], "device": "another"}))
     assert check().partition(" differ")[0].partition(": ")[2].split(", ") == [
         "device", "verdict", "metrics.csv", "accuracy_curve.png", "compressed.codeq", "slim.pt2",
-        "the bytes in float32",
+        "the bytes in float32", "the parameters of the network",
     ]  # fmt: skip
     for name, said in (("report.html", "No such file"), ("history.json", "Expecting")):
         (OUT / name).write_text("{") if name == "history.json" else (OUT / name).unlink()
