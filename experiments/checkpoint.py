@@ -33,6 +33,7 @@ from experiments.schedules import cosine_anneal, warmed_up
 from experiments.settings import Settings, flag
 from experiments.training import pace
 from experiments.user_code import first_line
+from utils_quantization import quantized_layers
 
 NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 MOST = 1 << 32  # bytes; weights and moments of the networks of this field take far less
@@ -148,11 +149,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _impossible(history: History, epochs: int) -> str:
     """What no run writes into the checkpoint of this epoch; empty where there is nothing of the kind."""
-    numbers, planned = [record.epoch for record in history.epochs], history.settings.get("epochs")
+    numbers = [record.epoch for record in history.epochs]
     if numbers != [*range(1, epochs + 1)]:
         return f"its records are of the epochs {numbers!s:.60}; expected 1 to {epochs}"
-    if type(planned) is int and planned < epochs:
-        return f"it has {epochs} epochs of {planned}"
     for record in history.epochs:
         if not 0 <= record.accuracy <= 1:
             return f"an accuracy is {record.accuracy}; expected 0 to 1"
@@ -192,6 +191,11 @@ def find_checkpoint(
     found = processes.broadcast(last_checkpoint(settings.output_dir, say) if processes.first else None)
     if found:
         check_settings(found.history.settings, settings)
+        if found.epochs > found.history.settings["epochs"]:
+            raise ValueError(
+                f"--resume: the checkpoint has {found.epochs} epochs of a run of "
+                f"{found.history.settings['epochs']}; leave --resume out to start over"
+            )
     return found
 
 
@@ -309,11 +313,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
             raise ValueError("it holds no moments")
         optimizer.load_state_dict({"state": checkpoint.optimizer, "param_groups": groups})
         _check_moments(optimizer)
-        # Those that the logits, or a quantizer's weights, do not depend on in every step may have none.
-        missing = [n for n, p in model.named_parameters() if p.requires_grad and p not in optimizer.state]
-        missing = [name for name in missing if ".quantizer." not in name]
-        if missing and checkpoint.epochs and not checkpoint.history.may_skip:
-            raise ValueError(f"it holds no moments of {missing[0]}")
+        # Of other parameters the logits may not depend, and so they may have none.
+        for name, layer in quantized_layers(model).items():
+            weight: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
+            if weight.requires_grad and weight not in optimizer.state and not checkpoint.history.may_skip:
+                raise ValueError(f"it holds no moments of {name}")
         for parameter, state in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # they were saved in the layout of another device, perhaps
                 state[name] = torch.empty_like(parameter).copy_(state[name])

@@ -319,7 +319,7 @@ def checkpoints_restore_everything(subject: Subject) -> str:
         )
         for epochs in (1, 2):  # the second checkpoint must hold what there is by then
             first(images, labels, coefficient, len(labels))
-            history.epochs = [record] * epochs
+            history.epochs = [dataclasses.replace(record, epoch=epoch + 1) for epoch in range(epochs)]
             save_checkpoint(folder, take_checkpoint(history, first.model, first.optimizer))
         drawn = _drawn()
         found = load_checkpoint(checkpoint_path(folder, 2))
@@ -368,7 +368,9 @@ def _drawn() -> list[float]:
 def _falls_back(folder: Path, history: History, step: TrainingStep) -> None:
     """Of three checkpoints the last two are kept; where the last is damaged, the one before it is taken."""
     cause = "which checkpoints are kept, their order, or their checksum (experiments/checkpoint.py)"
-    kept = dataclasses.replace(history, epochs=[*history.epochs, history.epochs[-1]])
+    kept = dataclasses.replace(
+        history, epochs=[*history.epochs, dataclasses.replace(history.epochs[-1], epoch=3)]
+    )
     save_checkpoint(folder, take_checkpoint(kept, step.model, step.optimizer))
     due = [checkpoint_path(folder, epochs) for epochs in (3, 2)]
     if due[1].exists():  # a copy may have been written later than what it is older than

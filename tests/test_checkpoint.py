@@ -25,17 +25,21 @@ from experiments.checkpoint import (
     check_settings,
     checkpoint_path,
     describe_differences,
+    find_checkpoint,
     last_checkpoint,
     load_checkpoint,
     restore,
     resume,
     save_checkpoint,
 )
+from experiments.distributed import ALONE
 from experiments.draws import random_states
 from experiments.files import OutputError
 from experiments.finish import checkpoint_is_the_runs
 from experiments.history import Origin, Resumption
 from experiments.settings import Settings, flag
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers
 
 
 def small_model(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -490,14 +494,25 @@ ODD_NUMBERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", [*ODD_NUMBERS, "one moment"])
+@pytest.mark.parametrize("kind", ODD_NUMBERS)
 def test_numbers_that_no_training_leaves_are_refused(kind):
-    good, odd = made(1), ODD_NUMBERS.get(kind, {})
-    optimizer = {0: good.optimizer[0] | odd} if kind == "one moment" else dict(good.optimizer)
-    optimizer[0] = optimizer[0] | {k: v for k, v in odd.items() if k != "model"}
+    good, odd = made(1), ODD_NUMBERS[kind]
+    moments = {k: v for k, v in odd.items() if k != "model"}
+    optimizer = good.optimizer | {0: good.optimizer[0] | moments}
     bad = replace(good, model=good.model | odd.get("model", {}), optimizer=optimizer)
     with pytest.raises(ValueError, match="the checkpoint of epoch 1 is not of this network"):
         restore(bad, *small_model(1))
+
+
+def test_a_quantized_weight_without_moments_is_refused():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    attach_weight_quantizers(model, [], DeadZoneLDZCompander, {})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    state = {0: optimizer.state_dict()["state"][0]}
+    with pytest.raises(ValueError, match="holds no moments of 0"):
+        restore(Checkpoint(runs.good_run(1), model.state_dict(), state, random_states()), model, optimizer)
 
 
 def test_infinite_masks_frozen_parameters_and_large_gradients_go_on():
@@ -522,13 +537,12 @@ def test_infinite_masks_frozen_parameters_and_large_gradients_go_on():
         lambda history: replace(history, epochs=history.epochs[:1] * 2),
         lambda history: replace(history, epochs=history.epochs[:1]),
         lambda history: replace(history, epochs=history.epochs * 4),
-        lambda history: replace(history, settings=history.settings | {"epochs": 0}),
         lambda history: runs.changed(history, {2: {"accuracy": 5.0}}),
         lambda history: runs.changed(history, {2: {"accuracy": math.nan}}),
         lambda history: runs.changed(history, {1: {"layers": {}}}),
         lambda history: replace(history, start={}),
     ],
-    ids=["7", "twice", "too few", "too many", "of none", "accuracy", "NaN", "layers", "start"],
+    ids=["7", "twice", "too few", "too many", "accuracy", "NaN", "layers", "start"],
 )
 def test_records_that_no_run_writes_are_taken_for_damage(change, tmp_path):
     good, path = made(2), checkpoint_path(tmp_path, 2)
@@ -537,6 +551,15 @@ def test_records_that_no_run_writes_are_taken_for_damage(change, tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint of this program") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("planned", [0, 1])
+def test_more_epochs_than_the_run_had_are_refused(planned, tmp_path):
+    good = made(2)
+    good.history.settings |= {"epochs": planned}
+    save_checkpoint(tmp_path, good)
+    with pytest.raises(ValueError, match=f"the checkpoint has 2 epochs of a run of {planned}"):
+        find_checkpoint(Settings(output_dir=tmp_path), ALONE, silent)
 
 
 def test_other_quantized_layers_are_refused():
