@@ -789,7 +789,7 @@ def test_a_checkpoint_that_holds_another_state_than_the_epoch_left_is_named(tmp_
         record, _ = one_epoch(whole, 0)
     history = runs.good_run(1)
     history.epochs[0], start = record, next(iter(history.start.values()))
-    history.start = dict.fromkeys(record.layers, start)
+    history.quantized, history.start = [*record.layers], dict.fromkeys(record.layers, start)
     taken = take_checkpoint(history, whole.model, whole.step.optimizer)
     save_checkpoint(tmp_path, taken)
     path = tmp_path / "checkpoint_0001.pt"
