@@ -928,6 +928,7 @@ def test_on_a_narrow_terminal_the_live_line_stays_one_line(ended: Callable[[str]
     assert steps and max(map(len, steps)) < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n if n == "a full disk" else pytest.param(n, marks=pytest.mark.slow) for n in REFUSED]
 )

@@ -97,7 +97,9 @@ def peer_slices(model: nn.Module) -> set[frozenset[tuple[str, int, int]]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name", ["vgg11_bn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "mobilenet_v2"))]
+)
 def test_the_channels_of_torchvision_networks_are_coupled_as_the_peer_couples_them(name):
     model = of_torchvision(name)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]

@@ -568,6 +568,7 @@ def test_a_coefficient_beyond_float32_is_a_loss_that_is_not_finite_or_a_sentence
     assert (run.status == 1 and "step 1" in run.out) or (run.status == 2 and "--sparsity-weight" in run.err)
 
 
+@pytest.mark.slow
 def test_a_warning_is_said_once_under_the_row_of_its_epoch(here):
     run = here("--epochs", "3", "--bit-lr", "0")
     warned = [i for i, line in enumerate(run.lines) if line.lstrip().startswith("!") and "not moved" in line]
@@ -622,6 +623,7 @@ def test_from_the_command_line_bad_input_is_one_line_on_stderr_and_status_2(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_vanishes_during_the_run_is_one_sentence_too(here, monkeypatch, tmp_path):
     def replace_folder(model: torch.nn.Module) -> None:
         (tmp_path / "debug_output").rmdir()
@@ -756,6 +758,7 @@ for path in sys.argv[1:]:
 COMMANDS = ("debug_run", "sweep", "verify", "benchmark")
 
 
+@pytest.mark.slow
 def test_every_command_runs_as_a_file_too_from_any_folder(tmp_path):
     paths = [Path(debug_run.__file__).with_name(f"{name}.py").as_posix() for name in COMMANDS]
     command = [sys.executable, "-c", AS_FILES, *paths]
@@ -776,6 +779,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_help_that_cannot_be_written_is_told_by_status_2(tmp_path):
     command = [sys.executable, "-c", HELP_ON_A_FULL_DISK, *COMMANDS]
@@ -825,6 +829,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_benchmark_as_a_file_finds_the_commands_that_it_starts_from_any_folder(tmp_path):
     path = Path(debug_run.__file__).with_name("benchmark.py").as_posix()
     alone = {name: value for name, value in environment().items() if name != "PYTHONPATH"}

@@ -192,6 +192,7 @@ print({open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.li
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads in /proc")
 def test_no_thread_of_torchs_outlives_the_connection():
     """Such a thread may end a rank by abort() when Python has ended, and torchrun then ends the others."""

@@ -410,6 +410,7 @@ def test_drawing_needs_no_screen_and_leaves_no_figure_open():
     assert pyplot.get_fignums() == []
 
 
+@pytest.mark.slow
 def test_a_date_of_builds_that_is_none_ends_no_run():
     code = "from experiments import plots; print(plots.rendered(plots.Figure(), 'pdf')[:4])"
     done = subprocess.run(

@@ -92,7 +92,8 @@ def test_the_logits_are_the_same_and_torch_counts_what_the_metrics_count(deaths,
     assert difference(model, slim(model), x.float()) <= FLOAT32
 
 
-@pytest.mark.parametrize("blocks", [3, pytest.param(9, marks=pytest.mark.slow)], ids=["resnet20", "resnet56"])
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [3, 9], ids=["resnet20", "resnet56"])
 @settings(PLANTED, max_examples=6)
 @given(deaths=planted_deaths)
 def test_it_holds_for_real_depths_quantized_on_real_image_sizes(blocks, deaths):

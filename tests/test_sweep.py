@@ -298,6 +298,7 @@ def endings(monkeypatch) -> dict[str, str]:
     return codes
 
 
+@pytest.mark.slow
 def test_a_member_that_fails_is_reported_with_its_last_words_and_the_others_go_on(
     working_folder, endings, capsys
 ):

@@ -391,6 +391,7 @@ def test_the_name_of_a_file_cannot_speak_to_the_terminal(made, tmp_path, capsys)
     assert "\x1b" not in out and "\x07" not in out and r"a\x1b[2J\nVERIFIED\x07.codeq" in out
 
 
+@pytest.mark.slow
 def test_without_docstrings_it_runs_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-OO", "-m", "experiments.verify", str(tmp_path / "none.codeq")],
