@@ -203,6 +203,9 @@ def test_files_that_do_not_hold_the_run_are_named(run):
         "device", "verdict", "metrics.csv", "accuracy_curve.png", "compressed.codeq", "slim.pt2",
         "the bytes in float32", "the parameters of the network",
     ]  # fmt: skip
+    crossed = {"dense, batch 1": {"least": 2.0, "median": 1.0, "most": 3.0}}
+    history.compressed = replace(compressed, dense_macs=2 * compressed.dense_macs, latency_seconds=crossed)
+    assert "the MACs of the network, the latency of dense, batch 1" in check()
     for name, said in (("report.html", "No such file"), ("history.json", "Expecting")):
         (OUT / name).write_text("{") if name == "history.json" else (OUT / name).unlink()
         assert check().startswith("FAIL") and said in check()

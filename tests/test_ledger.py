@@ -444,6 +444,16 @@ def test_a_backward_pass_that_is_wrong_wherever_it_is_taken_is_named(monkeypatch
     assert_only(found(whole), "a step computed anew", "is not its formula's")
 
 
+def test_a_gradient_that_is_a_little_smaller_wherever_it_is_taken_is_named(monkeypatch):
+    forward = PadShortcut.forward
+
+    def lessened(self: PadShortcut, x: Tensor) -> Tensor:
+        return forward(self, 0.9 * x + 0.1 * x.detach())
+
+    monkeypatch.setattr(PadShortcut, "forward", lessened)
+    assert_only(found(pipeline()), "a step computed anew", "of conv1.weight 0.", "is left")
+
+
 def test_live_filters_that_are_set_to_zero_are_named_while_the_masks_act(monkeypatch):
     def prune(step: TrainingStep) -> None:
         step.model.layer3[0].conv2.parametrizations.weight.original[5] = 0

@@ -220,6 +220,31 @@ def test_a_shortcut_that_is_detached_in_large_batches_or_in_float32_alone_is_nam
     assert status == 1 and "in float32, in a batch of 32 images" in failed(checks)[0]
 
 
+def test_in_bf16_a_shortcut_that_is_detached_under_autocast_alone_is_named(monkeypatch, tmp_path):
+    real = PadShortcut.forward
+    monkeypatch.setattr(
+        PadShortcut,
+        "forward",
+        lambda self, x: real(self, x.detach() if torch.is_autocast_enabled("cpu") else x),
+    )
+    only(monkeypatch, "network: reference")
+    checks, status = checks_of(monkeypatch, tmp_path, "--precision", "bf16")
+    assert status == 1 and "is left in bf16, 32 images" in failed(checks)[0]
+
+
+def test_in_bf16_a_quantizer_with_another_gradient_under_autocast_alone_is_named(monkeypatch, tmp_path):
+    real = DeadZoneLDZCompander.forward
+
+    def detached(self: DeadZoneLDZCompander, w: Tensor) -> Tensor:
+        w_hat = real(self, w)
+        return w_hat.detach() + 0.5 * (w - w.detach()) if torch.is_autocast_enabled("cpu") else w_hat
+
+    monkeypatch.setattr(DeadZoneLDZCompander, "forward", detached)
+    only(monkeypatch, "quantizer: formula")
+    checks, status = checks_of(monkeypatch, tmp_path, "--precision", "bf16")
+    assert status == 1 and "the gradient to the stored weights in float32" in failed(checks)[0]
+
+
 def test_a_penalty_with_something_within_its_root_in_float32_alone_is_named(monkeypatch, tmp_path):
     real = sparsity.group_norms
 

@@ -137,6 +137,7 @@ def test_what_the_packed_file_says_of_its_run_is_the_runs(count):
         ({"packed_metrics": claims | {"data": "another"}}, ("'another' for data", "CIFAR-10")),
         ({"packed_metrics": claims | {"test_images": 7}}, ("claims 7", "10000")),
         ({"packed_metrics": claims | {"zero_weights": 1}}, ("claims 1 for zero_weights",)),
+        ({"packed_metrics": claims | {"mean_bits": 7.0}}, ("claims 7.0 for mean_bits",)),
         ({"packed_metrics": claims | {"structured_bops_ratio": 7.0}}, ("7.0 for structured_bops_ratio",)),
         ({"packed_metrics": {}}, ("claims None",)),
     ):
