@@ -455,3 +455,20 @@ def test_onnx_runtime_gives_the_same_logits(deaths, tmp_path):
             expected = model(x[:count])
         largest = expected.abs().max()
         assert (torch.from_numpy(logits) - expected).abs().max() <= FLOAT32 * largest
+
+
+@pytest.mark.parametrize("dead", [4, 8])
+def test_large_constants_that_cancel_are_computed_in_float64(dead):
+    """In float32 the network itself loses three digits of its logits."""
+    torch.manual_seed(0)
+    first, second, norm = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    model = nn.Sequential(first, second, norm, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 30 * 30, 10)).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        first.weight[:dead], first.bias[:dead] = 0, 1e4 * torch.rand(dead)
+        exact = copy.deepcopy(model).double()
+        black = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+        norm.running_mean.copy_(exact[:2](black).mean((0, 2, 3)) - 0.1)
+        logits = copy.deepcopy(model).double()(images.double())
+        assert (model(images) - logits).abs().max() > 1e-5 * logits.abs().max()
+        assert (slim_network(model)(images) - logits).abs().max() < 1e-6 * logits.abs().max()
