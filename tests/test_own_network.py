@@ -214,7 +214,7 @@ def with_header(content: bytes, **changes: object) -> bytes:
         ({"tensors": {"stem.weight": [0, 10**30]}}, "more than"),
         ({"tensors": []}, "each of its type"),
         ({"network": 3}, "each of its type"),
-        ({"bits": {"norm": 3}, "network": "x"}, "ends|truncated|damaged|bytes|body"),
+        ({"bits": {"norm": 3}, "network": "x"}, "no layer of the network"),
         ({"bits": {"nowhere": 3}}, "no layer of the network"),
     ],
 )
