@@ -11,13 +11,15 @@ import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from own_networks import Attending
+from torch import nn
 
-from experiments import cifar, verify
+from experiments import cifar, received, verify
 from experiments.compressed import PACKED, SLIM, CompressedRecord, exported, make_compressed
 from experiments.data import TestBatches as Batches
 from experiments.data import load_dataset
@@ -398,3 +400,9 @@ def test_without_docstrings_it_runs_too(tmp_path):
         cwd=Path(verify.__file__).parents[1], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "cannot be read" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_bits_of_a_layer_that_is_never_used_are_not_in_the_mean():
+    count = count_network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)))
+    header = SimpleNamespace(bits={"0": 4, "2": 2, "unused": 8})
+    assert received._found(count, header)["mean_bits"] == 3
