@@ -40,7 +40,7 @@ from torch import Tensor
 
 from experiments.checkpoint import save_checkpoint, take_checkpoint
 from experiments.data import MEAN, STD, Dataset, TestBatches, TrainBatches, load_dataset
-from experiments.device import choose_device, describe_device, prepare_device
+from experiments.device import choose_device, describe_device, emulates_bf16, prepare_device
 from experiments.distributed import ALONE
 from experiments.evaluator import Evaluator
 from experiments.exit_status import ExitStatus
@@ -102,10 +102,17 @@ def measure(arguments: argparse.Namespace, say: Say) -> None:
         f"{arguments.rounds} rounds of {arguments.steps} steps, {_steps_with_data(arguments)} where data are "
         f"loaded, in turn\n"
     )
+    if emulates_bf16(device):
+        say("bf16 is left out, since this device has no instructions for it; --only bf16 measures it\n")
     bench = Bench(dataset, settings, device, arguments.rounds, arguments.steps, say)
     results |= {"torch": torch.__version__, "device": describe_device(device), "data": dataset.name}
-    results |= against_the_plan(arguments, say) | bench.overheads() | bench.outside_the_steps()
+    results |= against_the_plan(arguments, device, say) | bench.overheads() | bench.outside_the_steps()
     say(json.dumps(results))
+
+
+def _precisions(device: torch.device) -> tuple[str, ...]:
+    """Those that are measured: bf16 without instructions for it would take longer than all the rest."""
+    return ("float32",) if emulates_bf16(device) else ("float32", "bf16")
 
 
 def _steps_with_data(arguments: argparse.Namespace) -> int:
@@ -124,10 +131,10 @@ class Bench:
     def overheads(self) -> dict[str, Any]:
         """Time a training step with quantizers and lasso against one without.
 
-        ResNet-20 at the full batch size in float32 and bf16; ResNet-20 and ResNet-110 at a quarter of it.
+        ResNet-20 at the full batch size in each precision; ResNet-20 and ResNet-110 at a quarter of it.
         """
         found: dict[str, Any] = {}
-        for precision in ("float32", "bf16"):
+        for precision in _precisions(self.device):
             batch = self._batch(self.settings.batch_size)
             found |= self._overhead(f"ResNet-20 {precision}", resnet20, batch, precision)
         batch = self._batch(self.settings.batch_size // 4)
@@ -227,7 +234,7 @@ def compare(
     return found
 
 
-def against_the_plan(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
+def against_the_plan(arguments: argparse.Namespace, device: torch.device, say: Say) -> dict[str, Any]:
     """Compare the plan's loop with the debug run's, including the time that a batch takes to load.
 
     Each measurement is a process of its own: the debug run's allocator settings hold for a whole process.
@@ -246,7 +253,7 @@ def against_the_plan(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
 
         return seconds
 
-    turns = {kind: turn(kind) for kind in LOOPS}
+    turns = {kind: turn(kind) for kind in ("plan", *_precisions(device))}
     return compare("step, data included", turns, "plan", arguments.rounds, say, faster=True)
 
 

@@ -136,6 +136,18 @@ def returning_freed_memory(device: torch.device) -> Iterator[None]:
             keep_freed_memory()
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether the device has no instructions for bf16, so that it is many times slower there than float32.
+
+    That is so on most CPUs without AVX-512, and on NVIDIA's GPUs before Ampere. Of MPS nothing is known.
+    """
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory is lacking. On the CPU torch raises no error of its own for it."""
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiments.data import Dataset
-from experiments.device import describe_device
+from experiments.device import describe_device, emulates_bf16
 from experiments.distributed import Processes
 from experiments.evaluator import Compression
 from experiments.network import NO_USE, HostUse, memory_layout
@@ -252,6 +252,7 @@ class History:
     layout: str = "channels_last"  # of images and weights in memory, or "contiguous"
     needs_host: bool = False  # on CUDA: the forward pass does, so no graph of the step is captured
     may_skip: bool = False  # the network may leave layers out of a training step
+    emulates_bf16: bool = False  # the run asked for bf16, and its device has no instructions for it
     preflight: list[Check] = field(default_factory=list)  # empty where it was off
     epochs: list[EpochRecord] = field(default_factory=list)
     resumed: list[Resumption] = field(default_factory=list)
@@ -308,6 +309,7 @@ def new_history(
         layout=memory_layout(model, device),
         needs_host=device.type == "cuda" and processes.count == 1 and any(host),
         may_skip=host.decides,
+        emulates_bf16=settings.precision == "bf16" and emulates_bf16(device),
     )  # fmt: skip
 
 

@@ -190,19 +190,26 @@ class EpochProgress:
 
     def __init__(self, live: LiveLine, epoch: int, epochs: int) -> None:
         self.live, self.epoch, self.epochs = live, epoch, epochs
+        self.from_step, self.from_seconds = 0, 0.0  # what the time of a step is measured from
 
     def __call__(self, done: int, total: int, seconds: float) -> None:
         now, live = time.monotonic(), self.live
+        measured = seconds - self.from_seconds
+        each = measured / (done - self.from_step)
+        if done == 1:  # it takes longer than any other: torch sets up, and the ledger looks closely
+            self.from_step, self.from_seconds = 1, seconds
+        estimate = ESTIMATED_REST * each * total
         told = live.epoch_seconds is not None
-        if not told and not live.launches_ahead and (seconds >= ENOUGH_SECONDS or done == total):
-            self.tell(ESTIMATED_REST * seconds / done * total)
+        known = (done > 1 and measured >= ENOUGH_SECONDS) or done == total
+        if known and not told and not live.launches_ahead:
+            self.tell(estimate)
         if now - live.last > 0.1 or done == total:
             live.last = now
             text = f"epoch {self.epoch + 1} of {self.epochs}: step {done}/{total}"
             if not live.launches_ahead:
-                whole = live.epoch_seconds or ESTIMATED_REST * seconds / done * total
-                left = seconds / done * (total - done) + (self.epochs - self.epoch - 1) * whole
-                text += f", {done / seconds:.1f} steps/s, {spelled(left)} left"
+                whole = (len(live.begun) > 1 and live.epoch_seconds) or estimate
+                left = each * (total - done) + (self.epochs - self.epoch - 1) * whole
+                text += f", {1 / each:.1f} steps/s, {spelled(left)} left"
             live.progress(text)
 
     def tell(self, whole: float) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from experiments import report
+from experiments.device import emulates_bf16
 from experiments.expect import Subject, expect, shows
 from experiments.history import (
     FAIL,
@@ -110,6 +111,7 @@ def _compare_start(subject: Subject) -> None:
         ],
         "needs_host": cuda and ranks == 1 and any(step.host),
         "may_skip": subject.may_skip,
+        "emulates_bf16": subject.pipeline.settings.precision == "bf16" and emulates_bf16(step.device),
     }
     # Of a weight with one input channel, or of one pixel, both layouts are the same.
     last = {
@@ -303,7 +305,7 @@ def _compare_first_lines(history: History) -> None:
         history, versions={"python": "3.99", "torch": "9.8.7"}, device="cpu, 5 threads", precision="digits",
         data=DataRecord("a set", "a folder", False, 10, 4321, 765), quantized=names, full_precision=[],
         without_codes=[], frozen=[], layout="channels_last", needs_host=False, may_skip=False, barriers=[],
-        resumed=[],
+        emulates_bf16=False, resumed=[],
     )  # fmt: skip
     changed: Any = {"preset": "plan", "device": "cpu", "epochs": 31, "batch_size": 33, "seed": 17}
     settings = Settings(**(PRESETS["plan"] | changed))
@@ -320,6 +322,7 @@ def _compare_first_lines(history: History) -> None:
         plain, data=dataclasses.replace(plain.data, synthetic=True), quantized=quantized,
         full_precision=others, without_codes=["a", "b"], frozen=["c", "d", "e"], layout="contiguous",
         needs_host=True, may_skip=True, barriers=["f", "g"],
+        emulates_bf16=True,
         resumed=[Resumption(3, ["one", "another"]), Resumption(5, [])],
     )  # fmt: skip
     due = [
@@ -337,6 +340,7 @@ def _compare_first_lines(history: History) -> None:
         "Layout: contiguous...",
         "Graphs: none...",
         "Branches: the network may leave layers out...",
+        "Warning: this device has no instructions for bf16...",
         "Barriers: no channel is followed through f, g",
         "Resumed: after epoch 3; one; another",
         "Resumed: after epoch 5",

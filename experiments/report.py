@@ -60,6 +60,8 @@ def first_lines(history: History, settings: Settings, dense: NetworkCount) -> st
           if history.needs_host else []),
         *(["Branches:  the network may leave layers out of a training step, which the checks allow, since it "
            "decides by numbers on the host"] if history.may_skip else []),
+        *(["Warning:   this device has no instructions for bf16: it takes many times as long here as float32"]
+          if history.emulates_bf16 else []),
         *([f"Barriers:  no channel is followed through {', '.join(history.barriers)}"]
           if history.barriers else []),
         *("; ".join([f"Resumed:   after epoch {r.after_epoch}", *r.differences]) for r in history.resumed),

@@ -9,13 +9,21 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from programs import DEADLINE, environment
 
 from experiments import device, distributed
-from experiments.device import choose_device, describe_device, keep_freed_memory, prepare_device, usable_cores
+from experiments.device import (
+    choose_device,
+    describe_device,
+    emulates_bf16,
+    keep_freed_memory,
+    prepare_device,
+    usable_cores,
+)
 from experiments.distributed import Processes, join_processes
 from experiments.settings import Settings
 
@@ -112,6 +120,23 @@ def test_each_process_takes_the_gpu_of_its_place_on_this_machine(machine, proces
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     got = prepare_device(Settings(threads=1), Processes(rank, 6, local_rank=rank % 2, local_count=2))
     assert [got] == taken == [torch.device("cuda", rank % 2)]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux names a CPU's instructions there")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are the names of x86")
+def test_bf16_is_emulated_where_the_cpu_has_no_instructions_for_it():
+    has = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    able = {"avx512bw", "avx512vl", "avx512dq"} <= has or {"avx_ne_convert", "avx512_bf16"} & has
+    assert emulates_bf16(torch.device("cpu")) == (not able)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_emulated_on_a_gpu_that_says_so(monkeypatch, able):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: able or including_emulation
+    )
+    assert emulates_bf16(torch.device("cuda")) == (not able)
+    assert not emulates_bf16(torch.device("mps"))
 
 
 def test_torchrun_says_how_many_processes_this_machine_has(monkeypatch):

@@ -59,9 +59,23 @@ def test_off_a_terminal_a_minute_of_silence_ends_with_a_line(monkeypatch, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == "~ about 7 min for 2 epochs"
     assert [line.partition(",")[0] for line in lines[1:]] == [
-        f"epoch 1 of 2: step {second}/200" for second in (65, 125, 185)
+        f"epoch 1 of 2: step {second}/200" for second in (66, 126, 186)
     ]
     assert lines[1].endswith("6 min left")
+
+
+def test_a_slow_first_step_is_not_taken_for_what_the_others_take(live, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    show = live.epoch(0, 20)
+    for done in range(1, 31):  # the first takes 50 s, each other one 2
+        now = 150.0 + 2 * (done - 1)
+        show(done, 100, now - 100)
+    first, *others = capsys.readouterr().out.split("\r\x1b[K")[1:]
+    assert first.endswith("0.0 steps/s, 30.4 h left")
+    assert [text for text in others if "about" in text] == ["      ~ about 73 min for 20 epochs\n"]
+    assert others[-1] == "epoch 1 of 20: step 30/100, 0.5 steps/s, 72 min left"
 
 
 def test_how_long_is_left_is_told_by_the_last_epoch(live, monkeypatch, capsys):

@@ -127,6 +127,13 @@ def test_a_step_that_no_graph_holds_is_said():
     assert "may leave layers out" in by_label(first_lines(history, Settings(), DENSE))["Branches"]
 
 
+def test_bf16_that_the_device_has_no_instructions_for_is_said():
+    history = good_run()
+    assert "bf16" not in first_lines(history, Settings(), DENSE)
+    history.emulates_bf16 = True
+    assert "no instructions for bf16" in by_label(first_lines(history, Settings(), DENSE))["Warning"]
+
+
 def test_each_time_that_a_run_was_resumed_is_said_with_what_was_otherwise():
     history = replace(good_run(), resumed=[Resumption(3, []), Resumption(5, ["torch 2.9.0 before", "a b"])])
     *_, third, fifth = first_lines(history, Settings(), DENSE).splitlines()
