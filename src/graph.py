@@ -496,6 +496,12 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
             node.target, node.args = number, (mask, filled, x)
         elif isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
             graph.erase_node(node)
+        elif extremum := _as_extremum(node):
+            with graph.inserting_before(node):
+                found = graph.call_function(*extremum)
+            for value in list(node.users):
+                found.meta = value.meta
+                value.replace_all_uses_with(found)
         elif kind(node) is aten._native_batch_norm_legit_no_training:
             with graph.inserting_before(node):
                 args = (*node.args[:5], False, *node.args[5:], False)
@@ -508,6 +514,18 @@ def _graph(program: torch.export.ExportedProgram, plain: nn.Module, kept: tuple[
     answers = program.call_spec.out_spec
     assert answers is not None
     return NetworkGraph(graph, state, constants, frozenset([*modules, *names]), answers, kept)
+
+
+def _as_extremum(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """The amax or amin that gives a node's values, if it finds their places too and nothing uses these."""
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        return None
+    if node.target in (aten.max.dim, aten.min.dim):
+        x, dim, *keepdim = node.args
+        return (aten.amax if kind(node) is aten.max else aten.amin).default, (x, [dim], *keepdim)
+    if kind(node) is aten.adaptive_max_pool2d and list(node.args[1]) == [1, 1]:
+        return aten.amax.default, (node.args[0], [-2, -1], True)
+    return None
 
 
 def _shape(node: fx.Node) -> torch.Size:

@@ -88,6 +88,24 @@ def spatial_attention(net: Net, x: Tensor) -> Tensor:
     return pooled(net, x * net.attend(where).sigmoid())
 
 
+def block_attention(net: Net, x: Tensor) -> Tensor:
+    """CBAM's: means and largest values, over the places and then over the channels."""
+    pools = (F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1))
+    x = x * sum(net.gate(F.relu(net.narrow(p.flatten(1)))) for p in pools).sigmoid()[..., None, None]
+    where = torch.cat([x.mean(1, keepdim=True), torch.max(x, 1, keepdim=True)[0]], 1)
+    return pooled(net, x * net.attend(where).sigmoid())
+
+
+def largest_less_smallest(net: Net, x: Tensor) -> Tensor:
+    rows = net.conv(x).flatten(2)
+    return net.last(rows.max(-1).values - rows.min(2)[0])
+
+
+def place_of_the_largest(net: Net, x: Tensor) -> Tensor:
+    values, places = net.conv(x).max(1, keepdim=True)
+    return pooled(net, x * values + places)
+
+
 def two_computed_weights(net: Net, x: Tensor) -> Tensor:
     x = x.mean((2, 3))
     x = F.relu(F.linear(x, F.normalize(net.up)))
@@ -284,6 +302,13 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
     permuted: lambda: {"conv": conv(), "order": torch.tensor([3, 1, 2, 0, 7, 6, 5, 4])},
     looked_up: lambda: {"conv": conv(), "table": nn.Parameter(torch.randn(7, WIDTH))},
     spatial_attention: lambda: {"attend": nn.Conv2d(2, 1, 7, padding=3)},
+    block_attention: lambda: {
+        "narrow": nn.Linear(WIDTH, 4),
+        "gate": nn.Linear(4, WIDTH),
+        "attend": nn.Conv2d(2, 1, 7, padding=3),
+    },
+    largest_less_smallest: lambda: {"conv": conv()},
+    place_of_the_largest: lambda: {"conv": conv()},
     two_computed_weights: lambda: {
         "up": nn.Parameter(torch.randn(20, WIDTH)),
         "down": nn.Parameter(torch.randn(WIDTH, 20)),
@@ -375,6 +400,7 @@ def test_it_is_counted_grouped_and_made_smaller(way):
 
 
 NO_BARRIERS = (
+    block_attention, largest_less_smallest,
     padded_pools, added_to_itself, expanded_as, zeros_beside, elementwise, concatenated, with_prelu,
     viewed_as, overwritten, rolled, strided, beside_whole_numbers, beside_nothing, of_a_negative_divisor,
     chosen_by_a_mask, least, tiled, interleaved, triangular,
