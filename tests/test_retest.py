@@ -50,6 +50,14 @@ def test_a_class_that_is_never_predicted_shows_in_its_own_counts():
     assert found.class_right[3] == 0 and found.class_images[3] == 6
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_it_computes_in_the_precision_of_the_run(precision):
+    model, seen = Reader(), set[bool]()
+    model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    retest(model, plain_images(10, 10), precision)
+    assert seen == {precision == "bf16"}
+
+
 def test_two_logits_alike_are_a_tie():
     model = Reader()
     with torch.no_grad():
