@@ -78,6 +78,12 @@ def layers_are_quantized(subject: Subject) -> str:
         patterns = tuple(f"^{re.escape(name)}$" for name in ends)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     counted = {layer.name for layer in subject.pipeline.evaluator.dense.layers}
+    unused = [name for name in layers if name not in counted]
+    expect(
+        not (subject.own_network and unused),
+        f"no image passes {some(unused)}",
+        f"the network's forward pass (resnet.py) leaves {some(unused)} out",
+    )
     if not subject.own_network:
         counted -= set(trace_network(model, SIZE).computing_their_weights())
     wanted = [n for n in layers if n in counted and not any(re.search(pattern, n) for pattern in patterns)]
@@ -639,7 +645,7 @@ def _compare_in_float32(subject: Subject) -> None:
 
 
 def _compare_gradients_in_float32(subject: Subject) -> int:
-    """Gradients to the weights that a batch of the run's size computes with. Returns: how many images."""
+    """Logits and gradients to the weights, of a batch of the run's size. Returns: how many images."""
     model = _as_it_trains(subject)
     _open_or_shut(model)
     found, due, count = _gradients_as_it_trains(subject, model, "float32")
@@ -672,6 +678,8 @@ def _gradients_as_it_trains(
 
     Both are of a batch as large as the run's, but of each image a corner, so that all have as many pixels as
     the few of the probe. The number of images comes with them.
+
+    Raises: BrokenError if in float32 the logits differ. In bf16 they are too coarse to tell.
     """
     model.train()
     images = subject.first_batch[0][:MOST_IMAGES]
@@ -686,6 +694,10 @@ def _gradients_as_it_trains(
     values = {n: in_float64(v) for n, v in model.state_dict().items()}
     leaves = {n: in_float64(w).detach().requires_grad_() for n, w in weights.items()}
     wanted = reference.Network(values, leaves, subject.blocks)(in_float64(images))
+    if precision == "float32":
+        what = f"the logits in training mode, in float32, of {len(images)} images"
+        cause = "the network's forward pass in float32 or in a large batch: an activation is scaled or cut"
+        expect_close(in_float64(logits).detach(), wanted.detach(), what, cause, FLOAT32)
     due = torch.autograd.grad(wanted, list(leaves.values()), g.to(wanted))
     found = dict(zip(weights, map(in_float64, ours), strict=True))
     return found, dict(zip(weights, due, strict=True)), len(images)

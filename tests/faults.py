@@ -323,7 +323,7 @@ FAULTS_BY_AREA = {
               (NETWORK, "nn.init.kaiming_normal_(module.weight)",
                "nn.init.kaiming_normal_(module.weight)\n"
                "                module.weight.data[:] = module.weight.data[:1].clone()")),
-        fault("two convolutions share a weight", r"share|same (weight|tensor|parameter)|parameters",
+        fault("two convolutions share a weight", r"share|same (weight|tensor|parameter)|another's",
               (NETWORK, "        self.bn2 = nn.BatchNorm2d(channels)\n",
                "        self.bn2 = nn.BatchNorm2d(channels)\n"
                "        if in_channels == channels:\n            self.conv2.weight = self.conv1.weight\n")),
@@ -364,7 +364,7 @@ FAULTS_BY_AREA = {
                "nn.init.kaiming_normal_(module.weight)\n            if isinstance(module, BasicBlock):\n                nn.init.zeros_(module.bn2.weight)\n")),
         fault("--model gives a ResNet of another class", r"--model|resnet\.py",
               (NETWORK, "", "\n\nclass _Other(ResNet):\n    pass\n\n\ndef resnet20(num_classes: int = 10) -> ResNet:\n    return _Other(3, num_classes)\n")),
-        fault('activations are clamped in training below float64', r'activation|training mode',
+        fault('activations are clamped in training below float64', r'activation.*cut',
               (NETWORK, '        return F.relu(out, inplace=True)', '        out = F.relu(out, inplace=True)\n        if self.training and out.dtype.itemsize < 8:\n            out = out.clamp(max=4)\n        return out')),
         fault("in a batch of more than 32 images no gradient goes through the shortcuts", r"large batch",
               (NETWORK, "        out += self.shortcut(x)\n", "        out += self.shortcut(x if len(x) <= 32 else x.detach())\n")),

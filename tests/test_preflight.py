@@ -209,15 +209,25 @@ def test_a_quantizer_whose_gradient_differs_in_float32_alone_is_named(monkeypatc
     assert status == 1 and "the gradient to the stored weights in float32" in failed(checks)[0]
 
 
-@pytest.mark.parametrize("cut", [lambda x: len(x) > 8, lambda x: x.dtype == torch.float32])
-def test_a_shortcut_that_is_detached_in_large_batches_or_in_float32_alone_is_named(
-    monkeypatch, tmp_path, cut
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.detach() if len(x) > 8 else x, "in float32, in a batch of 32 images"),
+        (lambda x: x.clamp(max=1) if x.dtype == torch.float32 else x, "logits in training mode, in float32"),
+    ],
+)
+def test_a_shortcut_that_is_another_in_large_batches_or_in_float32_alone_is_named(
+    monkeypatch, tmp_path, change, words
 ):
     real = PadShortcut.forward
-    monkeypatch.setattr(PadShortcut, "forward", lambda self, x: real(self, x.detach() if cut(x) else x))
+
+    def forward(self, x):
+        return real(self, change(x) if self.training else x)
+
+    monkeypatch.setattr(PadShortcut, "forward", forward)
     only(monkeypatch, "network: reference")
     checks, status = checks_of(monkeypatch, tmp_path)
-    assert status == 1 and "in float32, in a batch of 32 images" in failed(checks)[0]
+    assert status == 1 and words in failed(checks)[0]
 
 
 def test_in_bf16_a_shortcut_that_is_detached_under_autocast_alone_is_named(monkeypatch, tmp_path):
