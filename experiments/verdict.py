@@ -546,11 +546,11 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         if printed and printed[f"{kind}_bops"] != total:
             wrong.append(f"{kind} BOPs {total:,} from the file, {printed[f'{kind}_bops']:,} printed")
     said, claims = made.packed_settings, made.packed_metrics
-    header = [
-        f"the file's settings have {k} {said.get(k)!r}, the run's {v!r}"
+    header = {
+        k: f"the file's settings have {k} {said.get(k)!r}, the run's {v!r}"
         for k, v in json.loads(json.dumps(history.settings)).items()
         if k not in FOLDERS and said.get(k) != v
-    ]
+    }
     due: dict[str, Any] = {
         "data": history.data.name,
         "test_images": made.images,
@@ -564,11 +564,11 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         for kind in ("structured_bops_ratio", "unstructured_bops_ratio")
         if history.final and kind in claims
     }
-    header += [
-        f"the file claims {claims.get(name)!r} for {name}, it is {value!r}"
+    header |= {
+        name: f"the file claims {claims.get(name)!r} for {name}, it is {value!r}"
         for name, value in due.items()
         if claims.get(name) != value
-    ]
+    }
     floats = [
         n for n, theirs in made.file.items() if n in layers and layers[n].quantized and not theirs.coded
     ]
@@ -580,8 +580,8 @@ def file_is_recounted(history: History, count: NetworkCount) -> Check:
         measured += f"; packed as float32 though quantized: {some(floats)}"
     cause = "a defect in metrics.py, src/channels.py or src/packing.py, or the wrong network was packed"
     if header and not wrong:
-        cause = "the file's header is given other settings or claims than the run's (make_compressed)"
-    wrong += header
+        cause = f"the file's header has settings or claims that are not the run's: {some(list(header))}"
+    wrong += header.values()
     if wrong:
         measured = some(wrong, "; ")
     return judge(not wrong, name, measured, cause)

@@ -1213,7 +1213,7 @@ FAULTS_BY_AREA = {
                "                \"least\": max(kept),\n                \"most\": min(kept),\n"), when=END),
         fault("the quantizers' parameters are counted as the network's", r"is measured",
               (COMPRESSED, "dense_parameters=_parameters(dense)", "dense_parameters=_parameters(model)"), when=END),
-        fault("the dense network's MACs are counted as FLOPs", r"is measured",
+        fault("the dense network's MACs are counted as FLOPs", r"measured for the record",
               (COMPRESSED, "dense_macs=count.total(\"dense_macs\")", "dense_macs=2 * count.total(\"dense_macs\")"), when=END),
         fault("the packed file claims the learned bits as the mean bits", r"mean_bits",
               (COMPRESSED, "float(count.mean_bits)", "float(count.mean_learned_bits)"), when=END),

@@ -182,7 +182,8 @@ def test_behind_a_barrier_torch_may_count_otherwise(tmp_path, monkeypatch):
     history.compressed, history.retest = made, runs.retest()
     for barriers, status in (([], "FAIL"), (["aten.matmul in the network"], "PASS")):
         history.barriers = barriers
-        assert rehearse_verifying(history, random_dataset(16), tmp_path, print).status == status
+        check = rehearse_verifying(history, random_dataset(16), tmp_path, print)
+        assert check.status == status and ("experiments/compressed.py" in check.cause) == (status == "FAIL")
 
 
 def test_without_a_packed_file_there_is_nothing_to_verify(tmp_path):
