@@ -760,7 +760,7 @@ FAULTS_BY_AREA = {
               (TRAINING, "    losses = torch.zeros(len(batches), 3, device=step.device)",
                "    step.begins = True\n    losses = torch.zeros(len(batches), 3, device=step.device)"),
               (TRAINING, "        self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision\n",
-               "        self.begins = False\n        self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision\n")),
+               "        self.begins = False\n        self.model, self.optimizer, self.penalty, self.precision = model, optimizer, penalty, precision\n"), when=EPOCH),
         fault("the penalty of a smaller batch gives no gradient", r"penalty",
               (TRAINING, "            penalty = self.penalty(self.model) if penalised else torch.zeros_like(cross_entropy)\n",
                "            penalty = self.penalty(self.model) if penalised else torch.zeros_like(cross_entropy)\n"
