@@ -20,8 +20,8 @@ from experiments.debug_run import main
 
 HOST = torch.device("cpu")  # this object; the run's own device is an equal one
 # What takes an index, or fills a tensor, from the other side; and `equal`, which a run asks of tensors
-# without a mark, because a file or an initializer made them.
-BETWEEN = {"__getitem__", "__setitem__", "copy_", "equal"}
+# without a mark, because a file or an initializer made them. A deep copy is given what was copied before it.
+BETWEEN = {"__getitem__", "__setitem__", "copy_", "equal", "__deepcopy__"}
 FUNCTIONS = (src.channels._Flags, src.quantizer._DeadZoneRound, src.quantizer._RoundStraightThrough)
 
 
