@@ -278,11 +278,20 @@ def network(kind: type[nn.Module] = DeadZoneLDZCompander, **kwargs: Any) -> tupl
     return model, attach_weight_quantizers(model, STEM_AND_CLASSIFIER, kind, kwargs)
 
 
-def begun(model: ResNet, quantized: list[str], processes: Processes | None = None) -> History:
-    chosen = Settings(epochs=2, precision="bf16", output_dir=Path("somewhere"))
+def begun(
+    model: ResNet, quantized: list[str], processes: Processes | None = None, precision: str = "bf16"
+) -> History:
+    chosen = Settings(epochs=2, precision=precision, output_dir=Path("somewhere"))
     cpu = torch.device("cpu")
     dense = count_network(model)
     return new_history(chosen, random_dataset(12, test=5), cpu, processes or Processes(), model, dense)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_new_history_says_whether_the_precision_asked_for_is_emulated(monkeypatch, emulated):
+    monkeypatch.setattr(history, "emulates_bf16", lambda device: emulated)
+    assert begun(*network()).emulates_bf16 == emulated
+    assert not begun(*network(), precision="float32").emulates_bf16
 
 
 def test_a_new_history_says_what_runs_on_what_with_which_data():

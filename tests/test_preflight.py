@@ -16,11 +16,14 @@ import torch
 from own_quantizers import LSQ
 from runs import good_run
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+import experiments.history
 from experiments import debug_run, report, sparsity
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from experiments.data import synthetic_dataset
+from experiments.device import emulates_bf16
 from experiments.distributed import Processes
 from experiments.evaluator import Evaluator
 from experiments.expect import BrokenError, NotApplicableError, Subject, expect_close, shows
@@ -33,7 +36,7 @@ from experiments.preflight_settings import read_flags
 from experiments.schedules import linear_warmup
 from experiments.settings import Settings, parse_settings
 from experiments.training import TrainingStep, make_optimizer
-from resnet import PadShortcut, resnet20
+from resnet import PadShortcut, ResNet, resnet20
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import WeightQuantization, attach_weight_quantizers
 
@@ -228,6 +231,20 @@ def test_a_shortcut_that_is_another_in_large_batches_or_in_float32_alone_is_name
     only(monkeypatch, "network: reference")
     checks, status = checks_of(monkeypatch, tmp_path)
     assert status == 1 and words in failed(checks)[0]
+
+
+def test_a_layer_that_no_image_passes_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(ResNet, "forward", lambda self, x: F.relu(self.conv1(x))[:, :10].mean((2, 3)))
+    only(monkeypatch, "model: quantizers")
+    checks, status = checks_of(monkeypatch, tmp_path)
+    assert status == 1 and "no image passes layer1.0.conv1" in failed(checks)[0]
+
+
+def test_a_record_of_bf16_that_is_not_the_devices_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments.history, "emulates_bf16", lambda of: not emulates_bf16(of))
+    only(monkeypatch, "report")
+    checks, status = checks_of(monkeypatch, tmp_path, "--precision", "bf16")
+    assert status == 1 and "is noted for emulates_bf16" in failed(checks)[0]
 
 
 def test_in_bf16_a_shortcut_that_is_detached_under_autocast_alone_is_named(monkeypatch, tmp_path):

@@ -131,19 +131,20 @@ def test_what_the_packed_file_says_of_its_run_is_the_runs(count):
     history = runs.finished(good_run(), count)
     check(verdict.file_is_recounted(history, count), PASS)
     claims = history.compressed.packed_metrics
-    for changes, words in (
-        ({"packed_settings": history.settings | {"weights_lr": 0.01}}, ("weights_lr 0.01", "0.008")),
-        ({"packed_metrics": claims | {"structured_macs": 7}}, ("claims 7", "20275520")),
-        ({"packed_metrics": claims | {"data": "another"}}, ("'another' for data", "CIFAR-10")),
-        ({"packed_metrics": claims | {"test_images": 7}}, ("claims 7", "10000")),
-        ({"packed_metrics": claims | {"zero_weights": 1}}, ("claims 1 for zero_weights",)),
-        ({"packed_metrics": claims | {"mean_bits": 7.0}}, ("claims 7.0 for mean_bits",)),
-        ({"packed_metrics": claims | {"structured_bops_ratio": 7.0}}, ("7.0 for structured_bops_ratio",)),
-        ({"packed_metrics": {}}, ("claims None",)),
+    for changes, words, name in (
+        ({"packed_settings": history.settings | {"weights_lr": 0.01}}, ("lr 0.01", "0.008"), "weights_lr"),
+        ({"packed_metrics": claims | {"structured_macs": 7}}, ("claims 7", "20275520"), "structured_macs"),
+        ({"packed_metrics": claims | {"data": "another"}}, ("'another' for data", "CIFAR-10"), "data"),
+        ({"packed_metrics": claims | {"test_images": 7}}, ("claims 7", "10000"), "test_images"),
+        ({"packed_metrics": claims | {"zero_weights": 1}}, ("claims 1 for zero_weights",), "zero_weights"),
+        ({"packed_metrics": claims | {"mean_bits": 7.0}}, ("claims 7.0 for mean_bits",), "mean_bits"),
+        ({"packed_metrics": claims | {"structured_bops_ratio": 7.0}}, ("7.0",), "structured_bops_ratio"),
+        ({"packed_metrics": {}}, ("claims None",), "data, test_images, accuracy"),
     ):
         told = json.loads(json.dumps(changes))
         other = replace(history, compressed=replace(history.compressed, **told))
-        check(verdict.file_is_recounted(other, count), FAIL, *words, cause="header")
+        cause = f"header has settings or claims that are not the run's: {name}"
+        check(verdict.file_is_recounted(other, count), FAIL, *words, cause=cause)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -101,6 +101,10 @@ def largest_less_smallest(net: Net, x: Tensor) -> Tensor:
     return net.last(rows.max(-1).values - rows.min(2)[0])
 
 
+def pooled_to_four(net: Net, x: Tensor) -> Tensor:
+    return pooled(net, F.adaptive_max_pool2d(net.conv(x), 2))
+
+
 def place_of_the_largest(net: Net, x: Tensor) -> Tensor:
     values, places = net.conv(x).max(1, keepdim=True)
     return pooled(net, x * values + places)
@@ -308,6 +312,7 @@ WAYS: dict[Way, Callable[[], dict[str, nn.Module | Tensor]]] = {
         "attend": nn.Conv2d(2, 1, 7, padding=3),
     },
     largest_less_smallest: lambda: {"conv": conv()},
+    pooled_to_four: lambda: {"conv": conv()},
     place_of_the_largest: lambda: {"conv": conv()},
     two_computed_weights: lambda: {
         "up": nn.Parameter(torch.randn(20, WIDTH)),
