@@ -321,7 +321,9 @@ def our_step(
 def our_loop(dataset: Dataset, settings: Settings, device: torch.device, precision: str) -> Iterator[None]:
     """The debug run's training loop: each `next` takes one step on a full batch."""
     step = our_step(resnet20(), settings, device, precision, quantize=True)
-    batches = TrainBatches(dataset, settings.batch_size, settings.seed, device)
+    batches = TrainBatches(
+        dataset, settings.batch_size, settings.seed, device, crop_padding=settings.crop_padding
+    )
     for epoch in range(10**6):
         for images, labels in batches.epoch(epoch):
             if len(labels) == settings.batch_size:

@@ -39,7 +39,7 @@ NAME = re.compile(r"checkpoint_(\d{4,})\.pt")
 MOST = 1 << 32  # bytes; weights and moments of the networks of this field take far less
 NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENOTDIR)  # these stay; other errors may pass
 KEPT = 2  # checkpoints in the output folder
-VERSION = 5  # of the file format, and of what its settings mean
+VERSION = 6  # of the file format, and of what its settings mean
 MAY_CHANGE = (
     "epochs",
     "data_dir",

@@ -20,9 +20,7 @@ from experiments.distributed import ALONE, Processes
 # the deviation over all pixels is (0.2470, 0.2435, 0.2616). All data sets are normalised with these numbers.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
-PADDING = 4  # pixels of zeros on each side before a crop
-PADDED = SIDE + 2 * PADDING  # pixels
-CROP_OFFSETS = 2 * PADDING + 1  # positions of a crop along each axis
+CROP_PADDING = 4  # pixels of zeros on each side before a crop, as in He et al. 2015 (arXiv 1512.03385)
 
 
 @dataclass(frozen=True)
@@ -200,18 +198,21 @@ class TrainBatches:
         seed: int,
         device: torch.device | str,
         processes: Processes = ALONE,
+        crop_padding: int = CROP_PADDING,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self.seed = seed
+        self.crop_padding = crop_padding  # pixels
         self.processes = processes
         count = len(dataset.train_labels)
         self.sizes = [min(batch_size, count - first) for first in range(0, count, batch_size)]
         self.device = torch.device(device)
         self.labels = dataset.train_labels.to(self.device)
-        self.pixels = _padded_pixels(dataset.train_images, self.device)
-        self.windows = _window_indices().to(self.device)
+        self.padded_side = SIDE + 2 * crop_padding  # pixels
+        self.pixels = _padded_pixels(dataset.train_images, crop_padding, self.device)
+        self.windows = _window_indices(self.padded_side).to(self.device)
         self.normalise = _Normalise(self.device)
 
     def __len__(self) -> int:
@@ -223,8 +224,8 @@ class TrainBatches:
 
         The epoch's draws are copied to the device by this call, so that the iteration never waits for it.
         """
-        order, down, right, flips = draws(len(self.labels), self.seed, epoch)
-        corners = (order * PADDED + down) * PADDED + right
+        order, down, right, flips = draws(len(self.labels), self.seed, epoch, self.crop_padding)
+        corners = (order * self.padded_side + down) * self.padded_side + right
         return self._walk(order.to(self.device), corners.to(self.device), flips.to(self.device))
 
     def _walk(self, order: Tensor, corners: Tensor, flips: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -266,38 +267,41 @@ class TestBatches:
             yield self.normalise(images), labels
 
 
-def draws(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draws(
+    count: int, seed: int, epoch: int, crop_padding: int = CROP_PADDING
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw the order, crops and flips of one epoch of `count` images, on the CPU for every device.
 
     Shapes: -> order (N,), a permutation of the images; then, in that order, each crop's offset from the top
-    and from the left (N,), 0 to 8 pixels, and flip (N,), 0 or 1; all int64.
+    and from the left (N,), 0 to 2 crop_padding pixels, and flip (N,), 0 or 1; all int64.
     """
     mixed = hashlib.sha256(f"seed {seed}, epoch {epoch}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(mixed))
     order = torch.randperm(count, generator=generator)
-    down, right = torch.randint(CROP_OFFSETS, (2, count), generator=generator)
+    down, right = torch.randint(2 * crop_padding + 1, (2, count), generator=generator)
     flips = torch.randint(2, (count,), generator=generator)
     return order, down, right, flips
 
 
-def _padded_pixels(images: Tensor, device: torch.device) -> Tensor:
+def _padded_pixels(images: Tensor, padding: int, device: torch.device) -> Tensor:
     """Pad the images with zeros and line up all their pixels.
 
-    Shapes: (N, 3, 32, 32) -> (N * 40 * 40, 3).
+    Shapes: (N, 3, 32, 32) -> (N * side * side, 3), where side is 32 + 2 padding.
     """
-    padded = torch.zeros(len(images), PADDED, PADDED, 3, dtype=torch.uint8, device=device)
-    inner = slice(PADDING, PADDING + SIDE)
+    side = SIDE + 2 * padding
+    padded = torch.zeros(len(images), side, side, 3, dtype=torch.uint8, device=device)
+    inner = slice(padding, padding + SIDE)
     padded[:, inner, inner] = images.to(device).permute(0, 2, 3, 1)
     return padded.view(-1, 3)
 
 
-def _window_indices() -> Tensor:
+def _window_indices(padded_side: int) -> Tensor:
     """Indices of a crop's pixels in `_padded_pixels`, relative to its corner; as it is, and mirrored.
 
     Shapes: -> (2, 32, 32).
     """
     columns = torch.arange(SIDE)
-    rows = PADDED * torch.arange(SIDE)[:, None]
+    rows = padded_side * torch.arange(SIDE)[:, None]
     return torch.stack([rows + columns, rows + columns.flip(0)])
 
 

@@ -142,7 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
         model.eval()  # as each epoch leaves it: a quantizer of one's own may take statistics in training mode
 
         dataset = processes.broadcast(load(settings, live) if processes.first else None)
-        train_batches = TrainBatches(dataset, settings.batch_size, settings.seed, device, processes)
+        train_batches = TrainBatches(
+            dataset, settings.batch_size, settings.seed, device, processes, settings.crop_padding
+        )
         test_batches = TestBatches(dataset, device, processes=processes)
         if 1 in train_batches.sizes:
             refuse_one_image(settings.model, model)

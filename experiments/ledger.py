@@ -52,7 +52,6 @@ from utils_quantization import layers_of, quantizers
 
 MOMENTUM = 0.1  # of running statistics, between two renewals
 BLOCK_CONVOLUTION = r"layer\d\.\d+\.conv\d"  # of a ResNet's blocks: the layers of its channel groups
-PADDED = reference.SIDE + 2 * reference.PADDING  # pixels
 LOOKED_AT = 1 << 20  # numbers of a tensor that are held against formulas
 MANY = 64  # numbers of a gradient, over which rounding of its own is no direction
 EXACT = 1e-6  # relative; what float32 keeps of a rate
@@ -894,7 +893,8 @@ class Ledger:
         return self._draws_of(self.epoch)
 
     def _draws_of(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        return reference.draws(len(self.pipeline.train_batches.labels), self.settings.seed, epoch)
+        count = len(self.pipeline.train_batches.labels)
+        return reference.draws(count, self.settings.seed, epoch, self.settings.crop_padding)
 
     def _expected_labels(self, order: Tensor) -> tuple[Tensor, list[range]]:
         """The labels due on this rank, and the places in the order of the images of each batch."""
@@ -911,8 +911,11 @@ class Ledger:
     def _expected_images(self, places: Sequence[int]) -> Tensor:
         """The images at these places of the order, cropped, flipped and normalised: (len, 3, 32, 32)."""
         order, (down, right), flips = (drawn[..., list(places)] for drawn in self._draws)
-        pixels = self.pipeline.train_batches.pixels.view(-1, PADDED, PADDED, 3)
-        padded, side = pixels[order.to(pixels.device)].cpu(), torch.arange(reference.SIDE)
+        batches, padding = self.pipeline.train_batches, self.settings.crop_padding
+        stored = batches.pixels.view(-1, batches.padded_side, batches.padded_side, 3)
+        inner = slice(batches.crop_padding, batches.crop_padding + reference.SIDE)
+        whole = stored[order.to(stored.device)][:, inner, inner].cpu()
+        padded, side = nn.functional.pad(whole, (0, 0) + 4 * (padding,)), torch.arange(reference.SIDE)
         rows, columns = down[:, None, None] + side[:, None], right[:, None, None] + side
         images = padded[torch.arange(len(places))[:, None, None], rows, columns]
         return _normalised(torch.where(flips[:, None, None, None] == 1, images.flip(2), images))

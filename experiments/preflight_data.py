@@ -17,10 +17,11 @@ from experiments.draws import kept_draws
 from experiments.expect import BrokenError, NotApplicableError, Subject, expect
 from experiments.history import some
 
-LOOKED_AT = 192  # images that are compared with all their crops: they miss an offset once in 10^8 runs
+LOOKED_AT = 192  # images that are compared with all their crops
 GREY = 2e-3  # of 255 grey levels: float32 stays a hundred times closer, half precision does not
 WALKED = 2048  # images of the second epoch that are looked at; the first is walked wholly
 FEW = 16  # images that are looked at for the cause
+WIDER = 4  # pixels of padding beside the setting's that are tried for the cause
 ENOUGH_TO_AVERAGE = 16  # images whose mean and standard deviation are those of the set, to a factor of two
 PROBED_TRAIN, PROBED_TEST = 100, 20  # images of each class below which the linear probe tells nothing
 CIFAR_IMAGES = (50_000, 10_000)  # for training and for the test; as many of each class
@@ -233,7 +234,7 @@ def order_is_the_seeds(subject: Subject) -> str:
     dataset, batches = subject.dataset, subject.pipeline.train_batches
     if type(batches) is not TrainBatches:
         raise NotApplicableError("the training batches are not this project's, so their order is not known")
-    count = len(dataset.train_labels)
+    count, padding = len(dataset.train_labels), subject.pipeline.settings.crop_padding
     missing = count - sum(batches.sizes)
     expect(
         missing == 0,
@@ -249,7 +250,7 @@ def order_is_the_seeds(subject: Subject) -> str:
         "the batch size is not the setting's",
     )
     for epoch in (0, 1):
-        order = reference.draws(count, subject.pipeline.settings.seed, epoch)[0]
+        order = _draws(subject, epoch)[0]
         seen = 0
         for (images, labels), size in zip(batches.epoch(epoch), batches.sizes, strict=False):
             shard = batches.processes.shard(seen, seen + size)
@@ -266,9 +267,11 @@ def order_is_the_seeds(subject: Subject) -> str:
                     "the order of the images is not the one of this seed and epoch (not shuffled anew each "
                     "epoch, or with another seed)"
                 )
-                if Window(dataset.train_images).holds(images[:LOOKED_AT], due):
+                if Window(dataset.train_images, padding).holds(images[:LOOKED_AT], due):
                     cause = "labels do not follow their images into the batch"
-                elif Window(dataset.test_images).holds(images[:LOOKED_AT], due % len(dataset.test_images)):
+                elif Window(dataset.test_images, padding).holds(
+                    images[:LOOKED_AT], due % len(dataset.test_images)
+                ):
                     cause = "the training batches are made of test images"
                 raise BrokenError(
                     f"{int((~right).sum())} of {len(labels)} labels in a batch of epoch {epoch + 1} are not "
@@ -294,27 +297,35 @@ UNDONE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _pixels(images: Tensor) -> Tensor:
+    """Back from normalised images to 0 to 255, (B, 3, 32, 32) float."""
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (reference.MEAN, reference.STD))
+    return (images.cpu().float() * std + mean) * 255
+
+
+def _draws(subject: Subject, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reference.draws` gives for the settings."""
+    settings = subject.pipeline.settings
+    return reference.draws(len(subject.dataset.train_labels), settings.seed, epoch, settings.crop_padding)
+
+
 class Window:
     """Finds an image of a batch among the crops and mirror images of its source in a set, (N, 3, 32, 32)."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, padding: int) -> None:
         self.images = images
-        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (reference.MEAN, reference.STD))
-        self.mean, self.std = mean, std
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Back from normalised images to 0 to 255, (B, 3, 32, 32) float."""
-        return (images.cpu().float() * self.std + self.mean) * 255
+        self.padding = padding  # pixels
+        self.offsets = 2 * padding + 1  # K, positions of a crop along each axis
 
     def crops(self, index: Tensor) -> Tensor:
-        """Every crop of some images: (B,) -> (B, 81, 3, 32, 32)."""
-        return _crops(self.images[index].float())
+        """Every crop of some images: (B,) -> (B, K * K, 3, 32, 32)."""
+        return _crops(self.images[index].float(), self.padding)
 
     def find(self, pixels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """For each image, the number of its crop among 162 (from 81 on mirrored), and the distance to it."""
+        """For each image, the number of its crop (from K * K on mirrored), and the distance to it."""
         numbers, distances = [], []
         for image, number in zip(pixels, index, strict=True):
-            crops = self.crops(number[None])[0]  # (81, 3, 32, 32)
+            crops = self.crops(number[None])[0]  # (K * K, 3, 32, 32)
             both = torch.cat(
                 [(crops - image).abs().amax((1, 2, 3)), (crops - image.flip(-1)).abs().amax((1, 2, 3))]
             )
@@ -324,12 +335,12 @@ class Window:
 
     def holds(self, images: Tensor, index: Tensor) -> bool:
         """Whether most of these normalised images are crops of those at `index`."""
-        return bool((self.find(self.pixels(images), index)[1] < GREY).float().mean() > 0.5)
+        return bool((self.find(_pixels(images), index)[1] < GREY).float().mean() > 0.5)
 
     def changed_part(self, pixels: Tensor, index: Tensor) -> str:
         """What is changed where most of an image is as in one of its crops; "" where no crop is near."""
-        inside = _crops(torch.ones(1, 1, reference.SIDE, reference.SIDE))[0].bool()  # (81, 1, 32, 32)
-        inside = torch.cat([inside, inside])
+        inside = _crops(torch.ones(1, 1, reference.SIDE, reference.SIDE), self.padding)[0].bool()
+        inside = torch.cat([inside, inside])  # (2 * K * K, 1, 32, 32)
         found: Counter[str] = Counter()
         for image, number in zip(pixels[:FEW], index[:FEW], strict=True):
             crops = self.crops(number[None])[0]
@@ -342,10 +353,10 @@ class Window:
         return found.most_common(1)[0][0]
 
 
-def _crops(images: Tensor) -> Tensor:
-    """Every crop of zero-padded images: (B, C, 32, 32) -> (B, 81, C, 32, 32)."""
-    padded = F.pad(images, (reference.PADDING,) * 4)
-    found = padded.unfold(2, reference.SIDE, 1).unfold(3, reference.SIDE, 1)  # (B, C, 9, 9, 32, 32)
+def _crops(images: Tensor, padding: int) -> Tensor:
+    """Every crop of zero-padded images: (B, C, 32, 32) -> (B, K * K, C, 32, 32), where K is 2 padding + 1."""
+    padded = F.pad(images, (padding,) * 4)
+    found = padded.unfold(2, reference.SIDE, 1).unfold(3, reference.SIDE, 1)  # (B, C, K, K, 32, 32)
     return found.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
@@ -360,8 +371,8 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
     if type(subject.pipeline.train_batches) is not TrainBatches:
         raise NotApplicableError("the training batches are not this project's, so their crops are not known")
     images, index = _first_images(subject)
-    window = Window(subject.dataset.train_images)
-    pixels = window.pixels(images)
+    window = Window(subject.dataset.train_images, subject.pipeline.settings.crop_padding)
+    pixels = _pixels(images)
     numbers, distances = window.find(pixels, index)
     off = distances > GREY
     if off.any():
@@ -374,7 +385,10 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
                 "padding": "images are padded with other than zeros, or after they are normalised",
                 "part": "a part of each image is erased, overlaid or mixed (cutout, mixup)",
             }[changed]
-        flips = reference.draws(len(subject.dataset.train_labels), subject.pipeline.settings.seed, 0)[2]
+        wider = Window(window.images, window.padding + WIDER)
+        if (wider.find(pixels[off][:FEW], index[off][:FEW])[1] < GREY).float().mean() > 0.5:
+            cause = "images are padded by more than --crop-padding before they are cropped"
+        flips = _draws(subject, 0)[2]
         if torch.equal(off, flips[: len(off)] == 1):
             cause = (
                 "the mirrored crops: those that are not mirrored are right (the indices of a mirror image)"
@@ -388,54 +402,64 @@ def augmentation_is_crops_and_flips(subject: Subject) -> str:
             f"{distances.max():.3g} of 255 grey levels)",
             cause,
         )
-    down, right, flips = numbers % 81 // 9, numbers % 9, numbers >= 81
-    if len(numbers) >= 32:
-        cause = "crop or flip is drawn once for the whole batch, or not at all"
-        for what, offsets in (("downwards", down), ("to the right", right)):
-            different, due = len(offsets.unique()), reference.OFFSETS if len(numbers) >= LOOKED_AT else 5
-            measured = (
-                f"{different} of {reference.OFFSETS} crop offsets {what} occur in {len(numbers)} images"
-            )
-            expect(different >= due, measured, cause if different < 5 else "the range of the crop's offsets")
-        share = flips.float().mean().item()
-        expect(0.2 < share < 0.8, f"{100 * share:.0f} % of {len(flips)} images are mirrored", cause)
     expect(
         torch.equal(_first_images(subject)[0], images),
         "the same epoch drawn twice gives other images",
         "augmentation or order depends on more than seed and epoch, so no run can be resumed",
     )
-    _crops_are_the_drawn_ones(subject, window, pixels, index)
-    return f"{len(numbers)} images each a crop of its source, {int(flips.sum())} mirrored"
-
-
-def _crops_are_the_drawn_ones(subject: Subject, window: Window, pixels: Tensor, index: Tensor) -> None:
-    """Each image is the very crop, mirrored or not, that seed and epoch draw for its place in the order."""
-    count, seed = len(subject.dataset.train_labels), subject.pipeline.settings.seed
-    order, offsets, flips = reference.draws(count, seed, 0)
+    order, offsets, flips = _draws(subject, 0)
     places = order.argsort()[index]
-    (down, right), flips = offsets[:, places], flips[places]
-    crops, number = window.crops(index), torch.arange(len(index))
+    _crops_are_the_drawn_ones(window, pixels, index, numbers, offsets[:, places], flips[places])
+    return f"{len(numbers)} images each a crop of its source, {int(flips[places].sum())} mirrored"
 
-    def differ(down: Tensor, right: Tensor, flips: Tensor) -> Tensor:
+
+def _crops_are_the_drawn_ones(
+    window: Window, pixels: Tensor, index: Tensor, found: Tensor, offsets: Tensor, flips: Tensor
+) -> None:
+    """Each image is the very crop, mirrored or not, that seed and epoch draw for its place in the order.
+
+    Shapes: pixels (B, 3, 32, 32); index, the images' numbers in the set, found, the numbers of their crops as
+    `Window.find` gives them, and flips (B,); offsets (2, B).
+    """
+    padded, side = F.pad(window.images[index], (window.padding,) * 4), reference.SIDE
+
+    def differ(offsets: Tensor, flips: Tensor) -> Tensor:
         """Which images are another crop than this one, (B,)."""
-        due = crops[number, down * reference.OFFSETS + right]
+        due = torch.stack(
+            [image[:, d : d + side, r : r + side] for image, d, r in zip(padded, *offsets, strict=True)]
+        )
         due = torch.where(flips[:, None, None, None] == 1, due.flip(-1), due)
         return ((pixels - due).abs() > GREY).flatten(1).any(1)
 
-    other = differ(down, right, flips)
-    cause = "the crop's offsets are not those that were drawn for the image"
-    if not (other & differ(down, right, 1 - flips)).any():
-        cause = "an image is mirrored by another draw than its own (of another image, of the crop)"
-    elif not differ(right, down, flips).any():
-        cause = "the crop's two offsets are swapped"
+    other = differ(offsets, flips)
+    if not other.any():
+        return
     measured = f"{int(other.sum())} of {len(index)} images are another crop than their draw gives"
-    expect(not other.any(), measured, cause)
+    cause = "the crop's offsets are not those that were drawn for the image"
+    if not (other & differ(offsets, 1 - flips)).any():
+        cause = "an image is mirrored by another draw than its own (of another image, of the crop)"
+    elif not differ(offsets.flip(0), flips).any():
+        cause = "the crop's two offsets are swapped"
+    mirrored = found >= window.offsets**2
+    share = mirrored.float().mean().item()
+    drawn_once = "crop or flip is drawn once for the whole batch, or not at all"
+    if len(found) >= 32 and not 0.2 < share < 0.8:
+        measured, cause = f"{100 * share:.0f} % of {len(found)} images are mirrored", drawn_once
+    where = torch.stack([found // window.offsets % window.offsets, found % window.offsets])
+    for what, seen, due in zip(("downwards", "to the right"), where, offsets, strict=True):
+        different, wanted = len(seen.unique()), len(due.unique())
+        if len(found) >= 32 and different < wanted:
+            measured = f"{different} of {wanted} crop offsets {what} occur in {len(found)} images"
+            stays = (seen[1:] == seen[:-1]).float().mean() > 0.8  # from one image to the next
+            cause = drawn_once if stays else "the range of the crop's offsets"
+            break
+    raise BrokenError(measured, cause)
 
 
 def _first_images(subject: Subject) -> tuple[Tensor, Tensor]:
     """The first images of epoch 0 that this rank is given, and the numbers of those that are due."""
     batches = subject.pipeline.train_batches
-    order, _, _ = reference.draws(len(subject.dataset.train_labels), subject.pipeline.settings.seed, 0)
+    order, _, _ = _draws(subject, 0)
     images: list[Tensor] = []
     index: list[Tensor] = []
     seen = 0
@@ -464,14 +488,14 @@ def test_images_are_untouched(subject: Subject) -> str:
         "the first test batch has other images when it is taken a second time",
         "the test images are written into where they are kept (normalised in place), or drawn anew",
     )
-    window, seen = Window(subject.dataset.train_images), 0
+    seen = 0
     for images, batch_labels in batches:
         expect(
             torch.equal(batch_labels.cpu(), labels[seen : seen + len(images)]),
             "labels in a test batch are not those of the test set",
             "labels are shifted against the test images",
         )
-        pixels = window.pixels(images)
+        pixels = _pixels(images)
         off = (pixels - wanted[seen : seen + len(images)]).abs().amax((1, 2, 3))
         if (off > GREY).any():
             source = wanted[seen : seen + len(images)].float()

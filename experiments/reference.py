@@ -19,22 +19,23 @@ from torch import Tensor
 
 # CIFAR-10's channel means, and the means of its images' own standard deviations, of pixels in 0 to 1.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-SIDE, PADDING = 32, 4  # pixels of an image, and of the zeros around it before it is cropped
-OFFSETS = 2 * PADDING + 1  # of a crop along each axis
+SIDE = 32  # pixels of an image
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
 
 
-def draws(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+def draws(count: int, seed: int, epoch: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """What an epoch (from 0) draws for `count` images: their order, crops and mirror images.
 
-    Shapes: -> (count,), a permutation; (2, count), each crop's offset from top and left in pixels, 0 to 8, in
-    that order; (count,), 1 where an image is mirrored.
+    The crops are of images with so many pixels of zeros around them.
+
+    Shapes: -> (count,), a permutation; (2, count), each crop's offset from top and left in pixels, 0 to
+    2 padding, in that order; (count,), 1 where an image is mirrored.
     """
     number = int(hashlib.sha256(f"seed {seed}, epoch {epoch}".encode("ascii")).hexdigest()[:16], 16)
     generator = torch.Generator().manual_seed(number)
     order = torch.randperm(count, generator=generator)
-    offsets = torch.randint(0, OFFSETS, (2, count), generator=generator)
+    offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
     return order, offsets, torch.randint(0, 2, (count,), generator=generator)
 
 

@@ -61,6 +61,7 @@ class Settings:
     )
     limit_train: int | None = _setting(None, "use only the first so many training images")
     limit_test: int | None = _setting(None, "use only the first so many test images")
+    crop_padding: int = _setting(4, "pixels of zeros around a training image before a random crop of it")
     model: str = _setting(
         "resnet20",
         "resnet20, 32, 44, 56 or 110, or someone's own: module:callable, such as torchvision.models:vgg11_bn",
@@ -207,6 +208,7 @@ MAX_BITS = 32
 AT_LEAST_ONE = ("epochs", "batch_size", "threads", "limit_train", "limit_test")
 MAX_SEED = 2**63 - 1
 MAX_THREADS = 4096
+MAX_CROP_PADDING = 8  # a quarter of an image's side: with more, the zeros shift the inputs' statistics
 MAX_FLOAT32 = 3.4028234663852886e38
 
 
@@ -266,6 +268,8 @@ def _check(item: Field[Any], value: Any) -> None:
     largest = MAX_FLOAT32 if item.name == "sparsity_weight" else sys.float_info.max
     if item.type is float and not 0 <= value <= largest:
         raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")
+    if item.name == "crop_padding" and not 0 <= value <= MAX_CROP_PADDING:
+        raise ValueError(f"{name} is {value}; expected a whole number from 0 to {MAX_CROP_PADDING}")
     if item.name == "threads" and value is not None and value > MAX_THREADS:
         raise ValueError(f"{name} is {value}; expected a whole number from 1 to {MAX_THREADS}")
 

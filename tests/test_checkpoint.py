@@ -330,7 +330,7 @@ OTHER = {
     "quantizer": "own_quantizers:LSQ", "max_bits": 7, "fixed_bits": 7,
     "batch_norm_batches": 7, "rate_warmup": 7.0, "weights_lr": 7.0, "bit_lr": 7.0, "deadzone_lr": 7.0,
     "weights_decay": 7.0, "bit_decay": 7.0, "deadzone_decay": 7.0, "beta2": 0.7, "pace_steps": 7,
-    "model": "resnet32",
+    "model": "resnet32", "crop_padding": 7,
 }  # fmt: skip
 FREE = {"epochs": 21, "data_dir": Path("a b"), "output_dir": Path("c"), "resume": True, "preflight": "off",
         "figure_format": "pdf", "rehearse": True}  # fmt: skip

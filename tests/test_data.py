@@ -29,9 +29,9 @@ from experiments.distributed import Processes
 # Batches.
 
 
-def augmented_alone(image: Tensor, down: int, right: int, flip: int) -> Tensor:
+def augmented_alone(image: Tensor, down: int, right: int, flip: int, padding: int = 4) -> Tensor:
     """One image through torchvision's transforms, as the plan's loader does it."""
-    image = vision.crop(vision.pad(image, 4), down, right, 32, 32)
+    image = vision.crop(vision.pad(image, padding), down, right, 32, 32)
     image = vision.hflip(image) if flip else image
     return vision.normalize(vision.convert_image_dtype(image, torch.float32), data.MEAN, data.STD)
 
@@ -42,16 +42,18 @@ def augmented_alone(image: Tensor, down: int, right: int, flip: int) -> Tensor:
     batch_size=st.integers(1, 50),
     seed=st.integers(-(2**63), 2**64),
     epoch=st.integers(0, 10**6),
+    padding=st.integers(0, 8),
 )
 def test_a_batch_is_what_torchvision_makes_of_each_image_alone(
-    count: int, batch_size: int, seed: int, epoch: int
+    count: int, batch_size: int, seed: int, epoch: int, padding: int
 ) -> None:
     dataset = random_dataset(count)
-    order, down, right, flips = (drawn.tolist() for drawn in draws(count, seed, epoch))
+    order, down, right, flips = (drawn.tolist() for drawn in draws(count, seed, epoch, padding))
     expected = [
-        augmented_alone(dataset.train_images[order[i]], down[i], right[i], flips[i]) for i in range(count)
+        augmented_alone(dataset.train_images[order[i]], down[i], right[i], flips[i], padding)
+        for i in range(count)
     ]
-    batches = list(TrainBatches(dataset, batch_size, seed, "cpu").epoch(epoch))
+    batches = list(TrainBatches(dataset, batch_size, seed, "cpu", crop_padding=padding).epoch(epoch))
     torch.testing.assert_close(torch.cat([images for images, _ in batches]), torch.stack(expected))
     assert torch.cat([labels for _, labels in batches]).tolist() == dataset.train_labels[order].tolist()
 
@@ -127,11 +129,14 @@ def test_draws_neither_read_nor_move_torchs_own_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_draws_are_made_on_the_cpu_and_cover_every_offset_and_both_flips_evenly() -> None:
-    _, down, right, flips = drawn = draws(81_000, 0, 0)
+@pytest.mark.parametrize("padding", [0, 2, 4])
+def test_draws_are_made_on_the_cpu_and_cover_every_offset_and_both_flips_evenly(padding: int) -> None:
+    offsets = 2 * padding + 1
+    _, down, right, flips = drawn = draws(1000 * offsets**2, 0, 0, padding)
     assert all(values.device.type == "cpu" for values in drawn)
-    windows = torch.bincount((down * 9 + right) * 2 + flips, minlength=162)
-    assert windows.min() > 400 and windows.max() < 600 and len(windows) == 162  # 500 expected, deviation 22
+    windows = torch.bincount((down * offsets + right) * 2 + flips)
+    assert len(windows) == 2 * offsets**2
+    assert windows.min() > 400 and windows.max() < 600  # 500 expected, deviation 22
 
 
 def test_test_batches_are_the_images_as_they_are_in_order() -> None:

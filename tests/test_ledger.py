@@ -48,7 +48,9 @@ def pipeline(settings: Settings = SETTINGS, **changes: Any) -> Pipeline:
     model = ResNet(1)
     evaluator = Evaluator(model)
     attach_weight_quantizers(model, ["^conv1$", "^linear$"], DeadZoneLDZCompander, {})
-    batches = TrainBatches(IMAGES, settings.batch_size, settings.seed, "cpu")
+    batches = TrainBatches(
+        IMAGES, settings.batch_size, settings.seed, "cpu", crop_padding=settings.crop_padding
+    )
     optimizer = make_optimizer(model, settings, settings.epochs * len(batches))
     keep_dead = keep_dead_slices(model) if settings.keep_dead else None
     penalty = coupled_group_lasso(model, settings.penalty_on, settings.group_weights)

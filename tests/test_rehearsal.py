@@ -48,7 +48,7 @@ def pipeline_of(folder, quantizer=DeadZoneLDZCompander) -> Pipeline:
     return Pipeline(
         settings,
         step,
-        TrainBatches(images, 8, 0, "cpu"),
+        TrainBatches(images, 8, 0, "cpu", crop_padding=settings.crop_padding),
         TestBatches(images, "cpu"),
         evaluator,
         rate_schedule=warmed_up(settings.rate_warmup, cosine_anneal(0)),

@@ -37,6 +37,7 @@ DEBUG = {
     "--rehearse": False,
     "--limit-train": None,
     "--limit-test": None,
+    "--crop-padding": 4,
     "--model": "resnet20",
     "--exclude-layers": None,
     "--quantizer": "src.quantizer:DeadZoneLDZCompander",
@@ -154,7 +155,7 @@ def test_the_settings_cannot_be_changed_after_the_start():
 
 # A value for each flag that is neither preset's.
 OTHER = (
-    dict.fromkeys((*COUNTS, "--seed", "--batch-norm-batches", "--pace-steps", *NUMBERS), 7)
+    dict.fromkeys((*COUNTS, "--seed", "--crop-padding", "--batch-norm-batches", "--pace-steps", *NUMBERS), 7)
     | {name: words[-1] for name, words in WORDS.items()}
     | {"--exclude-layers": ("layer1", ".*2$"), "--data-dir": Path("/a b"), "--output-dir": Path("c")}
     | {"--beta2": 0.5, "--quantizer": "a.module:Class", "--max-bits": 6, "--fixed-bits": 4}
@@ -263,6 +264,7 @@ BAD = [
     ("--seed", "-1"),
     *[(name, text) for name in ("--batch-norm-batches", "--pace-steps") for text in ("-1", "2.5", "")],
     ("--seed", str(2**63)),
+    *[("--crop-padding", text) for text in ("-1", "9", "2.5", "")],
     *[(name, text) for name in NUMBERS for text in ("-1", "-0.5", "nan", "inf", "1e999", "much", "")],
     *[("--beta2", text) for text in ("1", "1.0", "1.5")],
     *[(name, text) for name in WORDS for text in ("nothing", "AUTO", "")],
@@ -325,6 +327,7 @@ def test_a_refusal_says_how_to_see_the_settings(capsys):
         ({"sparsity_ramp": -1.0}, "--sparsity-ramp is -1.0; expected a finite number, 0 or more"),
         ({"bit_decay": float("nan")}, "--bit-decay is nan"),
         ({"beta2": 1.0}, "--beta2 is 1.0; expected a number from 0 to less than 1"),
+        ({"crop_padding": 9}, "--crop-padding is 9; expected a whole number from 0 to 8"),
         ({"data": "mnist"}, "--data is 'mnist'; expected one of auto, cifar10, cifar100, synthetic"),
     ],
 )
