@@ -292,7 +292,7 @@ BITS = ("max_bits", "fixed_bits")  # whole numbers of a small range
 WHOLE = [item.name for item in fields(Settings) if item.type in (int, int | None) and item.name not in BITS]
 NUMBERS = [item.name for item in fields(Settings) if item.type is float and item.name != "beta2"]
 CHOSEN = {item.name: item.metadata["choices"] for item in fields(Settings) if item.metadata["choices"]}
-LEAST = {"seed": 0, "crop_padding": 0, "batch_norm_batches": 0, "pace_steps": 0}  # The least value of any other is 1.
+LEAST = {"seed": 0, "crop_padding": 0, "batch_norm_batches": 0, "pace_steps": 0}  # of any other 1
 MOST = {"epochs": 10**6, "seed": 2**63 - 1, "threads": 4096, "crop_padding": 8}
 LARGEST_FLOAT, LARGEST_FLOAT32 = "1.7976931348623157e308", "3.4028234663852886e38"
 LONG = "x" * 300
