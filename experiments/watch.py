@@ -391,7 +391,9 @@ def fingerprint(batches: Any) -> Tensor:
     if type(batches) not in (TrainBatches, TestBatches):
         return torch.zeros(0)
     pixels = batches.pixels if type(batches) is TrainBatches else batches.images
-    words = pixels.reshape(len(batches.labels), -1).view(torch.int64)  # eight pixels are read as one number
+    rows = pixels.reshape(len(batches.labels), -1)
+    # Eight bytes are read as one number, or four where an image's are no multiple of eight.
+    words = rows.view(torch.int32 if rows.shape[1] % 8 else torch.int64)
     places = torch.arange(1, 2 * words.shape[1], 2, device=words.device)  # odd: no bit of a word gets lost
     return torch.cat([(part * places).sum(1) for part in words.split(4096)]) + batches.labels
 

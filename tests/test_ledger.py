@@ -32,7 +32,7 @@ from experiments.schedules import cosine_anneal, linear_warmup, warmed_up
 from experiments.settings import QUANTIZED, STORED, Settings
 from experiments.sparsity import coupled_group_lasso, keep_dead_slices
 from experiments.training import Pipeline, TrainingStep, make_optimizer
-from experiments.watch import EpochWatch, left_in
+from experiments.watch import EpochWatch, fingerprint, left_in
 from metrics import count_network
 from resnet import PadShortcut, ResNet
 from src.quantizer import DeadZoneLDZCompander, _DeadZoneRound
@@ -104,6 +104,31 @@ def test_epochs_as_they_should_be_pass_every_check(precision, batch_norm_batches
     skipped = [(r.epoch, c.name) for r in records for c in r.ledger if c.status == SKIP]
     assert [str(c) for r in records for c in r.ledger if c.status == FAIL] == []
     assert skipped == []
+
+
+def test_crops_of_another_padding_than_the_settings_are_named():
+    settings = dataclasses.replace(SETTINGS, crop_padding=2)
+    assert failures(found(pipeline(settings), 1)) == []
+    for padding in (1, 4):
+        batches = TrainBatches(IMAGES, settings.batch_size, settings.seed, "cpu", crop_padding=padding)
+        checks = found(pipeline(settings, train_batches=batches), 1)
+        assert "images looked at" in checks["images and their order"].message
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])  # 3072, 3468 and 3888 bytes an image
+def test_a_pixel_or_a_label_that_is_written_changes_the_number_of_its_image_alone(padding):
+    batches = TrainBatches(IMAGES, 8, 0, "cpu", crop_padding=padding)
+    rows = batches.pixels.view(len(IMAGES.train_labels), -1)
+    rows[3, 0], rows[3, 9] = 1, 2
+    before = fingerprint(batches)
+    for place in (0, 5, rows.shape[1] - 1):
+        rows[3, place] += 1
+        assert (fingerprint(batches) != before).nonzero().tolist() == [[3]]
+        rows[3, place] -= 1
+    rows[3, 0], rows[3, 9] = 2, 1
+    batches.labels = batches.labels.clone()
+    batches.labels[4] += 1
+    assert (fingerprint(batches) != before).nonzero().tolist() == [[3], [4]]
 
 
 def test_what_takes_long_is_looked_at_in_the_first_epochs_in_every_fourth_and_in_the_last():

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 import experiments.history
 from experiments import debug_run, report, sparsity
 from experiments.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from experiments.data import synthetic_dataset
+from experiments.data import TrainBatches, synthetic_dataset
 from experiments.device import emulates_bf16
 from experiments.distributed import Processes
 from experiments.evaluator import Evaluator
@@ -231,6 +231,17 @@ def test_a_shortcut_that_is_another_in_large_batches_or_in_float32_alone_is_name
     only(monkeypatch, "network: reference")
     checks, status = checks_of(monkeypatch, tmp_path)
     assert status == 1 and words in failed(checks)[0]
+
+
+@pytest.mark.parametrize(
+    ("padding", "cause"),
+    [(2, ""), (4, "padded by more than --crop-padding"), (1, "the range of the crop's offsets")],
+)
+def test_crops_of_another_padding_than_the_settings_are_named(monkeypatch, tmp_path, padding, cause):
+    monkeypatch.setattr(debug_run, "TrainBatches", lambda *of: TrainBatches(*of[:-1], padding))
+    only(monkeypatch, "data: augmentation")
+    checks, status = checks_of(monkeypatch, tmp_path, "--crop-padding", "2")
+    assert status == bool(cause) and all(cause in line for line in failed(checks))
 
 
 def test_a_layer_that_no_image_passes_is_named(monkeypatch, tmp_path):
