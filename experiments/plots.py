@@ -28,6 +28,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
 )
 SHADE = "#e4e4e4"  # behind the penalty's warm-up
+ABOVE, BELOW, LINE = 5, -13, 11  # points from a curve's end to its number; from one number to the next
 STATE_COLOURS = {
     ChannelState.NULL: BLACK,
     ChannelState.CONSTANT: ORANGE,
@@ -79,12 +80,13 @@ def accuracy_figure(history: History, title: str) -> Figure:
     axes.plot(epochs, accuracies, "o-", color=BLUE, label="test accuracy")
     axes.axhline(100 * history.data.chance, color="grey", linestyle=":", label="chance")
     axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
-    _end(axes, accuracies, f"{accuracies[-1]:.2f} %", BLUE)
     right = axes.twinx()
     right.plot(epochs, losses, "s--", color=VERMILION, label="training cross-entropy")
     right.set(ylabel="training cross-entropy (nats)")
     right.set_ylim(bottom=0)
-    _end(right, losses, f"{losses[-1]:.3f}", VERMILION)
+    _ends(
+        (axes, accuracies, f"{accuracies[-1]:.2f} %", BLUE), (right, losses, f"{losses[-1]:.3f}", VERMILION)
+    )
     _legend(axes, right)
     return figure
 
@@ -98,13 +100,15 @@ def sparsity_figure(history: History, title: str) -> Figure:
     axes.plot(epochs, unstructured, "o-", color=BLUE, label="unstructured: weights that are zero")
     axes.plot(epochs, structured, "o-", color=VERMILION, label="structured: filters that are all zero")
     axes.set(ylabel="sparsity of the quantized layers (%)", ylim=(0, 100))
-    _end(axes, unstructured, f"{unstructured[-1]:.1f} %", BLUE)
-    _end(axes, structured, f"{structured[-1]:.1f} %", VERMILION)
+    _ends(
+        (axes, unstructured, f"{unstructured[-1]:.1f} %", BLUE),
+        (axes, structured, f"{structured[-1]:.1f} %", VERMILION),
+    )
     bits = [r.learned_bits for r in records]
     lower.plot(epochs, bits, "s--", color=GREEN, label="mean learned bits")
     lower.set(ylabel="bits a weight (before rounding)")
     lower.set_ylim(0, max(8, *bits) + 0.5)
-    _end(lower, bits, f"{bits[-1]:.2f} bits", GREEN)
+    _ends((lower, bits, f"{bits[-1]:.2f} bits", GREEN))
     right = lower.twinx()
     coefficients = [r.coefficient for r in records]
     right.plot(epochs, coefficients, "^:", color=PURPLE, label="the penalty's coefficient")
@@ -180,17 +184,32 @@ def _means_and_ranges(values: Sequence[Sequence[float]]) -> tuple[list[float], l
     return means, [below, [max(v) - mean for mean, v in zip(means, values, strict=True)]]
 
 
-def _end(axes: Axes, values: Sequence[float], text: str, colour: str) -> None:
-    """Write the last number of a curve at its end, on the side that the curve does not come from.
+def _ends(*curves: tuple[Axes, Sequence[float], str, str]) -> None:
+    """Write the last number of each curve of a panel, of one or two, at its end, in the curve's colour.
 
-    Near the top and the bottom of the axes it is the side that has room.
+    It stands on the side that the curve does not come from; near the top and the bottom of the axes, and
+    where two curves end close together, on the side that has room.
     """
-    if math.isfinite(values[-1]):
-        bottom, top = axes.get_ylim()
-        height, falls = (values[-1] - bottom) / (top - bottom), values[-1] < values[max(len(values) - 2, 0)]
-        below = height > 0.93 or (falls and height > 0.07)
+    ends = []  # height in the axes (0 to 1), offset of the number (points), and the curve
+    for axes, values, text, colour in curves:
+        if math.isfinite(values[-1]):
+            bottom, top = axes.get_ylim()
+            height = (values[-1] - bottom) / (top - bottom)
+            falls = values[-1] < values[max(len(values) - 2, 0)]
+            points = BELOW if height > 0.93 or (falls and height > 0.07) else ABOVE
+            ends.append((height, points, axes, values, text, colour))
+    ends.sort(key=lambda end: end[0])
+    offsets = [points for _, points, *_ in ends]
+    if len(ends) == 2 and ends[1][0] - ends[0][0] < 0.15:
+        if ends[1][0] > 0.93:
+            offsets = [BELOW - LINE, BELOW]
+        elif ends[0][0] < 0.07:
+            offsets = [ABOVE, ABOVE + LINE]
+        else:
+            offsets = [BELOW, ABOVE]
+    for (_, _, axes, values, text, colour), offset in zip(ends, offsets, strict=True):
         axes.annotate(
-            text, (len(values), values[-1]), (-2, -13 if below else 5), textcoords="offset points",
+            text, (len(values), values[-1]), (-2, offset), textcoords="offset points",
             ha="right", fontsize=8, color=colour,
         )  # fmt: skip
 

@@ -162,6 +162,23 @@ def test_the_last_numbers_are_written_within_the_axes(make, last, before):
 
 
 @over_epochs
+@pytest.mark.parametrize("last", [0.0, 0.03, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("apart", [0.0, 0.02, 0.04, 0.06, 0.1, 0.15])
+@pytest.mark.parametrize("before", [0.0, 1.0])
+def test_the_last_numbers_of_curves_that_meet_do_not_cover_each_other(make, last, apart, before):
+    names = ("accuracy", "unstructured_sparsity", "structured_sparsity")
+    other = "structured_sparsity" if make is sparsity_figure else "cross_entropy"
+    first, middle, end = good_run(3).epochs
+    first = replace(first, cross_entropy=1 / 1.05)  # so that the axis of the cross-entropy, too, ends at 1
+    middle = replace(middle, **dict.fromkeys((*names, "cross_entropy"), before))
+    end = replace(end, **dict.fromkeys(names, last) | {other: abs(last - apart)})
+    figure = make(replace(good_run(3), epochs=[first, middle, end]), "t")
+    figure.draw_without_rendering()
+    one, two = [text for axes in figure.axes for text in axes.texts if "bits" not in text.get_text()]
+    assert not one.get_window_extent().overlaps(two.get_window_extent())
+
+
+@over_epochs
 def test_the_legend_names_every_curve_and_the_shade(make):
     figure = make(good_run(), "t")
     (drawn,) = figure.legends
