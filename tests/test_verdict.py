@@ -635,6 +635,15 @@ def test_filters_that_die_while_the_coefficient_is_still_zero_fail(first):
     check(line, FAIL, f"epoch {first}", cause="--deadzone-decay")
 
 
+@pytest.mark.parametrize(("early", "status"), [(1 / 672, PASS), (0.003, PASS), (0.0031, FAIL), (0.03, FAIL)])
+def test_up_to_a_twentieth_of_the_dead_filters_may_die_before_the_penalty_acts(early, status):
+    line = verdict.structured_follows_warmup(
+        changed(with_filters(8), {e: {"structured_sparsity": early} for e in (5, 6)})
+    )
+    cause = "" if status == PASS else "--deadzone-decay"
+    check(line, status, "6.1 %", "the first in epoch 5", f"{100 * early:.1f} % before it", cause=cause)
+
+
 @pytest.mark.parametrize("own", [{"model": "a:b"}, {"quantizer": "a:B"}])
 def test_filters_that_are_dead_from_the_start_of_ones_own_network_are_told_and_not_judged(own):
     check(verdict.structured_follows_warmup(with_filters(1, **own)), SKIP, "epoch 1", "one's own")
