@@ -61,7 +61,7 @@ class Settings:
     )
     limit_train: int | None = _setting(None, "use only the first so many training images")
     limit_test: int | None = _setting(None, "use only the first so many test images")
-    crop_padding: int = _setting(4, "pixels of zeros around a training image before a random crop of it")
+    crop_padding: int = _setting(2, "pixels of zeros around a training image before a random crop of it")
     model: str = _setting(
         "resnet20",
         "resnet20, 32, 44, 56 or 110, or someone's own: module:callable, such as torchvision.models:vgg11_bn",
@@ -76,7 +76,7 @@ class Settings:
     )
     max_bits: int | None = _setting(None, "upper bound of the learned bits; without it, the class's own")
     fixed_bits: int | None = _setting(None, "bits of every quantized weight, which are then not learned")
-    sparsity_weight: float = _setting(2.8e-3, "peak of the group lasso's coefficient")
+    sparsity_weight: float = _setting(1.8e-3, "peak of the group lasso's coefficient")
     penalty_on: str = _setting(
         STORED,
         "weights that the group lasso is on: the stored ones feel it inside the dead zone too",
@@ -96,12 +96,12 @@ class Settings:
         10, "training batches over which batch-norm statistics are taken afresh before each test; 0: none"
     )
     rate_warmup: float = _setting(2.0, "first epochs, in which the learning rates climb to their schedule")
-    weights_lr: float = _setting(8e-3, "AdamW's learning rate for weights, biases and batch norms")
+    weights_lr: float = _setting(1.2e-2, "AdamW's learning rate for weights, biases and batch norms")
     bit_lr: float = _setting(1e-2, "AdamW's learning rate for the bit parameters")
     deadzone_lr: float = _setting(1e-2, "AdamW's learning rate for the dead-zone parameters")
     weights_decay: float = _setting(0.3, "AdamW's weight decay for weights, biases and batch norms")
     bit_decay: float = _setting(1.0, "AdamW's weight decay for the bit parameters")
-    deadzone_decay: float = _setting(1.2, "AdamW's weight decay for the dead-zone parameters")
+    deadzone_decay: float = _setting(1.25, "AdamW's weight decay for the dead-zone parameters")
     beta2: float = _setting(
         0.99, "AdamW's beta2: it remembers squared gradients for about 1 / (1 - beta2) steps"
     )
@@ -152,6 +152,7 @@ class Settings:
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {},
     "plan": {
+        "crop_padding": 4,
         "exclude_layers": ("conv1", "bn", "linear"),
         "sparsity_weight": 1.0,
         "penalty_on": QUANTIZED,

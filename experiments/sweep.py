@@ -59,7 +59,7 @@ AXES = (
     "seed",
 )
 LISTS: dict[str, tuple[float, ...]] = {  # those that are lists by default
-    "sparsity_weight": (5e-4, 1e-3, 2e-3, 2.8e-3, 4e-3, 8e-3),
+    "sparsity_weight": (3e-4, 6e-4, 1.2e-3, 1.8e-3, 2.7e-3, 5e-3),
     "seed": (0, 1, 2),
 }
 # What a run without quantizers and penalty does not depend on.

@@ -38,7 +38,7 @@ PREFLIGHT, EPOCH, END, MISSED = "preflight", "epoch", "end", "missed"
 # settings are equal, to confuse them is no fault.
 SETTINGS = shlex.split(
     "--data synthetic --limit-train 1050 --limit-test 300 --batch-size 64 --threads 1 --epochs 6 "
-    "--sparsity-delay 2 --sparsity-ramp 3 --sparsity-weight 5e-3 --bit-lr 1.2e-2 --deadzone-lr 8e-3 "
+    "--sparsity-delay 2 --sparsity-ramp 3 --sparsity-weight 5e-3 --bit-lr 1.5e-2 --deadzone-lr 8e-3 "
     "--weights-decay 1e-3"
 )
 # A short run to the end, for what the preflight does not see: it stops and resumes, packs and verifies.
@@ -117,7 +117,7 @@ KEPT = "            kept = self.keep_dead(self.model) if self.keep_dead and pena
 MODE = "    step.model.train()\n    losses = torch.zeros("
 
 # A preset, and beside it a default, a 0, a switch that is turned off, and one of two like numbers.
-TYPED = "--preset smoke --weights-lr 8e-3 --sparsity-delay 0 --no-keep-dead --bit-decay 0.2"
+TYPED = "--preset smoke --weights-lr 1.2e-2 --sparsity-delay 0 --no-keep-dead --bit-decay 0.2"
 
 FAULTS_BY_AREA = {
     "settings": [

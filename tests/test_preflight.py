@@ -643,7 +643,7 @@ def test_no_two_curves_or_layers_of_the_small_history_are_alike():
 
 TYPED = [
     [],
-    ["--preset", "plan", "--weights-lr", "8e-3", "--sparsity-delay=0", "--no-keep-dead", "--resume"],
+    ["--preset", "plan", "--weights-lr", "1.2e-2", "--sparsity-delay=0", "--no-keep-dead", "--resume"],
     ["--exclude-layers", "a=b", "-1", "x y", "--max-bits", "none", "--fixed-bits=4", "--limit-train", "9"],
     ["--exclude-layers", "--epochs", "2", "--epochs", "3", "--output-dir", "--a b", "--threads", "none"],
     ["--exclude-layers=", "--keep-dead", "--no-keep-dead", "--data-dir=--epochs", "--preset=smoke"],

@@ -210,7 +210,7 @@ def test_help_has_the_values_of_every_preset(capsys):
     text = " ".join(capsys.readouterr().out.split())
     smoke, plan = PRESETS["smoke"], PRESETS["plan"]
     assert f"(default: 20; preset smoke: {smoke['epochs']})" in text
-    assert f"(default: 0.0028; preset plan: 1; preset smoke: {smoke['sparsity_weight']:g})" in text
+    assert f"(default: 0.0018; preset plan: 1; preset smoke: {smoke['sparsity_weight']:g})" in text
     assert f"preset plan: {plan['bit_decay']:g})" in text
     assert "(default: no; preset smoke: yes)" in text
 

@@ -132,7 +132,7 @@ def test_what_the_packed_file_says_of_its_run_is_the_runs(count):
     check(verdict.file_is_recounted(history, count), PASS)
     claims = history.compressed.packed_metrics
     for changes, words, name in (
-        ({"packed_settings": history.settings | {"weights_lr": 0.01}}, ("lr 0.01", "0.008"), "weights_lr"),
+        ({"packed_settings": history.settings | {"weights_lr": 0.01}}, ("lr 0.01", "0.012"), "weights_lr"),
         ({"packed_metrics": claims | {"structured_macs": 7}}, ("claims 7", "20275520"), "structured_macs"),
         ({"packed_metrics": claims | {"data": "another"}}, ("'another' for data", "CIFAR-10"), "data"),
         ({"packed_metrics": claims | {"test_images": 7}}, ("claims 7", "10000"), "test_images"),
