@@ -7,7 +7,7 @@
     python -m experiments.debug_run --help
 
 20 epochs of CIFAR-10 take 18 minutes on 2 cores of an AMD EPYC and about 42 s on an H100, start
-and end aside. They end near 82 % test accuracy with 92 % zero weights, 35 % zero filters, 2.1 bits and 32
+and end aside. They end near 83 % test accuracy with 93 % zero weights, 39 % zero filters, 2.2 bits and 35
 times fewer bit operations.
 
 Prints a table row an epoch, the compression ratios, a verdict and the run in one line; writes five pictures,
