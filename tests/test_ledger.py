@@ -38,7 +38,10 @@ from resnet import PadShortcut, ResNet
 from src.quantizer import DeadZoneLDZCompander, _DeadZoneRound
 from utils_quantization import attach_weight_quantizers, quantized_layers, quantizers, toggle_quantization
 
-SETTINGS = Settings(epochs=4, batch_size=8, sparsity_delay=0.0, sparsity_ramp=2.0, batch_norm_batches=2)
+SETTINGS = Settings(
+    epochs=4, batch_size=8, crop_padding=4, sparsity_weight=2.8e-3, sparsity_delay=0.0, sparsity_ramp=2.0,
+    batch_norm_batches=2, weights_lr=8e-3,
+)  # fmt: skip
 PENALISED = 1  # an epoch, from 0, in which the penalty acts
 IMAGES = random_dataset(24, test=10)
 
