@@ -190,28 +190,31 @@ def _ends(*curves: tuple[Axes, Sequence[float], str, str]) -> None:
     It stands on the side that the curve does not come from; near the top and the bottom of the axes, and
     where two curves end close together, on the side that has room.
     """
-    ends = []  # height in the axes (0 to 1), offset of the number (points), and the curve
-    for axes, values, text, colour in curves:
-        if math.isfinite(values[-1]):
-            bottom, top = axes.get_ylim()
-            height = (values[-1] - bottom) / (top - bottom)
-            falls = values[-1] < values[max(len(values) - 2, 0)]
-            points = BELOW if height > 0.93 or (falls and height > 0.07) else ABOVE
-            ends.append((height, points, axes, values, text, colour))
-    ends.sort(key=lambda end: end[0])
-    offsets = [points for _, points, *_ in ends]
-    if len(ends) == 2 and ends[1][0] - ends[0][0] < 0.15:
-        if ends[1][0] > 0.93:
+    finite = [curve for curve in curves if math.isfinite(curve[1][-1])]
+    finite.sort(key=lambda curve: _height(*curve[:2]))
+    heights = [_height(axes, values) for axes, values, *_ in finite]
+    offsets = [
+        BELOW if height > 0.93 or (values[-1] < values[max(len(values) - 2, 0)] and height > 0.07) else ABOVE
+        for height, (_, values, *_) in zip(heights, finite, strict=True)
+    ]
+    if len(finite) == 2 and heights[1] - heights[0] < 0.15:
+        if heights[1] > 0.93:
             offsets = [BELOW - LINE, BELOW]
-        elif ends[0][0] < 0.07:
+        elif heights[0] < 0.07:
             offsets = [ABOVE, ABOVE + LINE]
         else:
             offsets = [BELOW, ABOVE]
-    for (_, _, axes, values, text, colour), offset in zip(ends, offsets, strict=True):
+    for (axes, values, text, colour), offset in zip(finite, offsets, strict=True):
         axes.annotate(
             text, (len(values), values[-1]), (-2, offset), textcoords="offset points",
             ha="right", fontsize=8, color=colour,
         )  # fmt: skip
+
+
+def _height(axes: Axes, values: Sequence[float]) -> float:
+    """Where a curve ends, as a share of the axes' height."""
+    bottom, top = axes.get_ylim()
+    return (values[-1] - bottom) / (top - bottom)
 
 
 def _over_epochs(history: History, title: str, panels: int = 1) -> Any:

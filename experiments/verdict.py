@@ -52,7 +52,7 @@ RECOUNTED = ("weights", "zero_weights", "filters", "zero_filters", "structured_m
 MOSTLY_GONE = 0.6  # share of the filters without which a network may know nothing any more
 # The share of a run's dead filters that may die before the penalty acts: weight decay takes the batch norm's
 # scale of a filter that is little used, and with it all that holds the filter outside the dead zone.
-EARLY_DEATHS = 0.05
+EARLY_DEATHS = 0.02
 NO_GROUPS = "no quantized convolution has channels that can go"
 MAGIC = {".png": b"\x89PNG", ".pdf": b"%PDF"}  # how a picture begins, by the ending of its name
 # What CoDeQ's own quantizer trains.
