@@ -1,6 +1,7 @@
 """The pictures: what is drawn, in which units, and that every word of it lies inside the picture."""
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -147,18 +148,27 @@ def test_the_warmup_is_shaded_where_the_coefficient_climbs(make, epochs, warmup,
 
 @over_epochs
 @pytest.mark.parametrize("last", [0.0, 0.03, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("other", [None, 0.5])  # where the second curve ends: with the first one, or halfway
 @pytest.mark.parametrize("before", [0.0, 1.0])
-def test_the_last_numbers_are_written_within_the_axes(make, last, before):
+def test_the_last_numbers_are_written_within_the_axes(make, last, other, before):
     names = ("accuracy", "unstructured_sparsity", "structured_sparsity", "cross_entropy")
     *records, end = good_run().epochs
     epochs = [replace(record, **dict.fromkeys(names, before)) for record in records]
-    figure = make(replace(good_run(), epochs=[*epochs, replace(end, **dict.fromkeys(names, last))]), "t")
+    ends = dict.fromkeys(names[:2], last) | dict.fromkeys(names[2:], last if other is None else other)
+    figure = make(replace(good_run(), epochs=[*epochs, replace(end, **ends)]), "t")
     figure.draw_without_rendering()
     written = [(text, axes) for axes in figure.axes for text in axes.texts]
     assert len(written) == 2 + (make is sparsity_figure)
     for text, axes in written:
         box, inside = text.get_window_extent(), axes.get_window_extent()
         assert inside.y0 < box.y0 and box.y1 < inside.y1, text.get_text()
+
+
+def test_a_curve_whose_last_number_is_not_finite_has_none_written():
+    *records, end = good_run().epochs
+    history = replace(good_run(), epochs=[*records, replace(end, cross_entropy=math.nan)])
+    (written,) = [text.get_text() for axes in accuracy_figure(history, "t").axes for text in axes.texts]
+    assert written == f"{100 * end.accuracy:.2f} %"
 
 
 @over_epochs
